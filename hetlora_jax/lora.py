@@ -1,0 +1,97 @@
+"""Algebra on zero-padded adapters.
+
+An adapter always has R slots; rank r means slots r.. are zero in BOTH factors.
+Functions work per matrix on the last two axes, so the axes before them (layers,
+clients) are free.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hetlora_jax.types import Adapters, Array, Lora, Masks, Norms
+
+INITS = ('gaussian', 'kaiming_uniform')
+
+
+def safe_norm(square_sum: Array) -> Array:
+  """Returns the square root, with gradient 0 (not NaN) at 0."""
+  positive = square_sum > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square_sum, 1.0)), 0)
+
+
+def init(key: Array, dims: dict, slots: int, rule: str) -> Adapters:
+  """Draws A and leaves B at zero, so that the first round starts at the base.
+
+  Args:
+    key: the stream of the initialisation.
+    dims: target -> (num_layers, d_in, d_out).
+    slots: R, the rank slots of every adapter.
+    rule: 'gaussian', N(0, 1/d_in) (Hu et al., 2021, arXiv 2106.09685), or
+      'kaiming_uniform', U(+-1/sqrt(d_in)), what PEFT draws.
+  """
+  adapters = {}
+  for i, (target, (layers, d_in, d_out)) in enumerate(sorted(dims.items())):
+    key_t, shape = jax.random.fold_in(key, i), (layers, d_in, slots)
+    if rule == 'gaussian':
+      a = jax.random.normal(key_t, shape)
+    else:
+      a = jax.random.uniform(key_t, shape, minval=-1.0)
+    adapters[target] = Lora(a / d_in**0.5, jnp.zeros((layers, slots, d_out)))
+  return adapters
+
+
+def apply(h: Array, adapter: Lora, scale: Array) -> Array:
+  """Returns `scale * h A B` in the type of `h` [..., d_in] -> [..., d_out]."""
+  low = h @ adapter.a.astype(h.dtype)
+  return scale.astype(h.dtype) * (low @ adapter.b.astype(h.dtype))
+
+
+def prefix_mask(rank: Array, slots: int) -> Array:
+  """Marks the first `rank` of `slots` slots: [...] int -> [..., R] float."""
+  return (jnp.arange(slots) < rank[..., None]).astype(jnp.float32)
+
+
+def masked(adapter: Lora, mask: Array) -> Lora:
+  """Zeroes the slots where `mask` [..., R] is 0, in both factors."""
+  return Lora(adapter.a * mask[..., None, :], adapter.b * mask[..., :, None])
+
+
+def truncate(adapters: Adapters, masks: Masks) -> Adapters:
+  """Zeroes every slot outside `masks`; shapes stay the same."""
+  return {t: masked(adapters[t], masks[t]) for t in adapters}
+
+
+def select(masks: Masks, new: Adapters, old: Adapters) -> Adapters:
+  """Takes a slot from `new` where `masks` is not 0, else from `old`."""
+  return {
+    t: Lora(
+      jnp.where(masks[t][..., None, :] > 0, new[t].a, old[t].a),
+      jnp.where(masks[t][..., :, None] > 0, new[t].b, old[t].b),
+    )
+    for t in new
+  }
+
+
+def delta_norm(adapter: Lora) -> Array:
+  """Returns ||A B||_F from two R x R Gram matrices, never forming A B."""
+  gram_a = jnp.einsum('...dr,...ds->...rs', adapter.a, adapter.a)
+  gram_b = jnp.einsum('...rd,...sd->...rs', adapter.b, adapter.b)
+  # Rounding can leave a tiny negative number where the product is zero.
+  return safe_norm(jnp.maximum((gram_a * gram_b).sum((-2, -1)), 0.0))
+
+
+def factor_norm_product(adapter: Lora) -> Array:
+  """Returns ||A||_F ||B||_F, the size of a tail in HetLoRA's penalty."""
+  norm_a = safe_norm((adapter.a**2).sum((-2, -1)))
+  norm_b = safe_norm((adapter.b**2).sum((-2, -1)))
+  return norm_a * norm_b
+
+
+def delta_norms(adapters: Adapters, scale: Array) -> Norms:
+  """Returns ||scale A B||_F of every matrix: target -> [..., L]."""
+  return {t: scale[..., None] * delta_norm(x) for t, x in adapters.items()}
+
+
+def delta(adapter: Lora, scale: Array) -> Array:
+  """Forms `scale A B` [..., d_in, d_out]; for export and tests only."""
+  return scale * (adapter.a @ adapter.b)
