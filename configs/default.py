@@ -1,0 +1,165 @@
+"""Every number of an experiment, glossed once: HetLoRA as its paper runs it.
+
+Other files here change some of these; flags (`--config.seed=1`) change any.
+The comment above a field is what `--print_config` shows.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the defaults, section by section."""
+  c = ml_collections.ConfigDict()
+  # Seed of everything random: people, batches, ranks, initialisation.
+  c.seed = 0
+  # Method, a row of hetlora_jax/methods/registry.py.
+  c.method = 'hetlora'
+
+  f = c.federated = ml_collections.ConfigDict()
+  # Rounds of federated training.
+  f.num_rounds = 20
+  # People sampled a round, without replacement.
+  f.clients_per_round = 10
+  # How people are sampled: 'uniform', or 'by_size' of their data.
+  f.sampling = 'uniform'
+  # Optimizer steps a client takes in a round.
+  f.local_steps = 5
+  # Examples a step.
+  f.local_batch = 8
+  # Smallest rank; nobody prunes below it.
+  f.r_min = 5
+  # Largest rank, and the number of rank slots of every adapter.
+  f.r_max = 50
+  # Decay factor in (0, 1]: the tail is slots [gamma r, r). 1 never prunes.
+  f.gamma = 0.99
+  # Lambda, the weight of ||B_tail|| ||A_tail|| in a client's loss.
+  f.tail_penalty = 0.1
+  # Clients trained at once, the memory dial; 0 is all of the round's.
+  f.clients_at_once = 0
+
+  r = c.ranks = ml_collections.ConfigDict()
+  # Who gets which rank: 'uniform', 'power_law', 'explicit' or 'tiers'.
+  r.distribution = 'power_law'
+  # Exponent of the power law p(r) ~ r**-exponent on [r_min, r_max].
+  r.exponent = 1.0
+  # Ranks of person 0, 1, ..., repeated ('explicit').
+  r.explicit = (5, 50)
+  # Ranks of the device tiers ('tiers').
+  r.tiers = (5, 20, 50)
+  # Share of the people in each tier; sums to 1.
+  r.tier_fractions = (0.6, 0.3, 0.1)
+
+  m = c.methods = ml_collections.ConfigDict()
+  # What a client is sent; '' takes the method's rule, here and below.
+  m.distribution = ''
+  # What a client minimises besides its task.
+  m.objective = ''
+  # Which rank a client keeps after training.
+  m.pruning = ''
+  # How much each client counts.
+  m.weighting = ''
+  # How the clients' adapters become one.
+  m.aggregation = ''
+  # From the aggregate to the server's adapters.
+  m.redistribution = ''
+  # Rounding of gamma r: 'floor', or 'nearest' (empty tails at small ranks).
+  m.tail_rounding = 'floor'
+  # One rank a 'client', or one a 'matrix'.
+  m.prune_scope = 'client'
+  # A tail must become smaller than the one 'received' or 'last_trained'.
+  m.prune_against = 'received'
+  # Whether a pruned rank holds in later rounds.
+  m.keep_pruned_rank = True
+  # Norm weights over the whole 'model', a 'layer', or a 'matrix'.
+  m.weight_scope = 'model'
+
+  lora = c.lora = ml_collections.ConfigDict()
+  # Adapted matrices: any of q, k, v, o, gate, up, down.
+  lora.targets = ('q', 'v')
+  # LoRA scale (or alpha, under the other rules): delta W = scale A B.
+  lora.scale = 2.0
+  # 'constant', 'alpha_over_r' or 'alpha_over_sqrt_r'.
+  lora.scale_rule = 'constant'
+  # How A is drawn: 'gaussian' or 'kaiming_uniform'; B starts at zero.
+  lora.init = 'gaussian'
+
+  o = c.client_optimizer = ml_collections.ConfigDict()
+  # 'adam', 'adamw' or 'sgd'; moments start afresh every round.
+  o.name = 'adam'
+  # Learning rate of the clients.
+  o.learning_rate = 1e-3
+  # Decoupled weight decay ('adamw' only).
+  o.weight_decay = 0.0
+
+  o = c.server_optimizer = ml_collections.ConfigDict()
+  # 'sgd', 'momentum', 'adam' or 'yogi' on the pseudo-gradient.
+  o.name = 'sgd'
+  # Learning rate of the server; sgd at 1.0 takes the aggregate as it is.
+  o.learning_rate = 1.0
+
+  m = c.model = ml_collections.ConfigDict()
+  # 'gemma3_270m', 'smollm2_135m', a .gguf, a Hugging Face folder or 'random'.
+  m.source = 'gemma3_270m'
+  # 'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.
+  m.dtype = 'auto'
+  # Recompute layers in the backward pass instead of storing them.
+  m.remat = False
+  # Shape of a 'random' model, of the Gemma 3 family.
+  x = m.random = ml_collections.ConfigDict()
+  # Width of the residual stream.
+  x.width = 64
+  # Number of layers.
+  x.num_layers = 2
+  # Query heads; half as many key-value heads.
+  x.num_heads = 4
+  # Width of a head.
+  x.head_dim = 16
+  # Hidden width of the MLP.
+  x.mlp_width = 128
+  # Words of the tokenizer that is trained on the data.
+  x.vocab_size = 384
+
+  d = c.data = ml_collections.ConfigDict()
+  # Data set: 'chitchat' or 'synthetic'.
+  d.name = 'chitchat'
+  # People with fewer examples are left out.
+  d.min_examples = 20
+  # Share of the people that is never trained on.
+  d.unseen_fraction = 0.2
+  # Share of a person's examples, the latest, kept for evaluation.
+  d.heldout_fraction = 0.2
+  # Turns of context before the target, at most 4.
+  d.context_turns = 4
+  # Tokens of a packed row.
+  d.row_tokens = 256
+  # Room for tokens, times local_batch; longer contexts lose their start.
+  d.tokens_per_example = 96
+  # Room for target tokens, times local_batch; longer targets lose their end.
+  d.targets_per_example = 32
+
+  e = c.eval = ml_collections.ConfigDict()
+  # Rounds between evaluations; 0 evaluates at the start and the end only.
+  e.every = 10
+  # People evaluated, of those seen and of those unseen each.
+  e.num_people = 32
+  # Examples of each.
+  e.examples_per_person = 4
+  # Also give seen people the adapter truncated to their own rank.
+  e.own_rank = False
+
+  k = c.checkpoint = ml_collections.ConfigDict()
+  # Rounds between checkpoints; the last round is always saved.
+  k.every = 10
+  # Checkpoints kept.
+  k.keep = 2
+
+  w = c.communication = ml_collections.ConfigDict()
+  # Bytes a parameter takes on the wire.
+  w.bytes_per_parameter = 4
+
+  x = c.mesh = ml_collections.ConfigDict()
+  # Devices along which clients are spread.
+  x.clients = 1
+  # Devices along which the base model is split.
+  x.model = 1
+  return c.lock()

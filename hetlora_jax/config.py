@@ -1,0 +1,370 @@
+"""The border: a ConfigDict in, frozen dataclasses out, or an error at once.
+
+No defaults live here; `configs/default.py` has every number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+
+from hetlora_jax import lora, ranks
+from hetlora_jax.methods import (
+  aggregation,
+  distribution,
+  objective,
+  pruning,
+  redistribution,
+  registry,
+  tail,
+  weighting,
+)
+
+_record = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run; the message names field and remedy."""
+
+
+@_record
+class Federated:
+  num_rounds: int
+  clients_per_round: int
+  sampling: str
+  local_steps: int
+  local_batch: int
+  r_min: int
+  r_max: int
+  gamma: float
+  tail_penalty: float
+  clients_at_once: int
+
+
+@_record
+class Ranks:
+  distribution: str
+  exponent: float
+  explicit: tuple[int, ...]
+  tiers: tuple[int, ...]
+  tier_fractions: tuple[float, ...]
+
+
+@_record
+class Methods:
+  distribution: str
+  objective: str
+  pruning: str
+  weighting: str
+  aggregation: str
+  redistribution: str
+  tail_rounding: str
+  prune_scope: str
+  prune_against: str
+  keep_pruned_rank: bool
+  weight_scope: str
+
+
+@_record
+class LoraConfig:
+  targets: tuple[str, ...]
+  scale: float
+  scale_rule: str
+  init: str
+
+
+@_record
+class ClientOptimizer:
+  name: str
+  learning_rate: float
+  weight_decay: float
+
+
+@_record
+class ServerOptimizer:
+  name: str
+  learning_rate: float
+
+
+@_record
+class RandomModel:
+  width: int
+  num_layers: int
+  num_heads: int
+  head_dim: int
+  mlp_width: int
+  vocab_size: int
+
+
+@_record
+class Model:
+  source: str
+  dtype: str
+  remat: bool
+  random: RandomModel
+
+
+@_record
+class Data:
+  name: str
+  min_examples: int
+  unseen_fraction: float
+  heldout_fraction: float
+  context_turns: int
+  row_tokens: int
+  tokens_per_example: int
+  targets_per_example: int
+
+
+@_record
+class Eval:
+  every: int
+  num_people: int
+  examples_per_person: int
+  own_rank: bool
+
+
+@_record
+class Checkpoint:
+  every: int
+  keep: int
+
+
+@_record
+class Communication:
+  bytes_per_parameter: int
+
+
+@_record
+class Mesh:
+  clients: int
+  model: int
+
+
+@_record
+class Config:
+  """A whole experiment; `to_dict` of it is `config.json`."""
+
+  seed: int
+  method: str
+  federated: Federated
+  ranks: Ranks
+  methods: Methods
+  lora: LoraConfig
+  client_optimizer: ClientOptimizer
+  server_optimizer: ServerOptimizer
+  model: Model
+  data: Data
+  eval: Eval
+  checkpoint: Checkpoint
+  communication: Communication
+  mesh: Mesh
+
+
+ROLES = {
+  'distribution': distribution.TABLE,
+  'objective': objective.TABLE,
+  'pruning': pruning.TABLE,
+  'weighting': weighting.TABLE,
+  'aggregation': aggregation.TABLE,
+  'redistribution': redistribution.TABLE,
+}
+SCALE_RULES = {'constant': 0.0, 'alpha_over_r': 1.0, 'alpha_over_sqrt_r': 0.5}
+DTYPES = ('auto', 'float32', 'bfloat16')
+CLIENT_OPTIMIZERS = ('adam', 'adamw', 'sgd')
+SERVER_OPTIMIZERS = ('sgd', 'momentum', 'adam', 'yogi')
+_CHOICES = {
+  'method': registry.METHODS,
+  'federated.sampling': ('uniform', 'by_size'),
+  'ranks.distribution': ranks.DISTRIBUTIONS,
+  **{f'methods.{r}': ('', *table) for r, table in ROLES.items()},
+  'methods.tail_rounding': tail.ROUNDINGS,
+  'methods.prune_scope': ('client', 'matrix'),
+  'methods.prune_against': pruning.REFERENCES,
+  'methods.weight_scope': weighting.SCOPES,
+  'lora.scale_rule': SCALE_RULES,
+  'lora.init': lora.INITS,
+  'client_optimizer.name': CLIENT_OPTIMIZERS,
+  'server_optimizer.name': SERVER_OPTIMIZERS,
+  'model.dtype': DTYPES,
+}
+_AT_LEAST = {
+  0: (
+    'seed federated.tail_penalty federated.clients_at_once ranks.exponent '
+    'client_optimizer.learning_rate client_optimizer.weight_decay '
+    'server_optimizer.learning_rate eval.every'
+  ),
+  1: (
+    'federated.num_rounds federated.clients_per_round federated.local_steps '
+    'federated.local_batch federated.r_min federated.r_max data.min_examples '
+    'data.context_turns data.row_tokens data.tokens_per_example '
+    'data.targets_per_example eval.num_people eval.examples_per_person '
+    'checkpoint.every checkpoint.keep communication.bytes_per_parameter '
+    'mesh.clients mesh.model model.random.width model.random.num_layers '
+    'model.random.num_heads model.random.head_dim model.random.mlp_width '
+    'model.random.vocab_size'
+  ),
+}
+
+
+def resolve(raw: ml_collections.ConfigDict) -> Config:
+  """Turns a ConfigDict into a checked Config, or raises ConfigError."""
+  config = _build(Config, raw.to_dict(), '')
+  _check(config)
+  return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Returns plain nested dicts, as written to `config.json`."""
+  return dataclasses.asdict(config)
+
+
+def rule_names(config: Config) -> dict[str, str]:
+  """Returns role -> rule: the method's row, overridden by flags."""
+  row = registry.METHODS[config.method]._asdict()
+  return {r: getattr(config.methods, r) or row[r] for r in ROLES}
+
+
+def _build(cls, values: dict, prefix: str):
+  hints = typing.get_type_hints(cls)
+  for name in values:
+    if name not in hints:
+      close = difflib.get_close_matches(name, hints, 1, 0)
+      raise ConfigError(
+        f'config.{prefix}{name} does not exist; did you mean '
+        f'config.{prefix}{close[0]}?'
+      )
+  missing = sorted(set(hints) - set(values))
+  if missing:
+    raise ConfigError(f'config.{prefix}{missing[0]} is missing: start from '
+                      'configs/default.py, which has every field.')  # fmt: skip
+  return cls(
+    **{n: _typed(hints[n], values[n], f'{prefix}{n}') for n in hints}
+  )
+
+
+def _typed(hint, value, name: str):
+  """Checks one value's type; an int may stand for a float."""
+  if dataclasses.is_dataclass(hint):
+    return _build(hint, value, f'{name}.')
+  if typing.get_origin(hint) is tuple:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(_typed(typing.get_args(hint)[0], v, name) for v in values)
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if hint is float and is_number:
+    return float(value)
+  if hint is int and is_number and value == int(value):
+    return int(value)
+  if hint in (str, bool) and isinstance(value, hint):
+    return value
+  raise ConfigError(
+    f'config.{name}={value!r} is of type {type(value).__name__}: give '
+    f'{"an" if hint is int else "a"} {hint.__name__}.'
+  )
+
+
+def _lookup(config: Config, path: str):
+  for part in path.split('.'):
+    config = getattr(config, part)
+  return config
+
+
+def _check(config: Config) -> None:
+  """Raises at the first value that cannot work."""
+  for path, choices in _CHOICES.items():
+    value = _lookup(config, path)
+    if value not in choices:
+      valid = ', '.join(repr(x) for x in choices)
+      raise ConfigError(f'config.{path}={value!r} is unknown: one of {valid}.')
+  for bound, paths in _AT_LEAST.items():
+    for path in paths.split():
+      value = _lookup(config, path)
+      if not bound <= value < 2**31:
+        raise ConfigError(
+          f'config.{path}={value} must be at least {bound} (and finite).'
+        )
+  for path, value, ok, remedy in _conditions(config):
+    if not ok:
+      raise ConfigError(f'config.{path}={value} is impossible: {remedy}.')
+  _check_tail(config)
+
+
+def _conditions(c: Config) -> Iterator[tuple[str, Any, bool, str]]:
+  """Yields (field, value, whether it holds, what would)."""
+  f, r = c.federated, c.ranks
+  yield (
+    'federated.r_min', f.r_min, f.r_min <= f.r_max,
+    f'it exceeds federated.r_max={f.r_max}; lower it or raise r_max',
+  )  # fmt: skip
+  yield 'federated.gamma', f.gamma, 0 < f.gamma <= 1, 'it must be in (0, 1]'
+  for name in ('explicit', 'tiers'):
+    values = getattr(r, name)
+    ok = values and all(1 <= x <= f.r_max for x in values)
+    yield (
+      f'ranks.{name}', values, r.distribution != name or bool(values and ok),
+      f'every rank must be in 1..federated.r_max={f.r_max}',
+    )  # fmt: skip
+  fractions = r.tier_fractions
+  fits = len(fractions) == len(r.tiers) and min(fractions, default=-1) >= 0
+  yield (
+    'ranks.tier_fractions', fractions,
+    r.distribution != 'tiers' or (fits and abs(sum(fractions) - 1) < 1e-6),
+    'give one for each of ranks.tiers, summing to 1',
+  )  # fmt: skip
+  for name in ('unseen_fraction', 'heldout_fraction'):
+    value = getattr(c.data, name)
+    yield f'data.{name}', value, 0 < value < 1, 'it must be in (0, 1)'
+  yield (
+    'data.context_turns', c.data.context_turns, c.data.context_turns <= 4,
+    'the data sets keep 4 turns',
+  )  # fmt: skip
+  yield (
+    'data.targets_per_example', c.data.targets_per_example,
+    c.data.targets_per_example < c.data.tokens_per_example,
+    f'it must be below data.tokens_per_example={c.data.tokens_per_example}',
+  )  # fmt: skip
+  yield (
+    'data.row_tokens', c.data.row_tokens,
+    c.data.row_tokens >= c.data.tokens_per_example,
+    f'a row must hold data.tokens_per_example={c.data.tokens_per_example}',
+  )  # fmt: skip
+
+
+def _check_tail(config: Config) -> None:
+  names = rule_names(config)
+  if 'tail_penalty' in names['objective'] or names['pruning'] == 'norm_tail':
+    f = config.federated
+    try:
+      tail.check(
+        range(f.r_min, f.r_max + 1), f.gamma, config.methods.tail_rounding
+      )
+    except ValueError as error:
+      raise ConfigError(f'config.{error}') from error
+
+
+def glosses() -> dict[str, str]:
+  """Returns field -> the comment above it in configs/default.py."""
+  from configs import default
+
+  section, out, comment = {'c': ''}, {}, ''
+  for line in inspect.getsource(default.get_config).splitlines():
+    line = line.strip()
+    names = re.match(r'([\w.]+) =', line)
+    path = re.search(r'(?:= |^)(\w+)\.(\w+) = ', line)
+    if line.startswith('# '):
+      comment = f'{comment} {line[2:]}'.strip()
+    elif names and path:
+      full = section[path[1]] + path[2]
+      if 'ConfigDict' in line:
+        section[names[1]] = f'{full}.'
+      else:
+        out[full] = comment
+      comment = ''
+  return out

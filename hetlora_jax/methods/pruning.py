@@ -1,0 +1,49 @@
+"""Which rank a client keeps after training.
+
+Prune = (before [G], trained, rank [G], hyper) -> rank [G], where `before` is
+the size of the tail to be beaten.
+"""
+
+import functools
+
+import jax.numpy as jnp
+
+from hetlora_jax import ranks
+from hetlora_jax.methods import tail
+from hetlora_jax.types import Adapters, Array, Hyperparameters
+
+REFERENCES = ('received', 'last_trained')
+
+
+def none(
+  before: Array, trained: Adapters, rank: Array, hyper: Hyperparameters
+) -> Array:
+  """Keeps every rank."""
+  del before, trained, hyper
+  return rank
+
+
+def norm_tail(
+  before: Array,
+  trained: Adapters,
+  rank: Array,
+  hyper: Hyperparameters,
+  *,
+  rounding: str,
+) -> Array:
+  """Gives up a tail that became strictly smaller (HetLoRA, 2401.06432).
+
+  Nobody prunes below r_min, nor in the first round: B starts at zero, so does
+  the tail, and nothing is smaller.
+  """
+  sizes = tail.norms(trained, rank, hyper.gamma, rounding)
+  shrunk = ranks.gather(sizes, rank.shape[0]) < before
+  kept = tail.kept_rank(rank, hyper.gamma, rounding)
+  floor = jnp.minimum(hyper.r_min, rank)
+  return jnp.where(shrunk, jnp.maximum(kept, floor), rank)
+
+
+TABLE = {
+  'none': lambda rounding: none,
+  'norm_tail': lambda rounding: functools.partial(norm_tail, rounding=rounding),
+}

@@ -1,0 +1,77 @@
+"""How much each client counts, for every matrix and rank slot.
+
+Weigh = (num_examples [C], masks [C, L, R], norms [C, L]) -> weights of the
+shape of the masks, summing to 1 over the clients. A client without examples
+weighs nothing. The rules never see factors.
+"""
+
+import functools
+
+import jax.numpy as jnp
+
+from hetlora_jax.types import Array, Masks, Norms
+
+SCOPES = ('model', 'layer', 'matrix')
+
+
+def _share(value: Array) -> Array:
+  """Divides by the sum over clients (the first axis); all-zero stays zero."""
+  total = value.sum(0, keepdims=True)
+  return value / jnp.where(total > 0, total, 1)
+
+
+def _everywhere(weight_C: Array, masks: Masks) -> Masks:
+  """Gives every matrix and slot the client's weight."""
+  return {
+    t: jnp.broadcast_to(weight_C[:, None, None], m.shape)
+    for t, m in masks.items()
+  }
+
+
+def uniform(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
+  """Weighs all clients alike."""
+  del norms
+  return _everywhere(_share((num_examples > 0).astype(jnp.float32)), masks)
+
+
+def size(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
+  """Weighs clients by their examples (FedAvg; McMahan et al., 2017)."""
+  del norms
+  return _everywhere(_share(num_examples), masks)
+
+
+def norm(
+  num_examples: Array, masks: Masks, norms: Norms, *, scope: str
+) -> Masks:
+  """Weighs clients by ||dW_k||_F, richer updates more (HetLoRA, 2401.06432).
+
+  Args:
+    num_examples: [C]; only its zeros matter.
+    masks: target -> [C, L, R].
+    norms: target -> [C, L].
+    scope: 'model', one norm over all matrices; 'layer', over the matrices of
+      a layer; 'matrix', each its own.
+  """
+  present = (num_examples > 0).astype(jnp.float32)
+  square = {t: x**2 for t, x in norms.items()}
+  if scope != 'matrix':
+    layer = sum(square.values())
+    square = dict.fromkeys(square, layer)
+  if scope == 'model':
+    whole = jnp.broadcast_to(layer.sum(1, keepdims=True), layer.shape)
+    square = dict.fromkeys(square, whole)
+  out = {}
+  for t, mask in masks.items():
+    weight = jnp.sqrt(square[t]) * present[:, None]
+    # In the first step of some runs every norm is zero: then all are alike.
+    silent = weight.sum(0, keepdims=True) == 0
+    weight = _share(jnp.where(silent, present[:, None], weight))
+    out[t] = jnp.broadcast_to(weight[..., None], mask.shape)
+  return out
+
+
+TABLE = {
+  'uniform': lambda scope: uniform,
+  'size': lambda scope: size,
+  'norm': lambda scope: functools.partial(norm, scope=scope),
+}

@@ -1,0 +1,1 @@
+"""The decoder, its kernels and the loaders of pretrained weights."""
