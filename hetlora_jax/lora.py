@@ -48,7 +48,10 @@ def apply(h: Array, adapter: Lora, scale: Array) -> Array:
 
 def prefix_mask(rank: Array, slots: int) -> Array:
   """Marks the first `rank` of `slots` slots: [...] int -> [..., R] float."""
-  return (jnp.arange(slots) < rank[..., None]).astype(jnp.float32)
+  index = jax.lax.broadcasted_iota(
+    jnp.int32, (*rank.shape, slots), rank.ndim
+  )
+  return (index < rank[..., None]).astype(jnp.float32)
 
 
 def masked(adapter: Lora, mask: Array) -> Lora:
@@ -88,8 +91,8 @@ def factor_norm_product(adapter: Lora) -> Array:
 
 
 def delta_norms(adapters: Adapters, scale: Array) -> Norms:
-  """Returns ||scale A B||_F of every matrix: target -> [..., L]."""
-  return {t: scale[..., None] * delta_norm(x) for t, x in adapters.items()}
+  """Returns ||scale A B||_F of every matrix: target -> [L]; scale is []."""
+  return {t: scale * delta_norm(x) for t, x in adapters.items()}
 
 
 def delta(adapter: Lora, scale: Array) -> Array:

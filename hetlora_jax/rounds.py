@@ -30,7 +30,7 @@ from hetlora_jax.types import (
 class Rules:
   """The static choices of a run: pure functions, closed over by the round."""
 
-  scale: Callable  # (rank [G], adapters, hyper) -> []
+  scale: Callable  # (rank [G], hyper) -> []
   distribute: Callable  # (adapters, masks, key) -> adapters
   local_update: Callable  # client.local_update, its first arguments bound
   tail_norms: Callable  # (adapters, rank [G], gamma) -> target -> [L]
@@ -132,6 +132,8 @@ def federated_round(
     'present': present_C,
     'sent_rank': sent_rank_CG,
     'rank': rank_CG,
-    'population_rank': new_state.rank,
+    'rank_mean': new_state.rank.astype(jnp.float32).mean(),
+    'rank_min': new_state.rank.min(),
+    'rank_max': new_state.rank.max(),
     'weight': {t: w.mean((1, 2)) for t, w in weights.items()},
   }

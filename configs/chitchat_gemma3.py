@@ -1,0 +1,19 @@
+"""HetLoRA fine-tunes Gemma 3 270M on real people's chats: the main job.
+
+Command: make train
+"""
+
+from configs import default
+
+
+def get_config():
+  """Returns the experiment."""
+  c = default.get_config()
+  f = c.federated
+  f.num_rounds, f.clients_per_round = 8, 6
+  f.local_steps, f.local_batch = 2, 4
+  f.clients_at_once = 2
+  c.data.context_turns = 3
+  c.data.tokens_per_example, c.data.targets_per_example = 64, 24
+  c.eval.num_people, c.eval.examples_per_person, c.eval.every = 24, 2, 0
+  return c

@@ -1,0 +1,13 @@
+"""The main job on SmolLM2-135M-Instruct (Apache-2.0).
+
+Command: make train CONFIG=configs/chitchat_smollm2.py
+"""
+
+from configs import chitchat_gemma3
+
+
+def get_config():
+  """Returns the experiment."""
+  c = chitchat_gemma3.get_config()
+  c.model.source = 'smollm2_135m'
+  return c

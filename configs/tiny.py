@@ -1,0 +1,23 @@
+"""HetLoRA on a random tiny model and synthetic people: first contact.
+
+Command: python -m launch.train --config=configs/tiny.py --workdir=/tmp/tiny
+"""
+
+from configs import default
+
+
+def get_config():
+  """Returns the experiment."""
+  c = default.get_config()
+  f = c.federated
+  f.num_rounds, f.clients_per_round = 30, 8
+  f.local_steps, f.local_batch = 4, 8
+  f.r_min, f.r_max = 2, 16
+  c.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+  c.client_optimizer.learning_rate = 1e-2
+  c.model.source, c.model.dtype = 'random', 'float32'
+  c.data.name = 'synthetic'
+  c.data.row_tokens = 128
+  c.data.tokens_per_example, c.data.targets_per_example = 48, 24
+  c.eval.num_people, c.eval.every = 12, 10
+  return c

@@ -1,0 +1,1 @@
+"""Measures of a model on people's held-out turns."""

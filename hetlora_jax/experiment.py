@@ -1,0 +1,483 @@
+"""The host's side of a run: restore, run rounds, evaluate, log, save."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import pathlib
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import logging
+
+from hetlora_jax import (
+  build,
+  checkpoint,
+  communication,
+  metrics,
+  prng,
+  sharding,
+)
+from hetlora_jax.config import Config, ConfigError, to_dict
+from hetlora_jax.data import cohorts, people, tokenizer
+from hetlora_jax.evaluation import perplexity
+from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.types import Cohort, PyTree, ServerState
+
+# A run may be continued with other values of these.
+_MAY_CHANGE = ('federated.num_rounds', 'eval.', 'checkpoint.', 'mesh.')
+
+
+class Interrupted(Exception):
+  """Somebody asked the run to stop; its state has been saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """Everything a run needs, built and checked; nothing written yet."""
+
+  config: Config
+  people: people.People
+  base: PyTree
+  dims: dict[str, tuple[int, int, int]]
+  evaluation: dict[str, Cohort]  # name -> evaluation set
+  hyper: Any
+  initial_state: ServerState
+  run_round: Callable
+  evaluate: dict[str, Callable]  # name -> (base, state, cohort, hyper) -> loss
+  mesh: jax.sharding.Mesh
+  description: dict[str, Any]
+
+
+def fastest_dtype() -> str:
+  """Returns what this machine multiplies fastest.
+
+  A CPU without AMX computes bfloat16 products by way of float32.
+  """
+  if jax.default_backend() != 'cpu':
+    return 'bfloat16'
+  info = pathlib.Path('/proc/cpuinfo')
+  has_amx = info.exists() and 'amx_bf16' in info.read_text()
+  return 'bfloat16' if has_amx else 'float32'
+
+
+def _random_model(config: Config, dtype):
+  """Returns a model nobody has trained, and a tokenizer made for the data."""
+  c = config.model.random
+  text = people.corpus(config.data.name)
+  words = tokenizer.train(text, c.vocab_size)
+  shape = decoder.DecoderConfig(
+    family='gemma3',
+    vocab_size=words.vocab_size,
+    num_layers=c.num_layers,
+    width=c.width,
+    num_heads=c.num_heads,
+    num_kv_heads=max(1, c.num_heads // 2),
+    head_dim=c.head_dim,
+    mlp_width=c.mlp_width,
+    norm_eps=1e-6,
+    rope_base=1e4,
+    rope_base_local=1e4,
+    sliding_window=0,
+    global_every=1,
+    qk_norm=True,
+    post_norms=True,
+    embed_scale=True,
+    activation='gelu',
+    query_scale=c.head_dim**-0.5,
+    tied_embeddings=False,
+  )
+  key = prng.stream(config.seed, 'base')
+  return shape, lambda: decoder.init_params(shape, key, dtype), words
+
+
+def _packing(config: Config, examples: int) -> dict[str, int]:
+  """Returns the shape of a batch of so many examples."""
+  d = config.data
+  room = examples * d.tokens_per_example
+  row_tokens = min(d.row_tokens, room)
+  return {
+    'rows': math.ceil(room / row_tokens),
+    'row_tokens': row_tokens,
+    'num_targets': examples * d.targets_per_example,
+  }
+
+
+def _load_people(config: Config, words) -> people.People:
+  d = config.data
+  try:
+    crowd = people.load(
+      d.name,
+      words,
+      min_examples=d.min_examples,
+      unseen_fraction=d.unseen_fraction,
+      heldout_fraction=d.heldout_fraction,
+      max_context_turns=d.context_turns,
+    )
+  except ValueError as error:
+    raise ConfigError(f'config.data: {error}') from error
+  population, wanted = len(crowd.client_ids), config.federated.clients_per_round
+  if wanted > population:
+    raise ConfigError(
+      f'config.federated.clients_per_round={wanted} exceeds the {population} '
+      f'people of {d.name!r} with data.min_examples={d.min_examples}: lower it.'
+    )
+  return crowd
+
+
+def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
+  e, out = config.eval, {}
+  for name, kind in (('seen', 'heldout'), ('unseen', 'unseen')):
+    out[name] = cohorts.evaluation_set(
+      crowd,
+      kind,
+      num_people=min(e.num_people, len(crowd.groups[kind].ids)),
+      examples_per_person=e.examples_per_person,
+      **_packing(config, e.examples_per_person),
+    )
+  return out
+
+
+def prepare(config: Config) -> Experiment:
+  """Builds and checks everything; raises ConfigError before any writing."""
+  mesh = sharding.make_mesh(config.mesh.clients, config.mesh.model)
+  name = config.model.dtype
+  dtype = jnp.dtype(fastest_dtype() if name == 'auto' else name)
+  if config.model.source == 'random':
+    shape, load_params, words = _random_model(config, dtype)
+    fingerprint = f'random-{config.seed}'
+  else:
+    model = pretrained.load(config.model.source, dtype=dtype)
+    shape, words, fingerprint = model.config, model.tokenizer, model.fingerprint
+    load_params = lambda: model.params  # noqa: E731
+  try:
+    dims = decoder.adapter_dims(shape, config.lora.targets)
+  except ValueError as error:
+    raise ConfigError(f'config.{error}') from error
+  crowd = _load_people(config, words)
+  loss = decoder.make_loss(shape, dtype, config.model.remat)
+  rules = build.make_rules(config, loss)
+  rank_N = build.draw_ranks(config, len(crowd.client_ids))
+  everywhere = sharding.replicated(mesh)
+  base = load_params()
+  scale = build.make_scale(config)
+  evaluate = {
+    name: perplexity.make_evaluate(loss, scale, own_rank=False)
+    for name in ('seen', 'unseen')
+  }
+  if config.eval.own_rank:
+    evaluate['seen_own'] = perplexity.make_evaluate(loss, scale, own_rank=True)
+  return Experiment(
+    config=config,
+    people=crowd,
+    base=jax.device_put(base, sharding.base(mesh, base)),
+    dims=dims,
+    evaluation=jax.device_put(_evaluation_sets(config, crowd), everywhere),
+    hyper=jax.device_put(build.make_hyperparameters(config), everywhere),
+    initial_state=jax.device_put(
+      build.init_state(config, dims, rank_N, rules), everywhere
+    ),
+    run_round=build.make_round(rules, mesh),
+    evaluate=evaluate,
+    mesh=mesh,
+    description={
+      'model': config.model.source,
+      'model_fingerprint': fingerprint,
+      'dtype': dtype.name,
+      'training_people': len(crowd.client_ids),
+      'unseen_people': len(crowd.groups['unseen'].ids),
+      'adapter_parameters_r_max': communication.lora_parameters(
+        np.array([[config.federated.r_max]]), dims
+      ),
+    },
+  )
+
+
+def make_cohort(x: Experiment, round_number: int) -> Cohort:
+  """Builds and places the cohort of a round: a function of (seed, round)."""
+  f, devices = x.config.federated, x.config.mesh.clients
+  cohort = cohorts.make_cohort(
+    x.people,
+    seed=x.config.seed,
+    round=round_number,
+    clients_per_round=f.clients_per_round,
+    local_steps=f.local_steps,
+    local_batch=f.local_batch,
+    sampling=f.sampling,
+    pad_to=math.ceil(f.clients_per_round / devices) * devices,
+    **_packing(x.config, f.local_batch),
+  )
+  return jax.device_put(cohort, sharding.over_clients(x.mesh))
+
+
+def _cohorts_ahead(x: Experiment, first: int, last: int) -> Iterator[Cohort]:
+  """Builds the next round's cohort while this round runs."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    coming = pool.submit(make_cohort, x, first)
+    for round_number in range(first + 1, last + 1):
+      ready = coming.result()
+      if round_number < last:
+        coming = pool.submit(make_cohort, x, round_number)
+      yield ready
+
+
+def evaluate(x: Experiment, state: ServerState) -> metrics.Row:
+  """Returns loss and perplexity of seen and unseen people."""
+  row = {}
+  for name, function in x.evaluate.items():
+    cohort = x.evaluation[name.removesuffix('_own')]
+    loss = float(function(x.base, state, cohort, x.hyper))
+    row[f'eval/{name}/loss'] = loss
+    row[f'eval/{name}/perplexity'] = math.exp(min(loss, 700.0))
+  return row
+
+
+def _round_row(x: Experiment, done: int, out: dict, seconds: float):
+  """Returns a finished round's line of metrics.jsonl."""
+  out = jax.device_get(out)
+  present, tokens = out['present'], float(out['tokens'])
+  sent, kept = out['sent_rank'][present], out['rank'][present]
+  wire = x.config.communication.bytes_per_parameter
+  return {
+    'round': done,
+    'train/loss': float(out['loss_sum']) / max(tokens, 1.0),
+    'train/tokens': int(tokens),
+    'rank/mean': float(out['rank_mean']),
+    'rank/min': int(out['rank_min']),
+    'rank/max': int(out['rank_max']),
+    'rank/pruned': int((kept < sent).any(1).sum()),
+    'comm/up_bytes': wire * communication.lora_parameters(kept, x.dims),
+    'comm/down_bytes': wire * communication.lora_parameters(sent, x.dims),
+    'time/round_s': seconds,
+    'time/tokens_per_s': tokens / seconds,
+  }
+
+
+def flat(tree: dict, prefix: str = '') -> dict[str, Any]:
+  """Joins the keys of nested dicts with dots."""
+  out = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      out.update(flat(value, f'{prefix}{name}.'))
+    else:
+      out[prefix + name] = value
+  return out
+
+
+def check_workdir(config: Config, workdir: pathlib.Path) -> None:
+  """Raises if the run in `workdir` was made with another configuration."""
+  path = workdir / 'config.json'
+  if workdir.exists() and not workdir.is_dir():
+    raise ConfigError(f'--workdir={workdir} is a file: name a folder.')
+  if not path.exists():
+    return
+  old = flat(json.loads(path.read_text()))
+  new = flat(json.loads(json.dumps(to_dict(config))))
+  for name in sorted(set(old) | set(new)):
+    if old.get(name) != new.get(name) and not name.startswith(_MAY_CHANGE):
+      raise ConfigError(
+        f'--workdir={workdir} holds a run with config.{name}='
+        f'{old.get(name)!r}, not {new.get(name)!r}: use another --workdir, or '
+        'the old value to continue it.'
+      )
+
+
+class _StopSignal:
+  """Notes Ctrl-C and SIGTERM; a second one ends the process at once."""
+
+  def __enter__(self):
+    self.received = None
+    self._before = {
+      number: signal.signal(number, self._note)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    if self.received:
+      sys.exit(128 + number)
+    self.received = number
+    print('\nStopping after this round; once more to stop now.', flush=True)
+
+  def __exit__(self, *exc):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+class _Progress:
+  """A bar on a terminal, plain lines elsewhere."""
+
+  def __init__(self, first: int, last: int):
+    self._bar = tqdm.tqdm(
+      initial=first,
+      total=last,
+      unit='round',
+      disable=not sys.stderr.isatty(),
+      dynamic_ncols=True,
+    )
+    self._last, self._perplexity = last, {}
+
+  def update(self, row: metrics.Row) -> None:
+    for who in ('seen', 'unseen'):
+      if f'eval/{who}/perplexity' in row:
+        self._perplexity[who] = f'{row[f"eval/{who}/perplexity"]:.2f}'
+    if 'train/loss' not in row:
+      text = ', '.join(f'{k} {v}' for k, v in self._perplexity.items())
+      self.say(f'perplexity before training: {text}')
+      return
+    shown = {
+      'loss': f'{row["train/loss"]:.3f}',
+      'rank': f'{row["rank/mean"]:.1f}',
+      'tok/s': f'{row["time/tokens_per_s"]:.0f}',
+      **{f'ppl {k}': v for k, v in self._perplexity.items()},
+    }
+    self._bar.set_postfix(shown, refresh=False)
+    self._bar.update()
+    if self._bar.disable:
+      text = '  '.join(f'{k} {v}' for k, v in shown.items())
+      seconds = row['time/round_s']
+      self.say(f'round {row["round"]}/{self._last}  {text}  {seconds:.1f} s')
+
+  def say(self, text: str) -> None:
+    tqdm.tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+  def close(self) -> None:
+    self._bar.close()
+
+
+def run(config: Config, workdir: pathlib.Path, command: str = '') -> dict:
+  """Runs or continues an experiment and returns its summary.
+
+  Args:
+    config: what to run.
+    workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/,
+      summary.json and curves.png; an earlier run in it is continued.
+    command: how to repeat it, for the summary.
+
+  Raises:
+    ConfigError: the experiment cannot run; nothing has been written.
+    Interrupted: Ctrl-C or SIGTERM; the state has been saved.
+  """
+  check_workdir(config, workdir)
+  started = time.time()
+  x = prepare(config)
+  workdir.mkdir(parents=True, exist_ok=True)
+  metrics.write_json(workdir / 'config.json', to_dict(config))
+  checkpoints = checkpoint.Checkpoints(
+    workdir / 'checkpoints', config.checkpoint.keep
+  )
+  try:
+    state = checkpoints.restore(x.initial_state)
+    first = 0 if state is None else int(state.round)
+    state = x.initial_state if state is None else state
+    if first:
+      logging.info('Continuing after round %d of %s.', first, workdir)
+    # Rows up to the restored round were written before its checkpoint.
+    writer = metrics.Writer(workdir, first + 1 if first else 0)
+    try:
+      state = _run_rounds(x, state, first, writer, checkpoints)
+    finally:
+      writer.close()
+  finally:
+    checkpoints.close()
+  summary = _summary(x, writer.rows, time.time() - started, command)
+  metrics.write_json(workdir / 'summary.json', summary)
+  title = f'{config.method} on {config.data.name}, {config.model.source}'
+  metrics.plot(writer.rows, workdir / 'curves.png', title)
+  return summary
+
+
+def evaluate_checkpoint(config: Config, workdir: pathlib.Path) -> metrics.Row:
+  """Evaluates the newest checkpoint of a run."""
+  if not (workdir / 'checkpoints').is_dir():
+    raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
+  check_workdir(config, workdir)
+  x = prepare(config)
+  checkpoints = checkpoint.Checkpoints(
+    workdir / 'checkpoints', config.checkpoint.keep
+  )
+  state = checkpoints.restore(x.initial_state)
+  checkpoints.close()
+  if state is None:
+    raise ConfigError(f'{workdir}/checkpoints is empty: train first.')
+  return {'round': int(state.round), **evaluate(x, state)}
+
+
+def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
+  """Runs the rounds that remain."""
+  last, every = x.config.federated.num_rounds, x.config.eval.every
+  progress = _Progress(min(first, last), last)
+  with _StopSignal() as stop:
+    if not first:
+      row = {'round': 0, **evaluate(x, state)}
+      writer.write(row)
+      progress.update(row)
+    for done, cohort in enumerate(_cohorts_ahead(x, first, last), first + 1):
+      start = time.perf_counter()
+      state, out = x.run_round(x.base, state, cohort, x.hyper)
+      jax.block_until_ready(out)
+      row = _round_row(x, done, out, time.perf_counter() - start)
+      if done == last or (every and done % every == 0):
+        row |= evaluate(x, state)
+      writer.write(row)
+      progress.update(row)
+      due = done == last or done % x.config.checkpoint.every == 0
+      if due or stop.received:
+        checkpoints.save(state)
+      if stop.received and done < last:
+        progress.close()
+        raise Interrupted(f'Stopped after round {done} of {last}.')
+  progress.close()
+  return state
+
+
+def _summary(x: Experiment, rows: list[metrics.Row], seconds, command):
+  evaluations = [r for r in rows if 'eval/seen/loss' in r]
+  rounds = [r for r in rows if 'train/loss' in r]
+  only_evaluations = [
+    {k: v for k, v in r.items() if k == 'round' or k.startswith('eval/')}
+    for r in evaluations
+  ]
+  total = lambda name: sum(r[name] for r in rounds)  # noqa: E731
+  return {
+    'command': command,
+    'finished': time.strftime('%Y-%m-%d %H:%M:%S'),
+    'machine': f'{platform.processor() or platform.machine()}, '
+    f'{jax.device_count()} {jax.default_backend()} device(s)',
+    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+    **x.description,
+    'first': only_evaluations[0],
+    'last': only_evaluations[-1],
+    'rounds': len(rounds),
+    'train/tokens': total('train/tokens'),
+    'comm/up_bytes': total('comm/up_bytes'),
+    'comm/down_bytes': total('comm/down_bytes'),
+    'rank/pruned': total('rank/pruned'),
+    'time/rounds_s': total('time/round_s'),
+    'time/this_call_s': seconds,
+  }
+
+
+def table(summary: dict) -> str:
+  """Returns perplexity before and after, as lines for people."""
+  first, last = summary['first'], summary['last']
+  lines = [f'{"held-out perplexity":<22}{"before":>10}{"after":>10}{"":>4}']
+  for who in ('seen', 'unseen'):
+    name = f'eval/{who}/perplexity'
+    a, b = first[name], last[name]
+    lines.append(
+      f'{who + " people":<22}{a:>10.2f}{b:>10.2f}{100 * (b - a) / a:>8.1f} %'
+    )
+  return '\n'.join(lines)

@@ -1,0 +1,91 @@
+"""A run's record: metrics.jsonl, TensorBoard, summary.json, curves.png."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.ticker
+import tensorboardX
+
+Row = dict[str, Any]
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes a whole file or none."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(json.dumps(content, indent=2) + '\n')
+  os.replace(temporary, path)
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+  """Reads metrics.jsonl; a line torn by a crash ends it."""
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class Writer:
+  """Appends one object a round, from the round that was restored on."""
+
+  def __init__(self, workdir: pathlib.Path, first_round: int):
+    path = workdir / 'metrics.jsonl'
+    kept = [r for r in read_rows(path) if r['round'] < first_round]
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(''.join(json.dumps(r) + '\n' for r in kept))
+    os.replace(temporary, path)
+    self.rows = kept
+    self._file = path.open('a')
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=first_round
+    )
+
+  def write(self, row: Row) -> None:
+    """Writes a row and makes sure that it has left this process."""
+    self.rows.append(row)
+    self._file.write(json.dumps(row) + '\n')
+    self._file.flush()
+    for name, value in row.items():
+      self._board.add_scalar(name, value, row['round'])
+
+  def close(self) -> None:
+    self._file.close()
+    self._board.close()
+
+
+def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
+  """Returns the rounds that have a value, and the values."""
+  points = [(r['round'], r[name]) for r in rows if name in r]
+  return [p[0] for p in points], [p[1] for p in points]
+
+
+def plot(rows: list[Row], path: pathlib.Path, title: str) -> None:
+  """Draws perplexities, training loss and ranks against rounds."""
+  figure = matplotlib.figure.Figure((12, 3.8), layout='constrained')
+  figure.suptitle(title)
+  perplexity, loss, rank = figure.subplots(1, 3)
+  for who, marker in (('seen', 'o'), ('unseen', 's')):
+    name = f'eval/{who}/perplexity'
+    perplexity.plot(*series(rows, name), marker=marker, label=f'{who} people')
+  perplexity.set(title='Held-out perplexity', ylabel='perplexity a token')
+  perplexity.legend()
+  loss.plot(*series(rows, 'train/loss'), color='C2')
+  loss.set(title='Training loss of the cohort', ylabel='nats a target token')
+  for name, style in (('max', ':'), ('mean', '-'), ('min', '--')):
+    rank.plot(*series(rows, f'rank/{name}'), style, color='C3', label=name)
+  rank.set(title='Ranks over all people', ylabel='rank')
+  rank.legend()
+  for axis in (perplexity, loss, rank):
+    axis.set_xlabel('round')
+    axis.grid(alpha=0.3)
+    axis.xaxis.set_major_locator(
+      matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1)
+    )
+  figure.savefig(path, dpi=110)

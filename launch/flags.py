@@ -1,0 +1,92 @@
+"""What the programs share: --config, --workdir, and errors in one line.
+
+Precedence: configs/default.py, then the --config file, then --config.X=... on
+the command line (or in a --flagfile).
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from hetlora_jax import config as config_lib
+from hetlora_jax import experiment
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'Experiment to run, e.g. configs/tiny.py; change any field with '
+  '--config.section.field=value. --print_config explains every field.',
+)
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run; an earlier run in it is continued.'
+)
+PRINT_CONFIG = flags.DEFINE_bool(
+  'print_config', False, 'Print every field, its value and meaning, and exit.'
+)
+VERBOSE = flags.DEFINE_bool('verbose', False, 'Show the libraries\' messages.')  # fmt: skip
+
+_BAD_INPUT = 2
+
+
+def explain(config: config_lib.Config) -> str:
+  """Returns every field with its value and meaning."""
+  values = experiment.flat(config_lib.to_dict(config))
+  lines = []
+  for name, gloss in config_lib.glosses().items():
+    lines += [f'# {gloss}', f'--config.{name}={values[name]!r}']
+  return '\n'.join(lines)
+
+
+def _fail(message: object) -> None:
+  print(f'Error: {message}', file=sys.stderr)
+  sys.exit(_BAD_INPUT)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Parses flags; a bad one is an error of one line."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
+    _fail(str(e).strip('\'"').splitlines()[0] + ' (see --print_config)')
+  except OSError as error:
+    _fail(f'--config: {error}')
+  raise AssertionError('unreachable')
+
+
+def _parse_or_help(argv: Sequence[str]) -> list[str]:
+  app.define_help_flags()
+  return _parse(argv)
+
+
+def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
+  """Runs a program on the resolved config and the workdir."""
+
+  def main(argv):
+    if len(argv) > 1:
+      _fail(f'unexpected argument {argv[1]!r}: flags start with --')
+    if CONFIG.value is None:
+      _fail('--config is missing: try --config=configs/tiny.py')
+    try:
+      config = config_lib.resolve(CONFIG.value)
+      if PRINT_CONFIG.value:
+        print(explain(config))
+        return
+      if not WORKDIR.value:
+        _fail('--workdir is missing: name a folder for the results')
+      program(config, pathlib.Path(WORKDIR.value))
+    except (config_lib.ConfigError, ValueError, OSError) as error:
+      if VERBOSE.value:
+        raise
+      _fail(error)
+    except experiment.Interrupted as error:
+      command = ' '.join(['python -m launch.train', *sys.argv[1:]])
+      print(f'{error} The state is saved; to go on:\n  {command}')
+      sys.exit(130)
+
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  logging.set_verbosity(logging.WARNING)
+  app.run(main, flags_parser=_parse_or_help)

@@ -1,0 +1,19 @@
+"""Trains: python -m launch.train --config=configs/tiny.py --workdir=DIR."""
+
+import pathlib
+import sys
+
+from hetlora_jax import config as config_lib
+from hetlora_jax import experiment
+from launch import flags
+
+
+def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Runs or continues the experiment and prints perplexity before and after."""
+  command = ' '.join(['python -m launch.train', *sys.argv[1:]])
+  summary = experiment.run(config, workdir, command)
+  print(f'\n{experiment.table(summary)}\n\nResults are in {workdir}/')
+
+
+if __name__ == '__main__':
+  flags.run(train)

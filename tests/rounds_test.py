@@ -1,0 +1,288 @@
+"""The round against NumPy, and what must be true of it under any rules."""
+
+import dataclasses
+
+import hetlora_numpy
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import quadratic
+
+from hetlora_jax import lora, sharding
+from hetlora_jax.methods import tail
+
+RANKS = [2, 9, 5, 7, 3, 9, 6, 2, 4, 8, 5]
+
+
+def _plain(adapters):
+  """Returns the library's adapters as {(target, layer): (a, b)}."""
+  return {
+    (t, layer): (
+      np.asarray(x.a[layer], np.float64),
+      np.asarray(x.b[layer], np.float64),
+    )
+    for t, x in adapters.items()
+    for layer in range(x.a.shape[0])
+  }
+
+
+def _run(run, rounds, seed=1):
+  """Runs some rounds and returns the state, metrics and cohorts."""
+  rng = np.random.default_rng(seed)
+  base, state, outs, cohorts = quadratic.make_base(rng), run.state, [], []
+  for _ in range(rounds):
+    cohorts.append(quadratic.make_cohort(rng))
+    state, out = run.step(base, state, cohorts[-1])
+    outs.append(out)
+  return base, state, outs, cohorts
+
+
+def _assert_close(a, b, tolerance=1e-5):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, tolerance, tolerance), a, b
+  )
+
+
+@pytest.mark.parametrize('rounds', [1, 3, 6])
+def test_round_agrees_with_numpy(rounds):
+  run = quadratic.make_run(RANKS)
+  base, state, outs, cohorts = _run(run, rounds)
+  server, rank = _plain(run.state.adapters), RANKS
+  for cohort in cohorts:
+    server, rank, weights = hetlora_numpy.federated_round(
+      server, rank, base, cohort,
+      slots=quadratic.SLOTS, gamma=0.7, r_min=2, rate=0.02, penalty=8.0,
+      scale=quadratic.SCALE,
+    )  # fmt: skip
+  _assert_close(_plain(state.adapters), server)
+  np.testing.assert_array_equal(state.rank[:, 0], rank)
+  np.testing.assert_allclose(outs[-1]['weight']['q'], weights, 1e-5)
+  if rounds == 6:
+    assert sum(rank) < sum(RANKS)  # the case has prunings to agree on
+
+
+def test_pruning_fires_with_the_penalty_and_not_without():
+  for penalty in (0.0, 8.0):
+    run = quadratic.make_run(RANKS, federated__tail_penalty=penalty)
+    _, state, _, _ = _run(run, 8)
+    fell = int((state.rank[:, 0] < np.asarray(RANKS)).sum())
+    assert (fell > 0) == (penalty > 0)
+
+
+def test_first_round_cannot_prune():
+  _, state, _, _ = _run(
+    quadratic.make_run(RANKS, federated__tail_penalty=50.0), 1
+  )
+  np.testing.assert_array_equal(state.rank[:, 0], RANKS)
+
+
+def test_nobody_prunes_below_r_min():
+  run = quadratic.make_run(RANKS, federated__r_min=4, federated__gamma=0.3)
+  _, state, _, _ = _run(run, 12)
+  np.testing.assert_array_less(
+    np.minimum(RANKS, 4) - 1, np.asarray(state.rank[:, 0])
+  )
+
+
+def test_one_compilation_for_20_rounds():
+  run = quadratic.make_run(RANKS)
+  count = 0
+
+  def counted(*args):
+    nonlocal count
+    count += 1
+    from hetlora_jax import rounds
+
+    return rounds.federated_round(run.rules, *args, run.hyper)
+
+  run.step = jax.jit(counted, donate_argnums=(1,))
+  _run(run, 20)
+  assert count == 1
+  assert run.step._cache_size() == 1
+
+
+def test_donated_state_is_gone():
+  from hetlora_jax import build
+
+  run = quadratic.make_run(RANKS)
+  mesh = sharding.make_mesh(1, 1)
+  step = build.make_round(run.rules, mesh)
+  state = jax.device_put(run.state, sharding.replicated(mesh))
+  rng = np.random.default_rng(0)
+  cohort = quadratic.make_cohort(rng)
+  step(quadratic.make_base(rng), state, cohort, run.hyper)
+  assert state.rank.is_deleted()
+
+
+def test_padding_clients_change_nothing():
+  rng = np.random.default_rng(3)
+  base, run = quadratic.make_base(rng), quadratic.make_run(RANKS)
+  whole = quadratic.make_cohort(rng, (3, 0, 7, 0))
+  present = np.array([0, 2])
+  small = jax.tree.map(lambda x: x[present], whole)
+  padded, out = run.step(base, run.state, whole)
+  alone, _ = run.step(base, run.state, small)
+  _assert_close(padded, alone, 1e-6)
+  assert float(out['weight']['q'][1]) == 0
+
+
+def test_round_of_padding_leaves_the_state():
+  rng = np.random.default_rng(3)
+  run = quadratic.make_run(RANKS)
+  cohort = quadratic.make_cohort(rng, (0, 0, 0, 0))
+  state, _ = run.step(quadratic.make_base(rng), run.state, cohort)
+  expected = dataclasses.replace(run.state, round=jnp.int32(1))
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_order_of_clients_does_not_matter():
+  rng = np.random.default_rng(4)
+  base, run = quadratic.make_base(rng), quadratic.make_run(RANKS)
+  run.state = run.step(base, run.state, quadratic.make_cohort(rng))[0]
+  cohort = quadratic.make_cohort(rng)
+  turned = jax.tree.map(lambda x: x[np.array([2, 0, 3, 1])], cohort)
+  _assert_close(
+    run.step(base, run.state, cohort)[0], run.step(base, run.state, turned)[0]
+  )
+
+
+def test_slots_nobody_trains_keep_the_servers_value():
+  run = quadratic.make_run([3] * quadratic.POPULATION)
+  _, state, _, _ = _run(run, 2)
+  for t, x in state.adapters.items():
+    np.testing.assert_array_equal(
+      x.a[..., 3:], run.state.adapters[t].a[..., 3:]
+    )
+    assert float(jnp.abs(x.a[..., :3] - run.state.adapters[t].a[..., :3]).max())
+
+
+@pytest.mark.parametrize('chunk', [1, 3])
+def test_chunks_of_clients_change_nothing(chunk):
+  _, whole, _, _ = _run(quadratic.make_run(RANKS), 3)
+  run = quadratic.make_run(RANKS, federated__clients_at_once=chunk)
+  _, chunked, _, _ = _run(run, 3)
+  _assert_close(whole, chunked)
+
+
+def test_scan_over_rounds_equals_the_loop_to_the_bit():
+  run = quadratic.make_run(RANKS)
+  base, state, _, cohorts = _run(run, 4)
+  stacked = jax.tree.map(lambda *x: np.stack(x), *cohorts)
+
+  @jax.jit
+  def scanned(base, state, cohorts):
+    return jax.lax.scan(lambda s, c: run.step(base, s, c), state, cohorts)[0]
+
+  jax.tree.map(
+    np.testing.assert_array_equal, state, scanned(base, run.state, stacked)
+  )
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4)])
+def test_eight_devices_equal_one(shape):
+  from hetlora_jax import build
+
+  run = quadratic.make_run(RANKS)
+  rng = np.random.default_rng(5)
+  base = quadratic.make_base(rng)
+  cohorts = [
+    quadratic.make_cohort(rng, (3, 18, 7, 11, 0, 2, 5, 0)) for _ in range(3)
+  ]
+  alone = run.state
+  mesh = sharding.make_mesh(*shape)
+  spread = jax.device_put(run.state, sharding.replicated(mesh))
+  step = build.make_round(run.rules, mesh)
+  placed = jax.device_put(base, sharding.base(mesh, base))
+  for cohort in cohorts:
+    alone, _ = run.step(base, alone, cohort)
+    cohort = jax.device_put(cohort, sharding.over_clients(mesh))
+    spread, _ = step(placed, spread, cohort, run.hyper)
+  np.testing.assert_array_equal(alone.rank, spread.rank)
+  _assert_close(alone.adapters, spread.adapters)
+
+
+OPEN_CHOICES = [
+  {'methods__prune_scope': 'matrix'},
+  {'methods__weight_scope': 'layer'},
+  {'methods__weight_scope': 'matrix'},
+  {'methods__prune_against': 'last_trained'},
+  {'methods__keep_pruned_rank': False},
+  {'methods__tail_rounding': 'nearest'},
+  {'methods__weighting': 'uniform'},
+  {'methods__weighting': 'size'},
+  {'methods__objective': 'task', 'methods__pruning': 'none'},
+  {'lora__scale_rule': 'alpha_over_r'},
+  {'lora__scale_rule': 'alpha_over_sqrt_r'},
+  {'lora__init': 'kaiming_uniform'},
+  {'server_optimizer__name': 'momentum'},
+  {'server_optimizer__name': 'adam'},
+  {'server_optimizer__name': 'yogi'},
+]
+
+
+@pytest.mark.parametrize(
+  'choice', OPEN_CHOICES, ids=lambda c: ','.join(map(str, c.values()))
+)
+def test_every_open_choice_matters_and_stays_finite(choice):
+  usual, other = quadratic.make_run(RANKS), quadratic.make_run(RANKS, **choice)
+  _, default, _, _ = _run(usual, 6)
+  _, state, _, _ = _run(other, 6)
+  assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state))
+  gap = max(
+    float(jnp.abs(x.a - state.adapters[t].a).max())
+    for t, x in default.adapters.items()
+  )
+  assert gap > 1e-6
+
+
+def test_scope_of_a_client_prunes_all_matrices_alike():
+  _, state, _, _ = _run(
+    quadratic.make_run(RANKS, methods__prune_scope='matrix'), 8
+  )
+  assert state.rank.shape == (quadratic.POPULATION, 4)
+  assert bool((state.rank.min(1) < state.rank.max(1)).any())
+
+
+def test_pruned_rank_is_forgotten_on_request():
+  run = quadratic.make_run(RANKS, methods__keep_pruned_rank=False)
+  _, state, outs, _ = _run(run, 8)
+  np.testing.assert_array_equal(state.rank[:, 0], RANKS)
+  assert any(bool((o['rank'] < o['sent_rank']).any()) for o in outs)
+
+
+def test_sent_adapters_are_exactly_of_the_rank():
+  run = quadratic.make_run(RANKS)
+  masks = {
+    t: lora.prefix_mask(jnp.full((2,), 4), quadratic.SLOTS)
+    for t in quadratic.DIMS
+  }
+  sent = run.rules.distribute(run.state.adapters, masks, jax.random.key(0))
+  for t, x in sent.items():
+    assert not x.a[..., 4:].any() and not x.b[:, 4:].any()
+    np.testing.assert_array_equal(
+      x.a[..., :4], run.state.adapters[t].a[..., :4]
+    )
+
+
+@pytest.mark.parametrize(
+  'rank, gamma, rounding, kept',
+  [
+    (20, 0.95, 'floor', 19),
+    (10, 0.9, 'floor', 9),
+    (50, 0.99, 'floor', 49),
+    (5, 0.99, 'floor', 4),
+    (40, 0.99, 'nearest', 40),
+    (7, 1.0, 'floor', 7),
+  ],
+)
+def test_kept_rank(rank, gamma, rounding, kept):
+  got = tail.kept_rank(jnp.array([rank]), jnp.float32(gamma), rounding)
+  assert int(got[0]) == kept
+
+
+def test_empty_tails_are_refused():
+  with pytest.raises(ValueError, match='empty tail'):
+    quadratic.make_config(
+      federated__gamma=0.99, methods__tail_rounding='nearest'
+    )
