@@ -245,9 +245,7 @@ def _build(cls, values: dict, prefix: str):
   if missing:
     raise ConfigError(f'config.{prefix}{missing[0]} is missing: start from '
                       'configs/default.py, which has every field.')  # fmt: skip
-  return cls(
-    **{n: _typed(hints[n], values[n], f'{prefix}{n}') for n in hints}
-  )
+  return cls(**{n: _typed(hints[n], values[n], f'{prefix}{n}') for n in hints})
 
 
 def _typed(hint, value, name: str):

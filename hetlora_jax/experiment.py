@@ -75,7 +75,7 @@ def _random_model(config: Config, dtype):
   """Returns a model nobody has trained, and a tokenizer made for the data."""
   c = config.model.random
   text = people.corpus(config.data.name)
-  words = tokenizer.train(text, c.vocab_size)
+  words = tokenizer.Tokenizer.train(text, c.vocab_size)
   shape = decoder.DecoderConfig(
     family='gemma3',
     vocab_size=words.vocab_size,

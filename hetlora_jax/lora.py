@@ -48,9 +48,7 @@ def apply(h: Array, adapter: Lora, scale: Array) -> Array:
 
 def prefix_mask(rank: Array, slots: int) -> Array:
   """Marks the first `rank` of `slots` slots: [...] int -> [..., R] float."""
-  index = jax.lax.broadcasted_iota(
-    jnp.int32, (*rank.shape, slots), rank.ndim
-  )
+  index = jax.lax.broadcasted_iota(jnp.int32, (*rank.shape, slots), rank.ndim)
   return (index < rank[..., None]).astype(jnp.float32)
 
 

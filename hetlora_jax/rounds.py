@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import optax
 
 from hetlora_jax import lora, prng, ranks
-from hetlora_jax.methods import tail
 from hetlora_jax.types import (
   Array,
   ClientUpdates,
@@ -87,9 +86,7 @@ def federated_round(
   one_client = functools.partial(_train, rules, base, hyper, state)
   clients = (who_C, sent_rank_CG, tail_CG, cohort.batches)
   if rules.clients_at_once:
-    trained = jax.lax.map(
-      one_client, clients, batch_size=rules.clients_at_once
-    )
+    trained = jax.lax.map(one_client, clients, batch_size=rules.clients_at_once)
   else:
     trained = jax.vmap(one_client)(clients)
   adapters, mask, scale_C, norm, rank_CG, tail_CG, loss_C, tokens_C = trained

@@ -6,8 +6,6 @@ shared with the library but the shapes.
 
 import math
 
-import numpy as np
-
 
 def frobenius(x):
   return math.sqrt((x * x).sum())

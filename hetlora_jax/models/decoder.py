@@ -198,7 +198,7 @@ class Decoder(nn.Module):
     embed = self.param(
       'embed', nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width)
     )
-    h = embed[tokens].astype(self.dtype)
+    h = jnp.take(embed, tokens, axis=0).astype(self.dtype)
     if c.embed_scale:
       # Rounded as the model was trained: in the type of its activations.
       h = h * jnp.asarray(c.width**0.5, self.dtype)

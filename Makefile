@@ -1,0 +1,45 @@
+# make train   fine-tunes Gemma 3 270M federatedly on real chats
+# make test    runs the tests; make check the linters; make golden the goldens
+# Each makes .venv when it is missing and needs only python3 with pip.
+PYTHON ?= python3
+CONFIG ?= configs/chitchat_gemma3.py
+WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test test-slow check golden clean
+
+train: $(VENV)/train
+	$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n 2 -q $(FLAGS)
+
+test-slow: $(VENV)/test
+	$(BIN)/python -m pytest -q -m slow $(FLAGS)
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+golden: $(VENV)/test
+	$(BIN)/python -m tests.make_golden
+
+# One stamp a set of extras, so that `make train` installs no test tools.
+$(VENV)/train: setup.py
+	$(call install,gemma$(,)chat)
+$(VENV)/test: setup.py
+	$(call install,gemma$(,)chat$(,)test)
+$(VENV)/dev: setup.py
+	$(call install,gemma$(,)chat$(,)dev)
+
+, := ,
+define install
+test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python -m pip install --quiet --editable '.[$(1)]'
+touch $@
+endef
+
+clean:
+	rm -rf $(VENV) runs

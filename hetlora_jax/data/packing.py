@@ -1,0 +1,142 @@
+"""Several examples to a row: on chats, a third of the positions is padding.
+
+An example of L tokens takes L - 1 positions, since nothing follows the last.
+"""
+
+import bisect
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hetlora_jax.data.people import Example
+from hetlora_jax.types import Batch
+
+
+def _first_fit(
+  length_E: np.ndarray, rows: int, row_tokens: int
+) -> tuple[np.ndarray, np.ndarray, bool]:
+  """Places the longest first, each in the first row with room for it.
+
+  Returns the row and offset of each example, and whether all had room.
+  """
+  used_P = np.zeros(rows, np.int64)
+  row_E, offset_E = np.zeros_like(length_E), np.zeros_like(length_E)
+  for e in np.argsort(-length_E, kind='stable'):
+    fits_P = used_P + length_E[e] <= row_tokens
+    row_E[e] = fits_P.argmax()
+    if not fits_P[row_E[e]]:
+      return row_E, offset_E, False
+    offset_E[e] = used_P[row_E[e]]
+    used_P[row_E[e]] += length_E[e]
+  return row_E, offset_E, True
+
+
+def _highest_cap(
+  length_at: Callable[[int], np.ndarray], top: int, rows: int, row_tokens: int
+) -> int:
+  """Lowers a cap from `top` until the lengths at that cap can be placed."""
+  cap = _highest_below(length_at, top, rows * row_tokens)
+  while cap > 1 and not _first_fit(length_at(cap), rows, row_tokens)[-1]:
+    cap -= 1
+  return cap
+
+
+def _highest_below(
+  length_at: Callable[[int], np.ndarray], top: int, budget: int
+) -> int:
+  """Returns the highest cap up to `top` whose lengths add up to the budget."""
+  caps = range(1, top + 1)
+  return bisect.bisect(caps, budget, key=lambda cap: length_at(cap).sum())
+
+
+def _cap_targets(
+  target_E: np.ndarray, rows: int, row_tokens: int, num_targets: int
+) -> np.ndarray:
+  """Cuts targets only where they would not fit beside bare bos tokens."""
+  length_at = functools.partial(np.minimum, target_E)
+  top = min(target_E.max(), row_tokens)
+  top = _highest_below(length_at, top, num_targets)
+  return length_at(_highest_cap(length_at, top, rows, row_tokens))
+
+
+def _cap_lengths(
+  length_E: np.ndarray, target_E: np.ndarray, rows: int, row_tokens: int
+) -> np.ndarray:
+  """Cuts context, but leaves room for targets beside bare bos tokens."""
+
+  def length_at(cap: int) -> np.ndarray:
+    return np.maximum(target_E, np.minimum(length_E, cap))
+
+  top = min(length_E.max(), row_tokens)
+  return length_at(_highest_cap(length_at, top, rows, row_tokens))
+
+
+def _trim(example: Example, length: int, num_target: int) -> np.ndarray:
+  """Drops the target's end and the context's start, but not bos."""
+  cut = example.num_target - num_target
+  tokens = example.tokens[: len(example.tokens) - cut]
+  return np.concatenate([tokens[:1], tokens[len(tokens) - length :]])
+
+
+def empty_batch(rows: int, row_tokens: int, num_targets: int) -> Batch:
+  """Returns a batch of padding alone."""
+  tokens, segment, position = np.zeros((3, rows, row_tokens), np.int32)
+  target_index, target = np.zeros((2, num_targets), np.int32)
+  weight = np.zeros(num_targets, np.float32)
+  return Batch._make(  # numpy arrays, which Batch's types do not know of
+    [tokens, segment, position, target_index, target, weight]
+  )
+
+
+def pack(
+  examples: Sequence[Example], rows: int, row_tokens: int, num_targets: int
+) -> Batch:
+  """Packs all examples, in numpy: longest first, each into the first free row.
+
+  What does not fit is cut, the longest first, by one common cap: the end of
+  targets beyond `num_targets` in all, then the oldest context, bos kept.
+  Raises ValueError if not even one target token of each example fits.
+  """
+  batch = empty_batch(rows, row_tokens, num_targets)
+  if not examples:
+    return batch
+  if len(examples) > min(rows * row_tokens, num_targets):
+    raise ValueError(
+      f'{len(examples)} examples cannot fit in {rows=} of {row_tokens=} with '
+      f'{num_targets=}, at one position and one target each; raise these.'
+    )
+  length_E = np.array([len(example.tokens) - 1 for example in examples])
+  wanted_E = np.array([example.num_target for example in examples])
+  target_E = _cap_targets(wanted_E, rows, row_tokens, num_targets)
+  length_E = length_E - (wanted_E - target_E)
+  length_E = _cap_lengths(length_E, target_E, rows, row_tokens)
+  row_E, offset_E, _ = _first_fit(length_E, rows, row_tokens)
+  filled = 0
+  for e, (row, offset) in enumerate(zip(row_E, offset_E, strict=True)):
+    tokens = _trim(examples[e], length_E[e], target_E[e])
+    _place(batch, tokens, e + 1, row, offset)
+    _aim(batch, tokens[-target_E[e] :], filled, row, offset + length_E[e])
+    filled += target_E[e]
+  return batch
+
+
+def _place(
+  batch: Batch, tokens: np.ndarray, segment: int, row: int, offset: int
+) -> None:
+  """Writes all tokens but the last into a row."""
+  where = np.s_[row, offset : offset + len(tokens) - 1]
+  batch.tokens[where] = tokens[:-1]
+  batch.segment[where] = segment
+  batch.position[where] = np.arange(len(tokens) - 1)
+
+
+def _aim(
+  batch: Batch, target: np.ndarray, filled: int, row: int, end: int
+) -> None:
+  """Writes the targets that the positions up to column `end` predict."""
+  where = np.s_[filled : filled + len(target)]
+  last = row * batch.tokens.shape[1] + end
+  batch.target_index[where] = np.arange(last - len(target), last)
+  batch.target[where] = target
+  batch.weight[where] = 1

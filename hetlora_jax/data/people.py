@@ -1,0 +1,225 @@
+"""Who takes part, and each person's turns as tokens, read when needed.
+
+People are set aside as unseen by a hash of their name and turns held out by
+time, so runs of every seed are evaluated on the same people and turns. A turn
+held out for one person may still be context, which bears no loss, for another.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from hetlora_jax.data import builders
+from hetlora_jax.data.builders import conversations
+
+Kind = Literal['train', 'heldout', 'unseen']
+
+_CACHED_EXAMPLES = 1 << 16
+
+
+class Tokenizer(Protocol):
+  """What is needed of a tokenizer."""
+
+  bos_id: int
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the tokens of a text, without special ones."""
+    ...
+
+
+class Example(NamedTuple):
+  """A transcript whose last `num_target` tokens bear the loss."""
+
+  tokens: np.ndarray  # [L] int32, bos first, L > num_target
+  num_target: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+  """People, and which rows of the data set are theirs."""
+
+  ids: tuple[str, ...]
+  first: np.ndarray  # [N] int64, a person's first row
+  count: np.ndarray  # [N] int64, how many rows follow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class People:
+  """The population: one group of people a kind of example.
+
+  'train' and 'heldout' are earlier and later turns of the same N people.
+  """
+
+  groups: dict[Kind, Group]
+  read: Callable[[int], Example]  # the example of a row
+
+  @property
+  def client_ids(self) -> tuple[str, ...]:
+    return self.groups['train'].ids
+
+  @property
+  def num_examples(self) -> np.ndarray:
+    """Counts each client's training examples, [N]."""
+    return self.groups['train'].count
+
+  def example(self, kind: Kind, client: int, i: int) -> Example:
+    """Returns example `i` of the person at index `client` of that kind."""
+    group = self.groups[kind]
+    if not 0 <= i < group.count[client]:
+      raise IndexError(
+        f'{kind} example {i} of {group.ids[client]}, who has '
+        f'{group.count[client]}.'
+      )
+    return self.read(int(group.first[client]) + i)
+
+
+def _transcript(
+  context: Sequence[str], mine: Sequence[bool], target: str
+) -> tuple[str, str]:
+  """Renders a prompt and its completion, a line a turn; A writes the target."""
+  names = ['A' if m else 'B' for m in mine]
+  turns = [f'{n}: {text}\n' for n, text in zip(names, context, strict=True)]
+  return ''.join(turns) + 'A:', f' {target}\n'
+
+
+def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
+  """Encodes both apart, as they are when text is generated."""
+  prompt_tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+  target_tokens = tokenizer.encode(completion)
+  tokens = np.asarray(prompt_tokens + target_tokens, np.int32)
+  return Example(tokens, len(target_tokens))
+
+
+def _render(record: dict, max_context_turns: int) -> tuple[str, str]:
+  """Renders a record of the split 'examples'."""
+  return _transcript(
+    [text.decode() for text in record['context'][-max_context_turns:]],
+    record['mine'][-max_context_turns:],
+    record['target'].decode(),
+  )
+
+
+def corpus(
+  dataset: str,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  num_texts: int = 4096,
+) -> Iterator[str]:
+  """Yields transcripts, spread evenly over people, to train a tokenizer on."""
+  examples = builders.open_dataset(dataset, data_dir).examples
+  for row in evenly_spaced(len(examples), num_texts):
+    yield ''.join(_render(examples[int(row)], conversations.MAX_CONTEXT_TURNS))
+
+
+def evenly_spaced(available: int, count: int) -> np.ndarray:
+  """Returns `count` numbers below `available`, or all if there are fewer."""
+  count = min(count, available)
+  return np.arange(count) * available // max(count, 1)
+
+
+def _is_unseen(client_id: str, fraction: float) -> bool:
+  digest = hashlib.blake2b(client_id.encode(), digest_size=8).digest()
+  return int.from_bytes(digest, 'big') < fraction * 2**64
+
+
+def _split(
+  everyone: Group, unseen_fraction: float, heldout_fraction: float
+) -> dict[Kind, Group]:
+  unseen_N = np.array([_is_unseen(i, unseen_fraction) for i in everyone.ids])
+  unseen = _select(everyone, unseen_N)
+  known = _select(everyone, ~unseen_N)
+  late_N = np.maximum(1, (known.count * heldout_fraction).astype(np.int64))
+  early_N = known.count - late_N
+  return {
+    'train': dataclasses.replace(known, count=early_N),
+    'heldout': dataclasses.replace(
+      known, first=known.first + early_N, count=late_N
+    ),
+    'unseen': unseen,
+  }
+
+
+def _select(group: Group, mask_N: np.ndarray) -> Group:
+  keep_N = np.flatnonzero(mask_N)
+  return Group(
+    ids=tuple(group.ids[i] for i in keep_N),
+    first=group.first[keep_N],
+    count=group.count[keep_N],
+  )
+
+
+def _everyone(dataset: builders.Dataset, min_examples: int) -> Group:
+  records = list(dataset.people)
+  group = Group(
+    ids=tuple(record['client'].decode() for record in records),
+    first=np.array([record['first'] for record in records]),
+    count=np.array([record['count'] for record in records]),
+  )
+  if min_examples > group.count.max():
+    raise ValueError(
+      f'{min_examples=} leaves nobody: the busiest person has '
+      f'{group.count.max()} examples; lower min_examples.'
+    )
+  return _select(group, group.count >= min_examples)
+
+
+def _check(field: str, value: float, low: float, high: float) -> None:
+  """Raises ValueError unless low <= value < high."""
+  if not low <= value < high:
+    raise ValueError(f'{field}={value} must be in [{low}, {high}).')
+
+
+def _reader(
+  dataset: builders.Dataset, tokenizer: Tokenizer, max_context_turns: int
+) -> Callable[[int], Example]:
+  @functools.lru_cache(_CACHED_EXAMPLES)
+  def read(row: int) -> Example:
+    record = dataset.examples[row]
+    return encode(tokenizer, *_render(record, max_context_turns))
+
+  return read
+
+
+def load(
+  dataset: str,
+  tokenizer: Tokenizer,
+  *,
+  data_dir: str | os.PathLike | None = None,
+  min_examples: int,
+  unseen_fraction: float,
+  heldout_fraction: float,
+  max_context_turns: int = conversations.MAX_CONTEXT_TURNS,
+) -> People:
+  """Splits a data set's people, preparing it first if it never was.
+
+  People with fewer than `min_examples` are left out. The latest
+  `heldout_fraction` of everyone else's turns, one at least, is held out.
+  """
+  most_turns = conversations.MAX_CONTEXT_TURNS
+  _check('min_examples', min_examples, 2, np.inf)
+  _check('unseen_fraction', unseen_fraction, 0, 1)
+  _check('heldout_fraction', heldout_fraction, 0, 1)
+  _check('max_context_turns', max_context_turns, 1, most_turns + 1)
+  prepared = builders.open_dataset(dataset, data_dir)
+  everyone = _everyone(prepared, min_examples)
+  groups = _split(everyone, unseen_fraction, heldout_fraction)
+  if not groups['train'].ids:
+    raise ValueError(
+      f'{unseen_fraction=} sets aside all {len(everyone.ids)} people with '
+      f'{min_examples=}; lower either.'
+    )
+  return People(
+    groups=groups, read=_reader(prepared, tokenizer, max_context_turns)
+  )
+
+
+def unigram_entropy(tokens: np.ndarray) -> float:
+  """Returns the nats a token of the best guess that ignores all context."""
+  _, count_V = np.unique(tokens, return_counts=True)
+  p_V = count_V / count_V.sum()
+  return float(-np.sum(p_V * np.log(p_V)))

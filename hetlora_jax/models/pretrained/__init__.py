@@ -1,0 +1,62 @@
+"""Pretrained base models: from a name or a path to params and a tokenizer."""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from hetlora_jax.data.tokenizer import Tokenizer
+from hetlora_jax.models.decoder import DecoderConfig
+from hetlora_jax.models.pretrained import (
+  cache,
+  gguf,
+  layout,
+  safetensors,
+  sources,
+)
+from hetlora_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """A base model; `params` has numpy leaves, layers stacked on axis 0."""
+
+  config: DecoderConfig
+  params: PyTree
+  fingerprint: str  # SHA-256 of the source, hex
+  tokenizer: Tokenizer
+
+
+def load(
+  source: str | os.PathLike, *, dtype: np.typing.DTypeLike, cached: bool = True
+) -> Pretrained:
+  """Loads a base model.
+
+  Args:
+    source: 'gemma3_270m', 'smollm2_135m', a .gguf file, or a Hugging Face
+      folder with config.json, *.safetensors and a tokenizer.
+    dtype: of the params.
+    cached: go through the bfloat16 cache, filled on first use; False reads
+      the source itself and rounds only to `dtype`.
+
+  Raises:
+    FileNotFoundError: a file of the source is absent.
+    ValueError: the source is damaged or of a kind that is not supported.
+  """
+  found = sources.resolve(source)
+  fingerprint = found.fingerprint
+  if not cached:
+    checkpoint = _open(found.path)
+    params = layout.assemble(checkpoint, np.dtype(dtype))
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    return Pretrained(config, params, fingerprint, tokenizer)
+  if not cache.contains(fingerprint):
+    cache.write(fingerprint, _open(found.path))
+  config, params, tokenizer = cache.read(fingerprint, np.dtype(dtype))
+  return Pretrained(config, params, fingerprint, tokenizer)
+
+
+def _open(path: pathlib.Path) -> layout.Checkpoint:
+  reader = safetensors if path.is_dir() else gguf
+  return reader.open_checkpoint(path)

