@@ -345,7 +345,10 @@ class _Progress:
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()
     if self._bar.disable:
-      text = '  '.join(f'{k} {v}' for k, v in shown.items())
+      stale = not any(k.startswith('eval/') for k in row)
+      text = '  '.join(
+        f'{k} {v}' for k, v in shown.items() if not (stale and 'ppl' in k)
+      )
       seconds = row['time/round_s']
       self.say(f'round {row["round"]}/{self._last}  {text}  {seconds:.1f} s')
 

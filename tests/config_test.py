@@ -1,0 +1,162 @@
+"""Bad input: an error at once, naming field, value and remedy."""
+
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import default
+from hetlora_jax import config, experiment
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _resolve(**overrides):
+  raw = default.get_config()
+  raw.update_from_flattened_dict(overrides)
+  return config.resolve(raw)
+
+
+def test_every_field_is_glossed_once():
+  fields = experiment.flat(config.to_dict(_resolve()))
+  glosses = config.glosses()
+  assert set(fields) == set(glosses)
+  assert all(len(gloss) > 10 for gloss in glosses.values())
+
+
+@pytest.mark.parametrize(
+  'path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem
+)
+def test_every_config_resolves(path):
+  module = importlib.import_module(f'configs.{path.stem}')
+  if path.stem != '__init__':
+    config.resolve(module.get_config())
+
+
+@pytest.mark.parametrize(
+  'field, value, message',
+  [
+    ('federated.r_min', 99, 'r_max=50'),
+    ('federated.gamma', 0.0, r'in \(0, 1\]'),
+    ('federated.gamma', 1.5, r'in \(0, 1\]'),
+    ('federated.gamma', float('nan'), r'in \(0, 1\]'),
+    ('federated.num_rounds', 0, 'at least 1'),
+    ('federated.tail_penalty', -1.0, 'at least 0'),
+    ('seed', -1, 'at least 0'),
+    ('method', 'hetlra', "'hetlora'"),
+    ('methods.weighting', 'nrom', "'norm'"),
+    ('methods.tail_rounding', 'nearest', 'empty tail'),
+    ('lora.scale_rule', 'alpha', "'alpha_over_r'"),
+    ('client_optimizer.name', 'adafactor', "'adam'"),
+    ('client_optimizer.learning_rate', float('inf'), 'finite'),
+    ('data.heldout_fraction', 1.0, r'in \(0, 1\)'),
+    ('data.context_turns', 9, '4 turns'),
+    ('data.targets_per_example', 96, 'tokens_per_example'),
+    ('data.row_tokens', 12, 'tokens_per_example'),
+    ('mesh.clients', 0, 'at least 1'),
+    ('model.dtype', 'float16', "'bfloat16'"),
+  ],
+)
+def test_impossible_value_is_named(field, value, message):
+  with pytest.raises(config.ConfigError, match=message) as error:
+    _resolve(**{field: value})
+  assert field.split('.')[-1] in str(error.value)
+
+
+def test_tiers_are_checked():
+  with pytest.raises(config.ConfigError, match='summing to 1'):
+    _resolve(
+      **{'ranks.distribution': 'tiers', 'ranks.tier_fractions': (0.5, 0.2, 0.1)}
+    )
+  with pytest.raises(config.ConfigError, match='r_max'):
+    _resolve(**{'ranks.distribution': 'explicit', 'ranks.explicit': (5, 60)})
+
+
+def test_unknown_missing_and_mistyped_fields_are_named():
+  raw = default.get_config().unlock()
+  raw.federated.rmax = 3
+  with pytest.raises(config.ConfigError, match='did you mean .*r_max'):
+    config.resolve(raw)
+  raw = default.get_config().unlock()
+  del raw.data.name
+  with pytest.raises(config.ConfigError, match='config.data.name is missing'):
+    config.resolve(raw)
+  raw = default.get_config().to_dict()
+  raw['federated']['r_max'] = 'many'
+  with pytest.raises(config.ConfigError, match='give an int'):
+    import ml_collections
+
+    config.resolve(ml_collections.ConfigDict(raw))
+
+
+def _train(*flags):
+  return subprocess.run(
+    [sys.executable, '-m', 'launch.train', *flags],
+    cwd=ROOT, capture_output=True, text=True, timeout=100,
+    env=os.environ | {'PYTHONWARNINGS': 'ignore'},
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--config=configs/tiny.py'], '--workdir is missing'),
+    (['--config=configs/tine.py', '--workdir={}'], 'configs/tine.py'),
+    (
+      ['--config=configs/tiny.py', '--config.federated.rmax=3', '--workdir={}'],
+      'rmax',
+    ),
+    (
+      ['--config=configs/tiny.py', '--config.seed=one', '--workdir={}'],
+      'seed',
+    ),
+    (
+      [
+        '--config=configs/tiny.py',
+        '--config.model.source=nowhere.gguf',
+        '--workdir={}',
+      ],
+      'nowhere.gguf',
+    ),
+    (
+      [
+        '--config=configs/tiny.py',
+        '--config.federated.clients_per_round=1000',
+        '--workdir={}',
+      ],
+      'clients_per_round=1000',
+    ),
+    (
+      [
+        '--config=configs/tiny.py',
+        "--config.lora.targets=('q','w')",
+        '--workdir={}',
+      ],
+      "'w'",
+    ),
+    (
+      ['--config=configs/tiny.py', '--config.mesh.clients=64', '--workdir={}'],
+      'devices',
+    ),
+  ],
+  ids=lambda x: x if isinstance(x, str) else '',
+)
+def test_bad_flags_exit_with_2_and_write_nothing(flags, message, tmp_path):
+  workdir = tmp_path / 'run'
+  done = _train(*[flag.replace('{}', str(workdir)) for flag in flags])
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert 'Traceback' not in done.stderr
+  assert not workdir.exists()
+
+
+def test_print_config_explains_and_flagfile_works(tmp_path):
+  flagfile = tmp_path / 'flags'
+  flagfile.write_text('--config=configs/tiny.py\n--config.seed=7\n')
+  done = _train(f'--flagfile={flagfile}', '--print_config')
+  assert done.returncode == 0
+  assert '--config.seed=7' in done.stdout
+  assert '# Decay factor' in done.stdout

@@ -1,0 +1,188 @@
+"""Whole runs on a very small model: files, resuming, signals."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny
+from hetlora_jax import checkpoint, config, experiment, metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = {
+  'federated.num_rounds': 4,
+  'federated.clients_per_round': 3,
+  'federated.local_steps': 2,
+  'federated.local_batch': 2,
+  'federated.r_max': 6,
+  'federated.gamma': 0.6,
+  'federated.tail_penalty': 5.0,
+  'lora.targets': ('q', 'down'),
+  'model.random.width': 16,
+  'model.random.num_layers': 1,
+  'model.random.head_dim': 8,
+  'model.random.mlp_width': 24,
+  'eval.num_people': 2,
+  'eval.every': 2,
+  'checkpoint.every': 1,
+}
+
+
+def _config(**overrides):
+  raw = tiny.get_config()
+  raw.update_from_flattened_dict(SMALL)
+  raw.update_from_flattened_dict(
+    {k.replace('__', '.'): v for k, v in overrides.items()}
+  )
+  return config.resolve(raw)
+
+
+def _state(c, workdir):
+  """Returns the newest checkpoint as numpy."""
+  like = experiment.prepare(c).initial_state
+  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', 2)
+  state = jax.device_get(checkpoints.restore(like))
+  checkpoints.close()
+  return state
+
+
+def _timeless(workdir):
+  return [
+    {k: v for k, v in row.items() if not k.startswith('time/')}
+    for row in metrics.read_rows(workdir / 'metrics.jsonl')
+  ]
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('unbroken')
+  experiment.run(_config(), workdir)
+  return workdir
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+  rows = metrics.read_rows(unbroken / 'metrics.jsonl')
+  assert [row['round'] for row in rows] == [0, 1, 2, 3, 4]
+  for row in rows[1:]:
+    for name in (
+      'train/loss train/tokens rank/mean rank/min rank/max rank/pruned '
+      'comm/up_bytes comm/down_bytes time/round_s time/tokens_per_s'
+    ).split():
+      assert np.isfinite(row[name])
+  for i in (0, 2, 4):
+    for who in ('seen', 'unseen'):
+      loss = rows[i][f'eval/{who}/loss']
+      assert rows[i][f'eval/{who}/perplexity'] == pytest.approx(np.exp(loss))
+  summary = json.loads((unbroken / 'summary.json').read_text())
+  assert summary['first']['round'] == 0 and summary['last']['round'] == 4
+  assert summary['train/tokens'] == sum(r['train/tokens'] for r in rows[1:])
+  resolved = json.loads((unbroken / 'config.json').read_text())
+  assert resolved['federated']['r_max'] == 6
+  assert (unbroken / 'curves.png').stat().st_size > 10_000
+
+
+def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
+  experiment.run(_config(federated__num_rounds=2), tmp_path)
+  experiment.run(_config(), tmp_path)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    _state(_config(), tmp_path),
+    _state(_config(), unbroken),
+  )
+  assert _timeless(tmp_path) == _timeless(unbroken)
+
+
+def _launch(workdir, *flags):
+  given = [f'--config.{k}={v}' for k, v in SMALL.items()]
+  return subprocess.Popen(
+    [
+      sys.executable, '-m', 'launch.train', '--config=configs/tiny.py',
+      f'--workdir={workdir}', *given, *flags,
+    ],
+    cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    env=os.environ | {'PYTHONWARNINGS': 'ignore'},
+  )  # fmt: skip
+
+
+def _signal_after(process, text, number):
+  with process:
+    for line in process.stdout:
+      if line.startswith(text):
+        process.send_signal(number)
+        break
+    rest = process.stdout.read()
+  return process.returncode, rest
+
+
+def test_killed_and_continued_equals_unbroken(unbroken, tmp_path):
+  code, _ = _signal_after(_launch(tmp_path), 'round 2', signal.SIGKILL)
+  assert code == -signal.SIGKILL
+  again = _launch(tmp_path)
+  assert 'seen people' in again.communicate()[0]
+  assert again.returncode == 0
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    _state(_config(), tmp_path),
+    _state(_config(), unbroken),
+  )
+  assert _timeless(tmp_path) == _timeless(unbroken)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+  many = ('--config.federated.num_rounds=500', '--config.checkpoint.every=500')
+  code, rest = _signal_after(_launch(tmp_path, *many), 'round 2', signal.SIGINT)
+  assert code == 130
+  assert f'--workdir={tmp_path}' in rest and 'to go on' in rest
+  assert int(_state(_config(), tmp_path).round) >= 2
+
+
+def test_another_configuration_is_refused(unbroken):
+  with pytest.raises(config.ConfigError, match='seed=0, not 3'):
+    experiment.run(_config(seed=3), unbroken)
+  with pytest.raises(config.ConfigError, match='is a file'):
+    experiment.run(_config(), unbroken / 'config.json')
+
+
+def test_evaluation_of_a_checkpoint_equals_the_runs_last(unbroken):
+  got = experiment.evaluate_checkpoint(_config(), unbroken)
+  last = metrics.read_rows(unbroken / 'metrics.jsonl')[-1]
+  assert got == {k: last[k] for k in got}
+  with pytest.raises(config.ConfigError, match='train first'):
+    experiment.evaluate_checkpoint(_config(), unbroken / 'nowhere')
+
+
+def test_two_seeds_differ_in_everything_random():
+  a, b = (experiment.prepare(_config(seed=s)) for s in (0, 1))
+  first, second = experiment.make_cohort(a, 0), experiment.make_cohort(b, 0)
+  assert not np.array_equal(first.client_id, second.client_id)
+  assert not np.array_equal(a.initial_state.rank, b.initial_state.rank)
+  assert not np.array_equal(
+    a.initial_state.adapters['q'].a, b.initial_state.adapters['q'].a
+  )
+  for name in ('seen', 'unseen'):
+    jax.tree.map(
+      np.testing.assert_array_equal, a.evaluation[name], b.evaluation[name]
+    )
+
+
+def test_own_rank_is_evaluated_on_request():
+  x = experiment.prepare(_config(eval__own_rank=True))
+  row = experiment.evaluate(x, x.initial_state)
+  # B is zero at the start, so every truncation is the base itself.
+  assert row['eval/seen_own/loss'] == pytest.approx(row['eval/seen/loss'])
+
+
+def test_torn_lines_end_the_metrics(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"round": 0}\n{"round": 1}\n{"rou')
+  assert [r['round'] for r in metrics.read_rows(path)] == [0, 1]
+  writer = metrics.Writer(tmp_path, 1)
+  writer.write({'round': 1, 'x': 2.0})
+  writer.close()
+  assert path.read_text() == '{"round": 0}\n{"round": 1, "x": 2.0}\n'
