@@ -21,7 +21,7 @@ test-slow: $(VENV)/test
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 golden: $(VENV)/test
 	$(BIN)/python -m tests.make_golden

@@ -7,13 +7,16 @@ from configs import default
 
 
 def get_config():
-  """Returns the experiment."""
+  """Returns the experiment, sized for two CPU cores."""
   c = default.get_config()
   f = c.federated
-  f.num_rounds, f.clients_per_round = 8, 6
-  f.local_steps, f.local_batch = 2, 4
-  f.clients_at_once = 2
+  f.num_rounds, f.clients_per_round = 10, 10
+  f.local_steps, f.local_batch = 2, 2
+  f.clients_at_once = 1
+  f.tail_penalty = 1.0
+  c.client_optimizer.learning_rate = 2e-3
   c.data.context_turns = 3
   c.data.tokens_per_example, c.data.targets_per_example = 64, 24
   c.eval.num_people, c.eval.examples_per_person, c.eval.every = 24, 2, 0
+  c.checkpoint.every = 2
   return c

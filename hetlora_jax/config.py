@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import typing
@@ -268,10 +269,8 @@ def _typed(hint, value, name: str):
   )
 
 
-def _lookup(config: Config, path: str):
-  for part in path.split('.'):
-    config = getattr(config, part)
-  return config
+def _lookup(config: Config, path: str) -> Any:
+  return functools.reduce(getattr, path.split('.'), config)
 
 
 def _check(config: Config) -> None:

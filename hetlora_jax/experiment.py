@@ -397,7 +397,7 @@ def run(config: Config, workdir: pathlib.Path, command: str = '') -> dict:
     checkpoints.close()
   summary = _summary(x, writer.rows, time.time() - started, command)
   metrics.write_json(workdir / 'summary.json', summary)
-  title = f'{config.method} on {config.data.name}, {config.model.source}'
+  title = f'{config.method}: {config.model.source} on {config.data.name}'
   metrics.plot(writer.rows, workdir / 'curves.png', title)
   return summary
 

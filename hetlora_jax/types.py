@@ -8,6 +8,7 @@ V vocabulary, D width, R rank slots, L layers.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class Batch(NamedTuple):
   weight: Array  # [M] float32, 0 is padding
 
 
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 def _pytree(cls):
   return jax.tree_util.register_dataclass(
     dataclasses.dataclass(frozen=True, kw_only=True)(cls)

@@ -13,6 +13,7 @@ import pytest
 
 from configs import tiny
 from hetlora_jax import checkpoint, config, experiment, metrics
+from hetlora_jax.data import people
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
@@ -34,7 +35,8 @@ SMALL = {
 }
 
 
-def _config(**overrides):
+def small_config(**overrides):
+  """Returns `tiny` made smaller still, with dotted overrides."""
   raw = tiny.get_config()
   raw.update_from_flattened_dict(SMALL)
   raw.update_from_flattened_dict(
@@ -52,7 +54,8 @@ def _state(c, workdir):
   return state
 
 
-def _timeless(workdir):
+def timeless(workdir):
+  """Returns the lines of metrics.jsonl without what a clock says."""
   return [
     {k: v for k, v in row.items() if not k.startswith('time/')}
     for row in metrics.read_rows(workdir / 'metrics.jsonl')
@@ -62,7 +65,7 @@ def _timeless(workdir):
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('unbroken')
-  experiment.run(_config(), workdir)
+  experiment.run(small_config(), workdir)
   return workdir
 
 
@@ -88,14 +91,14 @@ def test_a_run_leaves_what_it_promises(unbroken):
 
 
 def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
-  experiment.run(_config(federated__num_rounds=2), tmp_path)
-  experiment.run(_config(), tmp_path)
+  experiment.run(small_config(federated__num_rounds=2), tmp_path)
+  experiment.run(small_config(), tmp_path)
   jax.tree.map(
     np.testing.assert_array_equal,
-    _state(_config(), tmp_path),
-    _state(_config(), unbroken),
+    _state(small_config(), tmp_path),
+    _state(small_config(), unbroken),
   )
-  assert _timeless(tmp_path) == _timeless(unbroken)
+  assert timeless(tmp_path) == _timeless(unbroken)
 
 
 def _launch(workdir, *flags):
@@ -128,10 +131,10 @@ def test_killed_and_continued_equals_unbroken(unbroken, tmp_path):
   assert again.returncode == 0
   jax.tree.map(
     np.testing.assert_array_equal,
-    _state(_config(), tmp_path),
-    _state(_config(), unbroken),
+    _state(small_config(), tmp_path),
+    _state(small_config(), unbroken),
   )
-  assert _timeless(tmp_path) == _timeless(unbroken)
+  assert timeless(tmp_path) == _timeless(unbroken)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
@@ -139,26 +142,26 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
   code, rest = _signal_after(_launch(tmp_path, *many), 'round 2', signal.SIGINT)
   assert code == 130
   assert f'--workdir={tmp_path}' in rest and 'to go on' in rest
-  assert int(_state(_config(), tmp_path).round) >= 2
+  assert int(_state(small_config(), tmp_path).round) >= 2
 
 
 def test_another_configuration_is_refused(unbroken):
   with pytest.raises(config.ConfigError, match='seed=0, not 3'):
-    experiment.run(_config(seed=3), unbroken)
+    experiment.run(small_config(seed=3), unbroken)
   with pytest.raises(config.ConfigError, match='is a file'):
-    experiment.run(_config(), unbroken / 'config.json')
+    experiment.run(small_config(), unbroken / 'config.json')
 
 
 def test_evaluation_of_a_checkpoint_equals_the_runs_last(unbroken):
-  got = experiment.evaluate_checkpoint(_config(), unbroken)
+  got = experiment.evaluate_checkpoint(small_config(), unbroken)
   last = metrics.read_rows(unbroken / 'metrics.jsonl')[-1]
   assert got == {k: last[k] for k in got}
   with pytest.raises(config.ConfigError, match='train first'):
-    experiment.evaluate_checkpoint(_config(), unbroken / 'nowhere')
+    experiment.evaluate_checkpoint(small_config(), unbroken / 'nowhere')
 
 
 def test_two_seeds_differ_in_everything_random():
-  a, b = (experiment.prepare(_config(seed=s)) for s in (0, 1))
+  a, b = (experiment.prepare(small_config(seed=s)) for s in (0, 1))
   first, second = experiment.make_cohort(a, 0), experiment.make_cohort(b, 0)
   assert not np.array_equal(first.client_id, second.client_id)
   assert not np.array_equal(a.initial_state.rank, b.initial_state.rank)
@@ -172,10 +175,23 @@ def test_two_seeds_differ_in_everything_random():
 
 
 def test_own_rank_is_evaluated_on_request():
-  x = experiment.prepare(_config(eval__own_rank=True))
+  x = experiment.prepare(small_config(eval__own_rank=True))
   row = experiment.evaluate(x, x.initial_state)
   # B is zero at the start, so every truncation is the base itself.
   assert row['eval/seen_own/loss'] == pytest.approx(row['eval/seen/loss'])
+
+
+def test_tiny_beats_the_unigram_entropy_of_its_data(tmp_path):
+  c = config.resolve(tiny.get_config())
+  x = experiment.prepare(c)
+  summary = experiment.run(c, tmp_path)
+  for name, cohort in x.evaluation.items():
+    batches = cohort.batches
+    targets = np.asarray(batches.target)[np.asarray(batches.weight) > 0]
+    assert len(targets) > 300
+    entropy = people.unigram_entropy(targets)
+    assert summary['last'][f'eval/{name}/loss'] < entropy - 0.2
+  assert summary['rank/pruned'] > 0
 
 
 def test_torn_lines_end_the_metrics(tmp_path):

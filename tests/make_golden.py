@@ -1,0 +1,29 @@
+"""Writes golden/tiny.json: python -m tests.make_golden, or `make golden`."""
+
+import json
+import pathlib
+import tempfile
+
+from hetlora_jax import config, experiment, metrics
+from tests import experiment_test
+
+PATH = pathlib.Path(__file__).parent / 'golden' / 'tiny.json'
+
+
+def golden_config() -> config.Config:
+  """Returns a small run; SGD, since Adam turns rounding into signs."""
+  return experiment_test.small_config(
+    client_optimizer__name='sgd', client_optimizer__learning_rate=0.5
+  )
+
+
+def golden_rows() -> list[metrics.Row]:
+  """Returns what a run must always log, times left out."""
+  with tempfile.TemporaryDirectory() as workdir:
+    experiment.run(golden_config(), pathlib.Path(workdir))
+    return experiment_test.timeless(pathlib.Path(workdir))
+
+
+if __name__ == '__main__':
+  PATH.write_text(json.dumps(golden_rows(), indent=1) + '\n')
+  print(f'Wrote {PATH}')
