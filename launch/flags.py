@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from configs import default
 from hetlora_jax import config as config_lib
 from hetlora_jax import experiment
 
@@ -42,7 +43,7 @@ def explain(config: config_lib.Config) -> str:
 
 
 def _fail(message: object) -> None:
-  print(f'Error: {message}', file=sys.stderr)
+  print(f'Error: {" ".join(str(message).split())}', file=sys.stderr)
   sys.exit(_BAD_INPUT)
 
 
@@ -51,15 +52,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    _fail(str(e).strip('\'"').splitlines()[0] + ' (see --print_config)')
+    # ml_collections puts the repr of one error into another.
+    text = str(e).replace('\\n', ' ').replace('\\', '').strip('"\'')
+    _fail(f'{text} (--print_config shows every field)')
   except OSError as error:
     _fail(f'--config: {error}')
   raise AssertionError('unreachable')
-
-
-def _parse_or_help(argv: Sequence[str]) -> list[str]:
-  app.define_help_flags()
-  return _parse(argv)
 
 
 def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
@@ -87,6 +85,9 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
       print(f'{error} The state is saved; to go on:\n  {command}')
       sys.exit(130)
 
+  if '--helpfull' in sys.argv:
+    fields = explain(config_lib.resolve(default.get_config()))
+    sys.modules['__main__'].__doc__ += f'\nFields and defaults:\n{fields}\n'
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=_parse_or_help)
+  app.run(main, flags_parser=_parse)

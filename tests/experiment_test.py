@@ -98,7 +98,7 @@ def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
     _state(small_config(), tmp_path),
     _state(small_config(), unbroken),
   )
-  assert timeless(tmp_path) == _timeless(unbroken)
+  assert timeless(tmp_path) == timeless(unbroken)
 
 
 def _launch(workdir, *flags):
@@ -134,7 +134,7 @@ def test_killed_and_continued_equals_unbroken(unbroken, tmp_path):
     _state(small_config(), tmp_path),
     _state(small_config(), unbroken),
   )
-  assert timeless(tmp_path) == _timeless(unbroken)
+  assert timeless(tmp_path) == timeless(unbroken)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
