@@ -9,12 +9,14 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import default
 from hetlora_jax import config as config_lib
 from hetlora_jax import experiment
+from hetlora_jax.models.pretrained import sources
 
 CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -88,6 +90,9 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
   if '--helpfull' in sys.argv:
     fields = explain(config_lib.resolve(default.get_config()))
     sys.modules['__main__'].__doc__ += f'\nFields and defaults:\n{fields}\n'
+  if not jax.config.jax_compilation_cache_dir:
+    programs = sources.cache_folder() / 'programs'
+    jax.config.update('jax_compilation_cache_dir', str(programs))
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   logging.set_verbosity(logging.WARNING)
   app.run(main, flags_parser=_parse)

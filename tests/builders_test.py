@@ -39,6 +39,19 @@ def test_records_are_ordered_by_person_then_time(synthetic):
   assert order == sorted(order)
 
 
+def test_turns_may_be_given_in_any_order(synthetic, tmp_path, monkeypatch):
+  turns = builders.BUILDERS['synthetic'].turns
+  monkeypatch.setattr(
+    builders.BUILDERS['synthetic'],
+    'turns',
+    lambda self: reversed(list(turns(self))),
+  )
+  mixed = builders.open_dataset('synthetic', tmp_path)
+  for ours, theirs in zip(mixed.examples, synthetic.examples, strict=True):
+    assert ours['client'] == theirs['client']
+    assert ours['target'] == theirs['target']
+
+
 def test_people_tile_the_examples(synthetic):
   people = list(synthetic.people)
   end = 0
@@ -75,7 +88,7 @@ def test_a_synthetic_grammar_is_easy_and_its_own(synthetic):
   unigram = unigram_entropy(np.concatenate(sum(by_grammar, [])))
   own = [conditional_entropy(sentences) for sentences in by_grammar]
   mixed = conditional_entropy(sum(by_grammar, []))
-  assert max(own) < unigram / 2  # knowing one word before is already plenty
+  assert max(own) < unigram / 3  # word order alone would leave a half
   assert max(own) < mixed - 0.3  # knowing the person helps
 
 

@@ -129,6 +129,18 @@ def test_an_example_is_seen_at_most_once_and_is_the_clients_own():
     assert ((trained >= start) & (trained < start + COUNTS[client])).all()
 
 
+def test_clients_draw_apart_from_one_another():
+  people = make_people(np.full(N, 60))
+  arguments = ARGUMENTS | dict(clients_per_round=N, pad_to=N)
+  cohort = cohorts.make_cohort(people, round=4, **arguments)
+  first = people.groups['train'].first
+  draws = {
+    tuple(sorted(rows_trained_on(cohort, place) - first[client]))
+    for place, client in enumerate(cohort.client_id)
+  }
+  assert len(draws) == N
+
+
 def test_by_size_draws_in_proportion():
   counts = np.zeros(N)
   for round_ in range(4000):

@@ -1,9 +1,20 @@
 """Eight fake devices, no silent broadcasting: set before jax starts."""
 
 import os
+import pathlib
+import tempfile
 
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# Programs here are small and many: compiling them takes most of the time, so
+# LLVM spends little on each, and processes share them.
+os.environ['XLA_FLAGS'] = (
+  '--xla_force_host_platform_device_count=8 '
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+)
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
+  pathlib.Path(tempfile.gettempdir()) / 'hetlora_jax_test_programs'
+)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
 import jax
 
