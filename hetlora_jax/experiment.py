@@ -8,8 +8,6 @@ import json
 import math
 import pathlib
 import platform
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import logging
 
 from hetlora_jax import (
   build,
   checkpoint,
   communication,
+  console,
   metrics,
   prng,
   sharding,
@@ -292,74 +290,6 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
       )
 
 
-class _StopSignal:
-  """Notes Ctrl-C and SIGTERM; a second one ends the process at once."""
-
-  def __enter__(self):
-    self.received = None
-    self._before = {
-      number: signal.signal(number, self._note)
-      for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
-
-  def _note(self, number, frame):
-    del frame
-    if self.received:
-      sys.exit(128 + number)
-    self.received = number
-    print('\nStopping after this round; once more to stop now.', flush=True)
-
-  def __exit__(self, *exc):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-
-class _Progress:
-  """A bar on a terminal, plain lines elsewhere."""
-
-  def __init__(self, first: int, last: int):
-    self._bar = tqdm.tqdm(
-      initial=first,
-      total=last,
-      unit='round',
-      disable=not sys.stderr.isatty(),
-      dynamic_ncols=True,
-    )
-    self._last, self._perplexity = last, {}
-
-  def update(self, row: metrics.Row) -> None:
-    for who in ('seen', 'unseen'):
-      if f'eval/{who}/perplexity' in row:
-        self._perplexity[who] = f'{row[f"eval/{who}/perplexity"]:.2f}'
-    if 'train/loss' not in row:
-      text = ', '.join(f'{k} {v}' for k, v in self._perplexity.items())
-      self.say(f'perplexity before training: {text}')
-      return
-    shown = {
-      'loss': f'{row["train/loss"]:.3f}',
-      'rank': f'{row["rank/mean"]:.1f}',
-      'tok/s': f'{row["time/tokens_per_s"]:.0f}',
-      **{f'ppl {k}': v for k, v in self._perplexity.items()},
-    }
-    self._bar.set_postfix(shown, refresh=False)
-    self._bar.update()
-    if self._bar.disable:
-      stale = not any(k.startswith('eval/') for k in row)
-      text = '  '.join(
-        f'{k} {v}' for k, v in shown.items() if not (stale and 'ppl' in k)
-      )
-      seconds = row['time/round_s']
-      self.say(f'round {row["round"]}/{self._last}  {text}  {seconds:.1f} s')
-
-  def say(self, text: str) -> None:
-    tqdm.tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
-
-  def close(self) -> None:
-    self._bar.close()
-
-
 def run(config: Config, workdir: pathlib.Path, command: str = '') -> dict:
   """Runs or continues an experiment and returns its summary.
 
@@ -421,8 +351,8 @@ def evaluate_checkpoint(config: Config, workdir: pathlib.Path) -> metrics.Row:
 def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
   """Runs the rounds that remain."""
   last, every = x.config.federated.num_rounds, x.config.eval.every
-  progress = _Progress(min(first, last), last)
-  with _StopSignal() as stop:
+  progress = console.Progress(min(first, last), last)
+  with console.StopSignal() as stop:
     if not first:
       row = {'round': 0, **evaluate(x, state)}
       writer.write(row)

@@ -89,7 +89,9 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
 
   if '--helpfull' in sys.argv:
     fields = explain(config_lib.resolve(default.get_config()))
-    sys.modules['__main__'].__doc__ += f'\nFields and defaults:\n{fields}\n'
+    program_module = sys.modules['__main__']
+    about = f'{program_module.__doc__}\nFields and defaults:\n{fields}\n'
+    program_module.__doc__ = about
   if not jax.config.jax_compilation_cache_dir:
     programs = sources.cache_folder() / 'programs'
     jax.config.update('jax_compilation_cache_dir', str(programs))

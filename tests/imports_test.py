@@ -14,7 +14,7 @@ ORDER = [
   ['client'],
   ['rounds'],
   ['sharding', 'data', 'evaluation', 'communication', 'checkpoint', 'metrics', 'config'],
-  ['build'],
+  ['build', 'console'],
   ['experiment'],
 ]  # fmt: skip
 FILES = sorted((ROOT / 'hetlora_jax').rglob('*.py'))
