@@ -8,6 +8,12 @@ import tqdm
 from hetlora_jax import metrics
 
 
+def say(text: str) -> None:
+  """Prints a line, above the bar if there is one."""
+  tqdm.tqdm.write(text, file=sys.stdout)
+  sys.stdout.flush()
+
+
 class StopSignal:
   """Notes Ctrl-C and SIGTERM; a second one ends the process at once."""
 
@@ -50,7 +56,7 @@ class Progress:
         self._perplexity[who] = f'{row[f"eval/{who}/perplexity"]:.2f}'
     if 'train/loss' not in row:
       text = ', '.join(f'{k} {v}' for k, v in self._perplexity.items())
-      self.say(f'perplexity before training: {text}')
+      say(f'perplexity before training: {text}')
       return
     shown = {
       'loss': f'{row["train/loss"]:.3f}',
@@ -66,11 +72,7 @@ class Progress:
         f'{k} {v}' for k, v in shown.items() if not (stale and 'ppl' in k)
       )
       seconds = row['time/round_s']
-      self.say(f'round {row["round"]}/{self._last}  {text}  {seconds:.1f} s')
-
-  def say(self, text: str) -> None:
-    tqdm.tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+      say(f'round {row["round"]}/{self._last}  {text}  {seconds:.1f} s')
 
   def close(self) -> None:
     self._bar.close()

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from hetlora_jax import (
   build,
@@ -305,7 +304,12 @@ def run(config: Config, workdir: pathlib.Path, command: str = '') -> dict:
   """
   check_workdir(config, workdir)
   started = time.time()
+  console.say(
+    f'Loading {config.model.source} and {config.data.name}; the first time '
+    'takes a while.'
+  )
   x = prepare(config)
+  console.say(_introduction(x))
   workdir.mkdir(parents=True, exist_ok=True)
   metrics.write_json(workdir / 'config.json', to_dict(config))
   checkpoints = checkpoint.Checkpoints(
@@ -316,7 +320,7 @@ def run(config: Config, workdir: pathlib.Path, command: str = '') -> dict:
     first = 0 if state is None else int(state.round)
     state = x.initial_state if state is None else state
     if first:
-      logging.info('Continuing after round %d of %s.', first, workdir)
+      console.say(f'Continuing after round {first} of {workdir}.')
     # Rows up to the restored round were written before its checkpoint.
     writer = metrics.Writer(workdir, first + 1 if first else 0)
     try:
@@ -346,6 +350,17 @@ def evaluate_checkpoint(config: Config, workdir: pathlib.Path) -> metrics.Row:
   if state is None:
     raise ConfigError(f'{workdir}/checkpoints is empty: train first.')
   return {'round': int(state.round), **evaluate(x, state)}
+
+
+def _introduction(x: Experiment) -> str:
+  rank_N, d = np.asarray(x.initial_state.rank), x.description
+  return (
+    f'{x.config.method} on {x.config.data.name}: {d["training_people"]} people '
+    f'of rank {rank_N.min()} to {rank_N.max()} (mean {rank_N.mean():.1f}), '
+    f'{d["unseen_people"]} more never trained on; {d["model"]} in {d["dtype"]} '
+    f'on {x.mesh.size} {jax.default_backend()} device(s). The first evaluation '
+    'and round include compiling.'
+  )
 
 
 def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
