@@ -34,7 +34,7 @@ setuptools.setup(
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
     'test': ['pytest>=8', 'pytest-xdist>=3.6'],
-    'dev': ['ruff>=0.14', 'basedpyright>=1.30', 'pre-commit>=4'],
+    'dev': ['ruff>=0.14', 'basedpyright>=1.30'],
     'bench': ['torch>=2.6', 'transformers>=4.50', 'peft>=0.15', 'flwr[simulation]>=1.20'],
   },
 )  # fmt: skip
