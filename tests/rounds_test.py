@@ -129,10 +129,13 @@ def test_padding_clients_change_nothing():
 
 def test_round_of_padding_leaves_the_state():
   rng = np.random.default_rng(3)
-  run = quadratic.make_run(RANKS)
+  base, run = quadratic.make_base(rng), quadratic.make_run(RANKS)
+  # After a round B is not zero, so that a wrong write would show.
+  trained = quadratic.make_cohort(rng, clients=[0, 1, 2, 3])
+  before, _ = run.step(base, run.state, trained)
   cohort = quadratic.make_cohort(rng, (0, 0, 0, 0))
-  state, _ = run.step(quadratic.make_base(rng), run.state, cohort)
-  expected = dataclasses.replace(run.state, round=jnp.int32(1))
+  state, _ = run.step(base, before, cohort)
+  expected = dataclasses.replace(before, round=jnp.int32(2))
   jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
