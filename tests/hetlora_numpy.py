@@ -36,20 +36,25 @@ def train(base, sent, batches, *, scale, rate, penalty, kept):
   return adapters
 
 
-def federated_round(server, rank, base, cohort, *, slots, gamma, r_min, **opt):
-  """Returns the new server adapters, all ranks and the clients' weights."""
+def federated_round(
+  server, rank, base, cohort, *, slots, gamma, r_min, scale, **opt
+):
+  """Returns the new server adapters, all ranks and the clients' weights.
+
+  `scale` is a function of the rank that a client starts the round with.
+  """
   rank, sent_back = list(rank), []
   for c, who in enumerate(cohort.client_id):
     if cohort.num_examples[c] == 0:
       continue
     r = int(rank[who])
-    kept = math.floor(round(gamma * r, 6))
+    kept, scale_k = math.floor(round(gamma * r, 6)), scale(r)
     sent = {k: (a[:, :r], b[:r]) for k, (a, b) in server.items()}
     batches = {
       k: {n: v[c] for n, v in x.items()} if isinstance(x, dict) else x[c]
       for k, x in cohort.batches.items()
     }
-    got = train(base, sent, batches, kept=kept, **opt)
+    got = train(base, sent, batches, kept=kept, scale=scale_k, **opt)
     before = sum(tail_size(a, b, kept) for a, b in sent.values())
     after = sum(tail_size(a, b, kept) for a, b in got.values())
     if after < before and r > r_min:
@@ -57,7 +62,7 @@ def federated_round(server, rank, base, cohort, *, slots, gamma, r_min, **opt):
       rank[who] = r
     got = {k: (a[:, :r], b[:r]) for k, (a, b) in got.items()}
     norm = math.sqrt(
-      sum(frobenius(opt['scale'] * a @ b) ** 2 for a, b in got.values())
+      sum(frobenius(scale_k * a @ b) ** 2 for a, b in got.values())
     )
     sent_back.append((r, got, norm))
   total = sum(norm for _, _, norm in sent_back)

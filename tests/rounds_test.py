@@ -44,16 +44,25 @@ def _assert_close(a, b, tolerance=1e-5):
   )
 
 
-@pytest.mark.parametrize('rounds', [1, 3, 6])
-def test_round_agrees_with_numpy(rounds):
-  run = quadratic.make_run(RANKS)
+@pytest.mark.parametrize(
+  'rounds, scale_rule, power',
+  [
+    (1, 'constant', 0),
+    (3, 'constant', 0),
+    (6, 'constant', 0),
+    (3, 'alpha_over_r', 1),
+    (3, 'alpha_over_sqrt_r', 0.5),
+  ],
+)
+def test_round_agrees_with_numpy(rounds, scale_rule, power):
+  run = quadratic.make_run(RANKS, lora__scale_rule=scale_rule)
   base, state, outs, cohorts = _run(run, rounds)
   server, rank = _plain(run.state.adapters), RANKS
   for cohort in cohorts:
     server, rank, weights = hetlora_numpy.federated_round(
       server, rank, base, cohort,
       slots=quadratic.SLOTS, gamma=0.7, r_min=2, rate=0.02, penalty=8.0,
-      scale=quadratic.SCALE,
+      scale=lambda r: quadratic.SCALE / r**power,
     )  # fmt: skip
   _assert_close(_plain(state.adapters), server)
   np.testing.assert_array_equal(state.rank[:, 0], rank)
