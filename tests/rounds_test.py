@@ -293,6 +293,13 @@ def test_kept_rank(rank, gamma, rounding, kept):
   assert int(got[0]) == kept
 
 
+def test_kept_rank_is_the_exact_floor():
+  rank = np.arange(1, 201)
+  for percent in range(1, 101):
+    got = tail.kept_rank(jnp.asarray(rank), jnp.float32(percent / 100), 'floor')
+    np.testing.assert_array_equal(got, percent * rank // 100)
+
+
 def test_empty_tails_are_refused():
   with pytest.raises(ValueError, match='empty tail'):
     quadratic.make_config(
