@@ -86,6 +86,12 @@ def test_first_round_cannot_prune():
   np.testing.assert_array_equal(state.rank[:, 0], RANKS)
 
 
+def test_a_tail_that_stays_as_it_was_is_kept():
+  run = quadratic.make_run(RANKS, client_optimizer__learning_rate=0.0)
+  _, state, _, _ = _run(run, 2)
+  np.testing.assert_array_equal(state.rank[:, 0], RANKS)
+
+
 def test_nobody_prunes_below_r_min():
   run = quadratic.make_run(RANKS, federated__r_min=4, federated__gamma=0.3)
   _, state, _, _ = _run(run, 12)
