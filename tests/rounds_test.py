@@ -133,6 +133,7 @@ def test_donated_state_is_gone():
 def test_padding_clients_change_nothing():
   rng = np.random.default_rng(3)
   base, run = quadratic.make_base(rng), quadratic.make_run(RANKS)
+  run.state, _ = run.step(base, run.state, quadratic.make_cohort(rng))
   whole = quadratic.make_cohort(rng, (3, 0, 7, 0))
   present = np.array([0, 2])
   small = jax.tree.map(lambda x: x[present], whole)
