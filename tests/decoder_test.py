@@ -1,5 +1,6 @@
 """The decoder against transformers, and what must be true of adapters."""
 
+import dataclasses
 import functools
 import importlib.util
 import pathlib
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetlora_jax import lora
-from hetlora_jax.models import decoder, kernels, pretrained
+from hetlora_jax import lora, sharding
+from hetlora_jax.models import decoder, pretrained
 from hetlora_jax.types import Batch, Lora
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -193,29 +194,79 @@ def test_clients_are_one_vmap():
   np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5)
 
 
+def test_devices_share_the_work_without_changing_it():
+  config, params = _tiny('llama')
+  mesh = sharding.make_mesh(clients=2, model=4)
+  rng = np.random.default_rng(6)
+  clients = [_adapters(config, 4, seed) for seed in range(2)]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *clients)
+  batches = jax.tree.map(
+    lambda *x: np.stack(x), *[_batch(rng, config) for _ in range(2)]
+  )
+  loss = decoder.make_loss(config, jnp.float32, True)
+  step = jax.jit(
+    jax.vmap(
+      jax.grad(lambda x, base, b: loss(base, x, jnp.float32(2), b)[0]),
+      (0, None, 0),
+    )
+  )
+  spread = sharding.over_clients(mesh)
+  got = step(
+    jax.device_put(stacked, spread),
+    jax.device_put(params, sharding.base(mesh, params)),
+    jax.device_put(batches, spread),
+  )
+  want = step(stacked, params, batches)
+  assert len(got['q'].b.sharding.device_set) == 8
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-5), got, want)  # fmt: skip
+
+
+@pytest.mark.parametrize('family', ['llama', 'gemma3'])
+def test_gradients_of_the_base_are_those_of_the_log_probabilities(family):
+  config, params = _tiny(family)
+  batch = _batch(np.random.default_rng(7), config)
+  loss = decoder.make_loss(config, jnp.float32, True)
+  log_probs = decoder.make_log_probs(config, jnp.float32)
+
+  def plain(base):
+    args = (batch.tokens, batch.segment, batch.position)
+    rows = log_probs(base, {}, jnp.float32(1), *args)
+    rows = rows.reshape(-1, config.vocab_size)
+    return -rows[batch.target_index, batch.target].sum()
+
+  got = jax.jit(jax.grad(lambda base: loss(base, {}, jnp.float32(1), batch)[0]))
+  want = jax.jit(jax.grad(plain))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, 1e-3, 1e-4),
+    got(params), want(params),
+  )  # fmt: skip
+
+
+def test_bfloat16_steps_have_float32_gradients_near_those_of_float32():
+  config, params = _tiny()
+  adapters = _adapters(config, 4)
+  batch = _batch(np.random.default_rng(8), config)
+
+  def gradient(dtype):
+    loss = decoder.make_loss(config, dtype, False)
+    base = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    step = jax.grad(lambda x: loss(base, x, jnp.float32(0.1), batch)[0])
+    return jax.jit(step)(adapters)
+
+  got, want = gradient(jnp.bfloat16), gradient(jnp.float32)
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert x.dtype == jnp.float32
+    assert jnp.linalg.norm(x - y) < 0.1 * jnp.linalg.norm(y)
+
+
+def test_linear_scaling_slows_global_layers_alone():
+  config, _ = _tiny()
+  slow = dataclasses.replace(config, rope_scaling=(('linear_factor', 8.0),))
+  ratio = decoder.rope_frequencies(config) / decoder.rope_frequencies(slow)
+  want = np.where(decoder.global_layers(config), 8, 1)[:, None]
+  np.testing.assert_allclose(ratio, np.broadcast_to(want, ratio.shape))
+
+
 def test_unknown_target_is_named():
   with pytest.raises(ValueError, match='qq'):
     decoder.adapter_dims(_tiny()[0], ('q', 'qq'))
-
-
-@pytest.mark.parametrize('chunk', [4, 5, 100])
-def test_fused_loss_equals_plain_loss(chunk):
-  rng = np.random.default_rng(5)
-  h, embed = rng.normal(size=(11, 6)), rng.normal(size=(17, 6))
-  h, embed = jnp.float32(h), jnp.float32(embed)
-  target = jnp.asarray(rng.integers(0, 17, 11))
-  weight = jnp.float32(rng.integers(0, 2, 11))
-
-  def plain(h, embed):
-    log_prob = jax.nn.log_softmax(h @ embed.T)
-    picked = jnp.take_along_axis(log_prob, target[:, None], 1)[:, 0]
-    return -3 * (picked * weight).sum()
-
-  def fused(h, embed):
-    return 3 * kernels.linear_cross_entropy(h, embed, target, weight, chunk)
-
-  got = jax.jit(jax.value_and_grad(fused, (0, 1)))(h, embed)
-  want = jax.value_and_grad(plain, (0, 1))(h, embed)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-5), got, want)  # fmt: skip
-  many = jax.vmap(jax.grad(fused), (0, None))(jnp.stack([h, 2 * h]), embed)
-  np.testing.assert_allclose(many[0], want[1][0], atol=1e-4)

@@ -8,9 +8,36 @@ import jax.numpy as jnp
 from hetlora_jax.types import Array
 
 
+def _product(x: Array, w: Array) -> Array:
+  # bfloat16 operands with a float32 result are what AMX and GPUs are fast at.
+  return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@jax.custom_vjp
 def matmul(x: Array, w: Array) -> Array:
-  """Returns `x @ w` in the type of `x`, summed in float32 on the chip."""
-  return jnp.matmul(x, w, preferred_element_type=x.dtype)
+  """Returns `x @ w` in the type of `x`, summed in float32 in both passes.
+
+  Args:
+    x: [..., d_in].
+    w: [d_in, d_out], of the type of `x`. Its gradient is a product of its own,
+      which XLA drops when the weight is frozen.
+  """
+  return _product(x, w)
+
+
+def _matmul_forward(x, w):
+  return _product(x, w), (x, w)
+
+
+def _matmul_backward(residuals, d_out):
+  x, w = residuals
+  d_w = jnp.einsum(
+    '...i,...o->io', x, d_out, preferred_element_type=jnp.float32
+  )
+  return _product(d_out, w.T), d_w.astype(w.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -100,13 +127,17 @@ def _backward(chunk, residuals, cotangent):
   def step(d_embed, xs):
     h_c, target_c, weight_c = xs
     d_logit = _chunk_loss(h_c, embed, target_c, weight_c)[1]
-    return d_embed + jnp.einsum('mv,md->vd', d_logit.astype(h.dtype), h_c), None
+    d_embed_c = jnp.einsum(
+      'mv,md->vd', d_logit.astype(h.dtype), h_c,
+      preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return d_embed + d_embed_c, None
 
   # A loop of its own, which XLA drops when the embedding is frozen.
   xs = _chunks(min(chunk, h.shape[0]), h, target, weight)
-  d_embed, _ = jax.lax.scan(step, jnp.zeros_like(embed), xs)
-  scale = cotangent.astype(h.dtype)
-  return d_h * scale, d_embed * scale, None, None
+  d_embed, _ = jax.lax.scan(step, jnp.zeros(embed.shape, jnp.float32), xs)
+  d_h, d_embed = d_h * cotangent, d_embed * cotangent  # in float32
+  return d_h.astype(h.dtype), d_embed.astype(embed.dtype), None, None
 
 
 linear_cross_entropy.defvjp(_forward, _backward)

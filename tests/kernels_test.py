@@ -1,0 +1,151 @@
+"""The costly arithmetic equals the plain one, in the types and sizes it says."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hetlora_jax.models import kernels
+
+# Clients, positions, vocabulary, width, width out.
+C, M, V, D, K = 3, 11, 17, 6, 5
+
+
+def _normal(seed, *shape):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def _close(got, want):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
+    got, want,
+  )  # fmt: skip
+
+
+def _task(rows=M):
+  """Returns h, embed, target and weight of a loss with padding."""
+  rng = np.random.default_rng(rows)
+  target = jnp.asarray(rng.integers(0, V, rows))
+  weight = jnp.asarray(rng.integers(0, 2, rows), jnp.float32)
+  return _normal(0, rows, D), _normal(1, V, D), target, weight
+
+
+def _plain_loss(h, embed, target, weight):
+  log_prob = jax.nn.log_softmax(h @ embed.T)
+  picked = jnp.take_along_axis(log_prob, target[:, None], 1)[:, 0]
+  return -(picked * weight).sum()
+
+
+def test_a_product_has_the_gradients_of_a_plain_one():
+  x, w, d_out = _normal(0, 2, 7, D), _normal(1, D, K), _normal(2, 2, 7, K)
+
+  def gradients(product):
+    out, pull = jax.vjp(product, x, w)
+    many = jax.vmap(lambda x: jax.vjp(product, x, w)[1](d_out[0]))(x)
+    return out, pull(d_out), many
+
+  _close(gradients(kernels.matmul), gradients(jnp.matmul))
+
+
+def test_both_passes_multiply_bfloat16_and_sum_in_float32():
+  x = _normal(0, 7, D).astype('bfloat16')
+  w = _normal(1, D, K).astype('bfloat16')
+
+  def loss(x, w):
+    return kernels.matmul(x, w).astype(jnp.float32).sum()
+
+  lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w).as_text()
+  products = [y for y in lowered.splitlines() if 'dot_general' in y]
+  assert len(products) == 3
+  for product in products:
+    types = re.findall(r'x(bf16|f32)>', product)
+    assert types == ['bf16', 'bf16', 'f32'], product
+
+
+def test_attention_equals_one_head_at_a_time():
+  q, k, v = (
+    _normal(0, 2, 7, 6, 4),
+    _normal(1, 2, 7, 3, 4),
+    _normal(2, 2, 7, 3, 4),
+  )
+  mask = jnp.asarray(np.random.default_rng(3).integers(0, 2, (2, 7, 7)), bool)
+  mask = mask | jnp.eye(7, dtype=bool)[None]
+  mask = mask.at[1, 2].set(False)  # sees nothing: everything, evenly
+  got = kernels.attention(q, k, v, mask)
+  for row in range(2):
+    for head in range(6):
+      score = q[row, :, head] @ k[row, :, head // 2].T
+      score = jnp.where(mask[row], score, -1e30)
+      want = jax.nn.softmax(score) @ v[row, :, head // 2]
+      np.testing.assert_allclose(got[row, :, head], want, atol=1e-5)
+  np.testing.assert_allclose(got[1, 2, 0], v[1, :, 0].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize('chunk', [4, M, 100])
+def test_fused_loss_equals_plain_loss(chunk):
+  h, embed, target, weight = _task()
+
+  def fused(h, embed):
+    return 3 * kernels.linear_cross_entropy(h, embed, target, weight, chunk)
+
+  def plain(h, embed):
+    return 3 * _plain_loss(h, embed, target, weight)
+
+  got = jax.jit(jax.value_and_grad(fused, (0, 1)))(h, embed)
+  _close(got, jax.value_and_grad(plain, (0, 1))(h, embed))
+
+
+def test_fused_loss_of_many_clients_shares_the_embedding():
+  _, embed, target, weight = _task(C * M)
+  h = _normal(2, C, M, D)
+  target, weight = target.reshape(C, M), weight.reshape(C, M)
+
+  def total(loss):
+    def summed(h, embed):
+      return jax.vmap(loss, (0, None, 0, 0))(h, embed, target, weight).sum()
+
+    return jax.value_and_grad(summed, (0, 1))(h, embed)
+
+  _close(total(kernels.linear_cross_entropy), total(_plain_loss))
+
+
+def test_a_bfloat16_gradient_is_scaled_in_float32():
+  h, embed, target, _ = _task()
+  h, embed = h.astype('bfloat16'), embed.astype('bfloat16')
+  scale = jnp.float32(1.0117)  # between two bfloat16 neighbours
+
+  def gradients(scale):
+    def loss(h, embed):
+      ones = jnp.ones(M)
+      return scale * kernels.linear_cross_entropy(h, embed, target, ones)
+
+    return [x.astype(jnp.float32) for x in jax.grad(loss, (0, 1))(h, embed)]
+
+  for got, one in zip(gradients(scale), gradients(1.0), strict=True):
+    np.testing.assert_allclose((got * one).sum() / (one**2).sum(), scale, 1e-3)
+
+
+def test_logits_exist_a_chunk_at_a_time_and_a_frozen_embedding_is_free():
+  rows, words, width = 64, 2048, 32
+  h, embed = jnp.ones((rows, width)), jnp.ones((words, width))
+  target, weight = jnp.zeros(rows, jnp.int32), jnp.ones(rows)
+
+  def compiled(chunk, inputs):
+    def loss(h, embed):
+      return kernels.linear_cross_entropy(h, embed, target, weight, chunk)
+
+    step = jax.jit(jax.value_and_grad(loss, inputs))
+    return step.lower(h, embed).compile()
+
+  logits = rows * words * 4  # bytes
+  memory = compiled(8, 0).memory_analysis()
+  assert memory.temp_size_in_bytes < logits / 2
+  product = 2 * rows * words * width
+  frozen, whole = (
+    compiled(rows, x).cost_analysis()['flops'] / product for x in (0, (0, 1))
+  )
+  assert 2 <= frozen < 2.8  # the logits and d_h
+  assert whole > frozen + 0.9  # and d_embed
