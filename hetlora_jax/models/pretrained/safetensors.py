@@ -273,7 +273,7 @@ def _read_json(path: pathlib.Path) -> Any:
     raise FileNotFoundError(f'{path} is missing: copy it into the folder.')
   try:
     return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+  except ValueError as error:  # its JSON or its UTF-8
     raise ValueError(
       f'{path} is not valid JSON ({error}): copy it again.'
     ) from error
