@@ -27,6 +27,7 @@ from hetlora_jax.methods import (
   tail,
   weighting,
 )
+from hetlora_jax.models import decoder
 
 _record = dataclasses.dataclass(frozen=True, kw_only=True)
 
@@ -198,7 +199,7 @@ _CHOICES = {
 }
 _AT_LEAST = {
   0: (
-    'seed federated.tail_penalty federated.clients_at_once ranks.exponent '
+    'seed lora.scale federated.tail_penalty federated.clients_at_once ranks.exponent '
     'client_optimizer.learning_rate client_optimizer.weight_decay '
     'server_optimizer.learning_rate eval.every'
   ),
@@ -225,6 +226,17 @@ def resolve(raw: ml_collections.ConfigDict) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
   """Returns plain nested dicts, as written to `config.json`."""
   return dataclasses.asdict(config)
+
+
+def flat(tree: dict, prefix: str = '') -> dict[str, Any]:
+  """Joins the keys of nested dicts with dots."""
+  out = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      out.update(flat(value, f'{prefix}{name}.'))
+    else:
+      out[prefix + name] = value
+  return out
 
 
 def rule_names(config: Config) -> dict[str, str]:
@@ -285,7 +297,8 @@ def _check(config: Config) -> None:
       value = _lookup(config, path)
       if not bound <= value < 2**31:
         raise ConfigError(
-          f'config.{path}={value} must be at least {bound} (and finite).'
+          f'config.{path}={value} must be at least {bound}, finite and '
+          'below 2**31.'
         )
   for path, value, ok, remedy in _conditions(config):
     if not ok:
@@ -314,6 +327,11 @@ def _conditions(c: Config) -> Iterator[tuple[str, Any, bool, str]]:
     'ranks.tier_fractions', fractions,
     r.distribution != 'tiers' or (fits and abs(sum(fractions) - 1) < 1e-6),
     'give one for each of ranks.tiers, summing to 1',
+  )  # fmt: skip
+  yield (
+    'lora.targets', c.lora.targets,
+    bool(c.lora.targets) and set(c.lora.targets) <= set(decoder.TARGETS),
+    f'name one or more of {", ".join(decoder.TARGETS)}',
   )  # fmt: skip
   for name in ('unseen_fraction', 'heldout_fraction'):
     value = getattr(c.data, name)

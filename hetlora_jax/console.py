@@ -1,7 +1,11 @@
 """What a person at the terminal sees of a run, and how they stop it."""
 
+import concurrent.futures
+import contextlib
+import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 
 import tqdm
 
@@ -15,7 +19,10 @@ def say(text: str) -> None:
 
 
 class StopSignal:
-  """Notes Ctrl-C and SIGTERM; a second one ends the process at once."""
+  """Notes Ctrl-C and SIGTERM; a second one ends the process at once.
+
+  Checkpoints appear whole or not at all, so nothing is left to clean up.
+  """
 
   def __enter__(self):
     self.received = None
@@ -28,13 +35,24 @@ class StopSignal:
   def _note(self, number, frame):
     del frame
     if self.received:
-      sys.exit(128 + number)
+      os._exit(128 + number)
     self.received = number
     print('\nStopping after this round; once more to stop now.', flush=True)
 
   def __exit__(self, *exc):
     for number, handler in self._before.items():
       signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def background() -> Iterator[Callable]:
+  """Yields a way to call a function so that signals are noticed meanwhile.
+
+  Python handles a signal between two steps of its main thread, and a round is
+  one long step: it runs on another thread while the main one waits.
+  """
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    yield lambda function, *args: pool.submit(function, *args).result()
 
 
 class Progress:
@@ -56,7 +74,10 @@ class Progress:
         self._perplexity[who] = f'{row[f"eval/{who}/perplexity"]:.2f}'
     if 'train/loss' not in row:
       text = ', '.join(f'{k} {v}' for k, v in self._perplexity.items())
-      say(f'perplexity before training: {text}')
+      when = (
+        f'after round {row["round"]}' if row['round'] else 'before training'
+      )
+      say(f'perplexity {when}: {text}')
       return
     shown = {
       'loss': f'{row["train/loss"]:.3f}',

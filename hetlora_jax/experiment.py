@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
+import os
 import pathlib
 import platform
 import time
@@ -13,22 +15,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hetlora_jax import (
+  base_model,
   build,
   checkpoint,
   communication,
   console,
   metrics,
-  prng,
   sharding,
 )
-from hetlora_jax.config import Config, ConfigError, to_dict
-from hetlora_jax.data import cohorts, people, tokenizer
+from hetlora_jax.config import Config, ConfigError, flat, to_dict
+from hetlora_jax.data import cohorts, people
 from hetlora_jax.evaluation import perplexity
-from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models import decoder
 from hetlora_jax.types import Cohort, PyTree, ServerState
 
 # A run may be continued with other values of these.
@@ -54,48 +55,6 @@ class Experiment:
   evaluate: dict[str, Callable]  # name -> (base, state, cohort, hyper) -> loss
   mesh: jax.sharding.Mesh
   description: dict[str, Any]
-
-
-def fastest_dtype() -> str:
-  """Returns what this machine multiplies fastest.
-
-  A CPU without AMX computes bfloat16 products by way of float32.
-  """
-  if jax.default_backend() != 'cpu':
-    return 'bfloat16'
-  info = pathlib.Path('/proc/cpuinfo')
-  has_amx = info.exists() and 'amx_bf16' in info.read_text()
-  return 'bfloat16' if has_amx else 'float32'
-
-
-def _random_model(config: Config, dtype):
-  """Returns a model nobody has trained, and a tokenizer made for the data."""
-  c = config.model.random
-  text = people.corpus(config.data.name)
-  words = tokenizer.Tokenizer.train(text, c.vocab_size)
-  shape = decoder.DecoderConfig(
-    family='gemma3',
-    vocab_size=words.vocab_size,
-    num_layers=c.num_layers,
-    width=c.width,
-    num_heads=c.num_heads,
-    num_kv_heads=max(1, c.num_heads // 2),
-    head_dim=c.head_dim,
-    mlp_width=c.mlp_width,
-    norm_eps=1e-6,
-    rope_base=1e4,
-    rope_base_local=1e4,
-    sliding_window=0,
-    global_every=1,
-    qk_norm=True,
-    post_norms=True,
-    embed_scale=True,
-    activation='gelu',
-    query_scale=c.head_dim**-0.5,
-    tied_embeddings=False,
-  )
-  key = prng.stream(config.seed, 'base')
-  return shape, lambda: decoder.init_params(shape, key, dtype), words
 
 
 def _packing(config: Config, examples: int) -> dict[str, int]:
@@ -148,36 +107,24 @@ def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
 def prepare(config: Config) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing."""
   mesh = sharding.make_mesh(config.mesh.clients, config.mesh.model)
-  name = config.model.dtype
-  dtype = jnp.dtype(fastest_dtype() if name == 'auto' else name)
-  if config.model.source == 'random':
-    shape, load_params, words = _random_model(config, dtype)
-    fingerprint = f'random-{config.seed}'
-  else:
-    model = pretrained.load(config.model.source, dtype=dtype)
-    shape, words, fingerprint = model.config, model.tokenizer, model.fingerprint
-    load_params = lambda: model.params  # noqa: E731
-  try:
-    dims = decoder.adapter_dims(shape, config.lora.targets)
-  except ValueError as error:
-    raise ConfigError(f'config.{error}') from error
-  crowd = _load_people(config, words)
-  loss = decoder.make_loss(shape, dtype, config.model.remat)
+  model = base_model.load(config)
+  crowd = _load_people(config, model.tokenizer)
+  dtype = base_model.compute_dtype(config)
+  dims = decoder.adapter_dims(model.config, config.lora.targets)
+  loss = decoder.make_loss(model.config, dtype, config.model.remat)
   rules = build.make_rules(config, loss)
   rank_N = build.draw_ranks(config, len(crowd.client_ids))
   everywhere = sharding.replicated(mesh)
-  base = load_params()
-  scale = build.make_scale(config)
-  evaluate = {
-    name: perplexity.make_evaluate(loss, scale, own_rank=False)
-    for name in ('seen', 'unseen')
-  }
+  make_evaluate = functools.partial(
+    perplexity.make_evaluate, loss, build.make_scale(config)
+  )
+  evaluate = dict.fromkeys(('seen', 'unseen'), make_evaluate(own_rank=False))
   if config.eval.own_rank:
-    evaluate['seen_own'] = perplexity.make_evaluate(loss, scale, own_rank=True)
+    evaluate['seen_own'] = make_evaluate(own_rank=True)
   return Experiment(
     config=config,
     people=crowd,
-    base=jax.device_put(base, sharding.base(mesh, base)),
+    base=jax.device_put(model.params, sharding.base(mesh, model.params)),
     dims=dims,
     evaluation=jax.device_put(_evaluation_sets(config, crowd), everywhere),
     hyper=jax.device_put(build.make_hyperparameters(config), everywhere),
@@ -189,7 +136,7 @@ def prepare(config: Config) -> Experiment:
     mesh=mesh,
     description={
       'model': config.model.source,
-      'model_fingerprint': fingerprint,
+      'model_fingerprint': model.fingerprint,
       'dtype': dtype.name,
       'training_people': len(crowd.client_ids),
       'unseen_people': len(crowd.groups['unseen'].ids),
@@ -219,6 +166,8 @@ def make_cohort(x: Experiment, round_number: int) -> Cohort:
 
 def _cohorts_ahead(x: Experiment, first: int, last: int) -> Iterator[Cohort]:
   """Builds the next round's cohort while this round runs."""
+  if first >= last:
+    return
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     coming = pool.submit(make_cohort, x, first)
     for round_number in range(first + 1, last + 1):
@@ -260,17 +209,6 @@ def _round_row(x: Experiment, done: int, out: dict, seconds: float):
   }
 
 
-def flat(tree: dict, prefix: str = '') -> dict[str, Any]:
-  """Joins the keys of nested dicts with dots."""
-  out = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      out.update(flat(value, f'{prefix}{name}.'))
-    else:
-      out[prefix + name] = value
-  return out
-
-
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:
   """Raises if the run in `workdir` was made with another configuration."""
   path = workdir / 'config.json'
@@ -278,7 +216,12 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
     raise ConfigError(f'--workdir={workdir} is a file: name a folder.')
   if not path.exists():
     return
-  old = flat(json.loads(path.read_text()))
+  try:
+    old = flat(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ConfigError(
+      f'{path} is damaged ({error}): use another --workdir.'
+    ) from error
   new = flat(json.loads(json.dumps(to_dict(config))))
   for name in sorted(set(old) | set(new)):
     if old.get(name) != new.get(name) and not name.startswith(_MAY_CHANGE):
@@ -367,15 +310,18 @@ def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
   """Runs the rounds that remain."""
   last, every = x.config.federated.num_rounds, x.config.eval.every
   progress = console.Progress(min(first, last), last)
-  with console.StopSignal() as stop:
-    if not first:
-      row = {'round': 0, **evaluate(x, state)}
+  with console.StopSignal() as stop, console.background() as in_background:
+    if not any('eval/seen/loss' in row for row in writer.rows):
+      row = {'round': first, **evaluate(x, state)}
       writer.write(row)
       progress.update(row)
     for done, cohort in enumerate(_cohorts_ahead(x, first, last), first + 1):
       start = time.perf_counter()
-      state, out = x.run_round(x.base, state, cohort, x.hyper)
-      jax.block_until_ready(out)
+      state, out = in_background(
+        lambda s, c: jax.block_until_ready(x.run_round(x.base, s, c, x.hyper)),
+        state,
+        cohort,
+      )
       row = _round_row(x, done, out, time.perf_counter() - start)
       if done == last or (every and done % every == 0):
         row |= evaluate(x, state)
@@ -402,7 +348,7 @@ def _summary(x: Experiment, rows: list[metrics.Row], seconds, command):
   return {
     'command': command,
     'finished': time.strftime('%Y-%m-%d %H:%M:%S'),
-    'machine': f'{platform.processor() or platform.machine()}, '
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
     f'{jax.device_count()} {jax.default_backend()} device(s)',
     'versions': {'python': platform.python_version(), 'jax': jax.__version__},
     **x.description,

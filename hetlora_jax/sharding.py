@@ -47,13 +47,16 @@ def over_clients(mesh: Mesh) -> NamedSharding:
 
 
 def base(mesh: Mesh, params: PyTree) -> PyTree:
-  """Returns where each base parameter lives, by its name."""
+  """Returns where each base parameter lives, by its name.
+
+  A parameter whose axis `model` does not divide is kept whole everywhere.
+  """
 
   def place(path, leaf):
     spec = _BASE_RULES.get(path[-1].key, PartitionSpec())
     sizes = [mesh.shape[a] if a else 1 for a in spec]
     if any(n % k for n, k in zip(leaf.shape, sizes, strict=False)):
-      spec = PartitionSpec()  # an axis that does not divide stays whole
+      spec = PartitionSpec()
     return NamedSharding(mesh, spec)
 
   return jax.tree.map_with_path(place, params)

@@ -97,6 +97,6 @@ class ServerState:
   tail_norm: Array  # [N, G] float32, tail norms when each last trained
 
 
-# Roles. Each rule is a pure function of one of these kinds.
+# The task of a client; the roles of rules are described in methods/.
 Loss = Callable[[PyTree, Adapters, Array, Batch], tuple[Array, Array]]
 """(base, adapters, scale, batch) -> (sum of token losses, token count)."""

@@ -6,6 +6,7 @@ the command line (or in a --flagfile).
 
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,18 +31,32 @@ WORKDIR = flags.DEFINE_string(
 PRINT_CONFIG = flags.DEFINE_bool(
   'print_config', False, 'Print every field, its value and meaning, and exit.'
 )
-VERBOSE = flags.DEFINE_bool('verbose', False, 'Show the libraries\' messages.')  # fmt: skip
+VERBOSE = flags.DEFINE_bool('verbose', False, 'Show libraries\' messages and the tracebacks of errors.')  # fmt: skip
 
 _BAD_INPUT = 2
+_INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
 def explain(config: config_lib.Config) -> str:
   """Returns every field with its value and meaning."""
-  values = experiment.flat(config_lib.to_dict(config))
+  values = config_lib.flat(config_lib.to_dict(config))
   lines = []
   for name, gloss in config_lib.glosses().items():
     lines += [f'# {gloss}', f'--config.{name}={values[name]!r}']
   return '\n'.join(lines)
+
+
+def command() -> str:
+  """Returns the line that repeats this call."""
+  program = pathlib.Path(sys.argv[0]).stem
+  return shlex.join(['python', '-m', f'launch.{program}', *sys.argv[1:]])
+
+
+def _keep_programs() -> None:
+  """Keeps compiled programs from one run to the next."""
+  if not jax.config.jax_compilation_cache_dir:
+    programs = sources.cache_folder() / 'programs'
+    jax.config.update('jax_compilation_cache_dir', str(programs))
 
 
 def _fail(message: object) -> None:
@@ -77,24 +92,24 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
         return
       if not WORKDIR.value:
         _fail('--workdir is missing: name a folder for the results')
+      logging.set_verbosity(logging.INFO if VERBOSE.value else logging.WARNING)
+      _keep_programs()
       program(config, pathlib.Path(WORKDIR.value))
     except (config_lib.ConfigError, ValueError, OSError) as error:
       if VERBOSE.value:
         raise
       _fail(error)
     except experiment.Interrupted as error:
-      command = ' '.join(['python -m launch.train', *sys.argv[1:]])
-      print(f'{error} The state is saved; to go on:\n  {command}')
-      sys.exit(130)
+      print(f'{error} The state is saved; to go on:\n  {command()}')
+      sys.exit(_INTERRUPTED)
+    except KeyboardInterrupt:
+      print('\nStopped before the first round; there was nothing to save.')
+      sys.exit(_INTERRUPTED)
 
   if '--helpfull' in sys.argv:
     fields = explain(config_lib.resolve(default.get_config()))
     program_module = sys.modules['__main__']
     about = f'{program_module.__doc__}\nFields and defaults:\n{fields}\n'
     program_module.__doc__ = about
-  if not jax.config.jax_compilation_cache_dir:
-    programs = sources.cache_folder() / 'programs'
-    jax.config.update('jax_compilation_cache_dir', str(programs))
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  logging.set_verbosity(logging.WARNING)
   app.run(main, flags_parser=_parse)

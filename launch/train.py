@@ -1,7 +1,6 @@
 """Trains: python -m launch.train --config=configs/tiny.py --workdir=DIR."""
 
 import pathlib
-import sys
 
 from hetlora_jax import config as config_lib
 from hetlora_jax import experiment
@@ -10,8 +9,7 @@ from launch import flags
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Runs or continues the experiment and prints perplexity before and after."""
-  command = ' '.join(['python -m launch.train', *sys.argv[1:]])
-  summary = experiment.run(config, workdir, command)
+  summary = experiment.run(config, workdir, flags.command())
   print(f'\n{experiment.table(summary)}\n\nResults are in {workdir}/')
 
 

@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 
 from configs import default
-from hetlora_jax import config, experiment
+from hetlora_jax import config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ def _resolve(**overrides):
 
 
 def test_every_field_is_glossed_once():
-  fields = experiment.flat(config.to_dict(_resolve()))
+  fields = config.flat(config.to_dict(_resolve()))
   glosses = config.glosses()
   assert set(fields) == set(glosses)
   assert all(len(gloss) > 10 for gloss in glosses.values())
@@ -53,6 +53,9 @@ def test_every_config_resolves(name):
     ('methods.weighting', 'nrom', "'norm'"),
     ('methods.tail_rounding', 'nearest', 'empty tail'),
     ('lora.scale_rule', 'alpha', "'alpha_over_r'"),
+    ('lora.scale', float('nan'), 'finite'),
+    ('lora.targets', ('q', 'w'), 'q, k, v'),
+    ('lora.targets', (), 'one or more'),
     ('client_optimizer.name', 'adafactor', "'adam'"),
     ('client_optimizer.learning_rate', float('inf'), 'finite'),
     ('data.heldout_fraction', 1.0, r'in \(0, 1\)'),

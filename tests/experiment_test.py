@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,54 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
   assert code == 130
   assert f'--workdir={tmp_path}' in rest and 'to go on' in rest
   assert int(_state(small_config(), tmp_path).round) >= 2
+
+
+def test_a_second_ctrl_c_stops_within_the_round(tmp_path):
+  # Rounds of many seconds, so that none can end between the signals.
+  long = (
+    '--config.federated.local_steps=400',
+    '--config.federated.clients_per_round=40',
+  )
+  with _launch(tmp_path, *long) as process:
+    for line in process.stdout:
+      if line.startswith(('perplexity', 'Stopping')):
+        process.send_signal(signal.SIGINT)
+      if line.startswith('Stopping'):
+        break
+    rest = process.stdout.read()
+  assert process.returncode == 130
+  assert line.startswith('Stopping') and 'round' not in rest
+  rows = metrics.read_rows(tmp_path / 'metrics.jsonl')
+  assert [row['round'] for row in rows] == [0]
+
+
+def test_a_run_on_a_mesh_equals_a_run_on_one_device(tmp_path):
+  # A step that lowers the loss: one that raises it amplifies rounding too.
+  sgd = {
+    'client_optimizer__name': 'sgd', 'client_optimizer__learning_rate': 0.05
+  }  # fmt: skip
+  spread = small_config(mesh__clients=4, mesh__model=2, **sgd)
+  experiment.run(small_config(**sgd), tmp_path / 'one')
+  experiment.run(spread, tmp_path / 'eight')
+  one = _state(small_config(**sgd), tmp_path / 'one')
+  eight = _state(spread, tmp_path / 'eight')
+  np.testing.assert_array_equal(one.rank, eight.rank)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5),
+    one.adapters,
+    eight.adapters,
+  )
+
+
+def test_lost_metrics_and_damaged_config(unbroken, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(unbroken, workdir)
+  (workdir / 'metrics.jsonl').unlink()
+  summary = experiment.run(small_config(), workdir)
+  assert summary['first']['round'] == summary['last']['round'] == 4
+  (workdir / 'config.json').write_text('{"seed": 0, "fed')
+  with pytest.raises(config.ConfigError, match='config.json is damaged'):
+    experiment.run(small_config(), workdir)
 
 
 def test_another_configuration_is_refused(unbroken):

@@ -14,7 +14,7 @@ ORDER = [
   ['client'],
   ['rounds'],
   ['sharding', 'data', 'evaluation', 'communication', 'checkpoint', 'metrics', 'config'],
-  ['build', 'console'],
+  ['build', 'base_model', 'console'],
   ['experiment'],
 ]  # fmt: skip
 FILES = sorted((ROOT / 'hetlora_jax').rglob('*.py'))

@@ -1,8 +1,10 @@
 """Tokenizers lose no text and agree with the models they belong to."""
 
 import importlib.util
+import json
 
 import pytest
+import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import pre_tokenizers
 
@@ -173,3 +175,44 @@ def test_damaged_or_impossible_models_are_refused(tmp_path):
   (tmp_path / 'tokenizer.json').write_text('{}')
   with pytest.raises(ValueError, match='is not a tokenizer'):
     Tokenizer.from_folder(tmp_path)
+
+
+def _folder_with_bpe(folder):
+  """Writes a byte-level BPE and names its special tokens as Llama does."""
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  model.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=['<s>', '</s>'],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  model.train_from_iterator(['hello there my friend, hello again'], trainer)
+  model.save(str(folder / 'tokenizer.json'))
+  special = {'bos_token': '<s>', 'eos_token': {'content': '</s>'}}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(special))
+  return model
+
+
+def test_tokenizer_json_of_a_folder(tmp_path):
+  model = _folder_with_bpe(tmp_path)
+  got = Tokenizer.from_folder(tmp_path)
+  assert (got.bos_id, got.eos_id, got.pad_id) == (0, 1, 1)
+  assert got.vocab_size == model.get_vocab_size()
+  text = 'hello friend,\n 12 times \N{GRINNING FACE}'
+  assert got.encode(text) == model.encode(text).ids
+  assert got.decode([0, *got.encode(text), 1]) == text
+  again = Tokenizer.deserialize(*got.serialize())
+  assert again.encode(text) == got.encode(text)
+
+
+def test_special_ids_may_come_from_config_json(tmp_path):
+  _folder_with_bpe(tmp_path)
+  (tmp_path / 'tokenizer_config.json').unlink()
+  ids = {'bos_token_id': 7, 'eos_token_id': [9, 8], 'pad_token_id': 5}
+  (tmp_path / 'config.json').write_text(json.dumps(ids))
+  got = Tokenizer.from_folder(tmp_path)
+  assert (got.bos_id, got.eos_id, got.pad_id) == (7, 9, 5)

@@ -1,7 +1,5 @@
 """Perplexity a target token, of people seen in training and of others."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -50,8 +48,8 @@ def make_evaluate(loss: Loss, scale, own_rank: bool):
 
   @jax.jit
   def evaluate(base, state, cohort, hyper):
-    total_E, count_E = functools.partial(person_losses, loss, scale, own_rank)(
-      base, state, cohort, hyper
+    total_E, count_E = person_losses(
+      loss, scale, own_rank, base, state, cohort, hyper
     )
     return total_E.sum() / count_E.sum()
 

@@ -63,7 +63,7 @@ def norm(
   out = {}
   for t, mask in masks.items():
     weight = jnp.sqrt(square[t]) * present[:, None]
-    # In the first step of some runs every norm is zero: then all are alike.
+    # Clients that have learnt nothing yet all have norm zero: all are alike.
     silent = weight.sum(0, keepdims=True) == 0
     weight = _share(jnp.where(silent, present[:, None], weight))
     out[t] = jnp.broadcast_to(weight[..., None], mask.shape)
