@@ -81,6 +81,8 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
   """Runs a program on the resolved config and the workdir."""
 
   def main(argv):
+    # First of all: checking the config already starts jax.
+    logging.set_verbosity(logging.INFO if VERBOSE.value else logging.WARNING)
     if len(argv) > 1:
       _fail(f'unexpected argument {argv[1]!r}: flags start with --')
     if CONFIG.value is None:
@@ -92,7 +94,6 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
         return
       if not WORKDIR.value:
         _fail('--workdir is missing: name a folder for the results')
-      logging.set_verbosity(logging.INFO if VERBOSE.value else logging.WARNING)
       _keep_programs()
       program(config, pathlib.Path(WORKDIR.value))
     except (config_lib.ConfigError, ValueError, OSError) as error:
