@@ -26,6 +26,10 @@ def get_config() -> ml_collections.ConfigDict:
   f.local_steps = 5
   # Examples a step.
   f.local_batch = 8
+  # Fewest steps: each client takes a random number up to local_steps; 0: all.
+  f.min_local_steps = 0
+  # Chance that a client trains and never reports.
+  f.dropout = 0.0
   # Smallest rank; nobody prunes below it.
   f.r_min = 5
   # Largest rank, and the number of rank slots of every adapter.
@@ -34,11 +38,13 @@ def get_config() -> ml_collections.ConfigDict:
   f.gamma = 0.99
   # Lambda, the weight of ||B_tail|| ||A_tail|| in a client's loss.
   f.tail_penalty = 0.1
+  # Mu, the weight of ||theta - theta_received||^2 / 2 ('proximal').
+  f.proximal = 0.01
   # Clients trained at once, the memory dial; 0 is all of the round's.
   f.clients_at_once = 0
 
   r = c.ranks = ml_collections.ConfigDict()
-  # Who gets which rank: 'uniform', 'power_law', 'explicit' or 'tiers'.
+  # Who gets which rank: 'uniform', 'power_law', 'normal', 'explicit', 'tiers'.
   r.distribution = 'power_law'
   # Exponent of the power law p(r) ~ r**-exponent on [r_min, r_max].
   r.exponent = 1.0
@@ -48,12 +54,18 @@ def get_config() -> ml_collections.ConfigDict:
   r.tiers = (5, 20, 50)
   # Share of the people in each tier; sums to 1.
   r.tier_fractions = (0.6, 0.3, 0.1)
+  # Correlation of rank with the number of examples, in [-1, 1].
+  r.data_correlation = 0.0
 
   m = c.methods = ml_collections.ConfigDict()
   # What a client is sent; '' takes the method's rule, here and below.
   m.distribution = ''
-  # What a client minimises besides its task.
+  # What a client minimises.
   m.objective = ''
+  # Which factors it trains, or the 'base' instead.
+  m.trainable = ''
+  # Which factors stay with the client: 'none', 'b' or 'both'.
+  m.personal = ''
   # Which rank a client keeps after training.
   m.pruning = ''
   # How much each client counts.
@@ -62,6 +74,13 @@ def get_config() -> ml_collections.ConfigDict:
   m.aggregation = ''
   # From the aggregate to the server's adapters.
   m.redistribution = ''
+  # Clients train 'separate', or on their 'pooled' data as one.
+  m.cohort = ''
+  # Share of squared singular values (or slots) kept by rules of that name; 0
+  # takes the method's.
+  m.energy = 0.0
+  # Examples that weigh a client: of its 'dataset', or trained on in a 'round'.
+  m.count_examples = 'dataset'
   # Rounding of gamma r: 'floor', or 'nearest' (empty tails at small ranks).
   m.tail_rounding = 'floor'
   # One rank a 'client', or one a 'matrix'.
@@ -80,6 +99,8 @@ def get_config() -> ml_collections.ConfigDict:
   lora.scale = 2.0
   # 'constant', 'alpha_over_r' or 'alpha_over_sqrt_r'.
   lora.scale_rule = 'constant'
+  # Whether averaged factors take up sqrt(scale) of each client's scale.
+  lora.fold_scale = False
   # How A is drawn: 'gaussian' or 'kaiming_uniform'; B starts at zero.
   lora.init = 'gaussian'
 
@@ -88,6 +109,8 @@ def get_config() -> ml_collections.ConfigDict:
   o.name = 'adam'
   # Learning rate of the clients.
   o.learning_rate = 1e-3
+  # Learning rate of clients that train the base (full fine-tuning).
+  o.full_learning_rate = 1e-4
   # Decoupled weight decay ('adamw' only).
   o.weight_decay = 0.0
 
@@ -124,6 +147,8 @@ def get_config() -> ml_collections.ConfigDict:
   d.name = 'chitchat'
   # People with fewer examples are left out.
   d.min_examples = 20
+  # People who may be trained on, the same for every seed; 0 is all.
+  d.num_people = 0
   # Share of the people that is never trained on.
   d.unseen_fraction = 0.2
   # Share of a person's examples, the latest, kept for evaluation.
@@ -154,8 +179,8 @@ def get_config() -> ml_collections.ConfigDict:
   k.keep = 2
 
   w = c.communication = ml_collections.ConfigDict()
-  # Bytes a parameter takes on the wire.
-  w.bytes_per_parameter = 4
+  # Type of parameters on the wire: float32, bfloat16, float16 or int8.
+  w.wire_dtype = 'float32'
 
   x = c.mesh = ml_collections.ConfigDict()
   # Devices along which clients are spread.

@@ -1,19 +1,31 @@
 """From a checked Config to pure functions and arrays."""
 
+import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetlora_jax import client, lora, prng, ranks, rounds, sharding
+from hetlora_jax import client, lora, prng, ranks, rounds, server, sharding
 from hetlora_jax.config import ROLES, SCALE_RULES, Config, rule_names
-from hetlora_jax.methods import tail
+from hetlora_jax.methods import (
+  aggregation,
+  personal,
+  redistribution,
+  registry,
+  tail,
+)
 from hetlora_jax.types import (
   Array,
+  Deltas,
   Hyperparameters,
   Loss,
+  Memory,
+  PyTree,
+  Rules,
   ServerState,
 )
 
@@ -36,91 +48,179 @@ def _scale(rank_G: Array, hyper: Hyperparameters, *, power: float) -> Array:
   return hyper.lora_scale / mean_rank**power
 
 
-def make_scale(config: Config):
-  """Returns the rule of the LoRA scale: (rank [G], hyper) -> []."""
-  return functools.partial(_scale, power=SCALE_RULES[config.lora.scale_rule])
+def _bind(rule, **choices):
+  """Gives a rule those of the static choices that it names as keywords."""
+  wanted = inspect.signature(rule).parameters
+  return functools.partial(
+    rule, **{name: x for name, x in choices.items() if name in wanted}
+  )
 
 
-def make_rules(config: Config, loss: Loss) -> rounds.Rules:
+def _scale_carriers(config: Config) -> tuple[float, float]:
+  """Returns how much of a change of the LoRA scale A and B each take up.
+
+  Adapters whose product is averaged and factored anew must keep their product
+  when they move between scales; of others `lora.fold_scale` decides.
+  """
+  names = rule_names(config)
+  power_a = redistribution.SPLITS.get(names['redistribution'])
+  if names['redistribution'] == 'fold_residual':
+    power_a = 0.5 if names['aggregation'] in aggregation.PRODUCT_SPACE else None
+  if power_a is None:
+    return (0.5, 0.5) if config.lora.fold_scale else (0.0, 0.0)
+  return power_a, 1 - power_a
+
+
+def make_rules(config: Config, loss: Loss) -> Rules:
   """Binds every static choice of the round."""
   names, m = rule_names(config), config.methods
-  rule = {role: ROLES[role][names[role]] for role in ROLES}
-  decay = config.client_optimizer.weight_decay
-  make_client_optimizer = _CLIENT_OPTIMIZERS[config.client_optimizer.name]
-  return rounds.Rules(
-    scale=make_scale(config),
+  rule = {
+    role: _bind(
+      ROLES[role][name],
+      rounding=m.tail_rounding,
+      scope=m.weight_scope,
+      init=config.lora.init,
+      power_a=redistribution.SPLITS.get(name),
+    )
+    for role, name in names.items()
+    if callable(ROLES[role][name])
+  }
+  o, trains_base = config.client_optimizer, names['trainable'] == 'base'
+
+  def client_optimizer(hyper: Hyperparameters):
+    rate = (
+      hyper.full_learning_rate if trains_base else hyper.client_learning_rate
+    )
+    return _CLIENT_OPTIMIZERS[o.name](rate, o.weight_decay)
+
+  return Rules(
+    loss=loss,
+    scale=functools.partial(_scale, power=SCALE_RULES[config.lora.scale_rule]),
+    scale_carriers=_scale_carriers(config),
     distribute=rule['distribution'],
-    local_update=functools.partial(
-      client.local_update,
-      loss,
-      rule['objective'](m.tail_rounding),
-      lambda learning_rate: make_client_optimizer(learning_rate, decay),
-    ),
+    personal=personal.TABLE[names['personal']],
+    objective=rule['objective'],
+    trainable=rule['trainable'],
+    trains_base=trains_base,
+    client_optimizer=client_optimizer,
     tail_norms=functools.partial(tail.norms, rounding=m.tail_rounding),
-    prune=rule['pruning'](m.tail_rounding),
+    prune=rule['pruning'],
     prune_against=m.prune_against,
     keep_pruned_rank=m.keep_pruned_rank,
-    weigh=rule['weighting'](m.weight_scope),
+    weigh=rule['weighting'],
+    product_space=names['aggregation'] in aggregation.PRODUCT_SPACE,
     aggregate=rule['aggregation'],
     redistribute=rule['redistribution'],
     server_optimizer=_SERVER_OPTIMIZERS[config.server_optimizer.name],
-    clients_at_once=config.federated.clients_at_once,
+    # A client that trains the base is a copy of it.
+    clients_at_once=config.federated.clients_at_once or int(trains_base),
   )
 
 
 def make_hyperparameters(config: Config) -> Hyperparameters:
   """Returns what may vary without recompiling, as numpy scalars."""
+  f, o = config.federated, config.client_optimizer
   return Hyperparameters(
     seed=np.uint32(config.seed),
-    client_learning_rate=np.float32(config.client_optimizer.learning_rate),
+    client_learning_rate=np.float32(o.learning_rate),
+    full_learning_rate=np.float32(o.full_learning_rate),
     server_learning_rate=np.float32(config.server_optimizer.learning_rate),
-    tail_penalty=np.float32(config.federated.tail_penalty),
-    gamma=np.float32(config.federated.gamma),
-    r_min=np.int32(config.federated.r_min),
+    dropout=np.float32(f.dropout),
+    tail_penalty=np.float32(f.tail_penalty),
+    gamma=np.float32(f.gamma),
+    r_min=np.int32(f.r_min),
+    proximal=np.float32(f.proximal),
+    energy=np.float32(
+      config.methods.energy or registry.METHODS[config.method].energy
+    ),
     lora_scale=np.float32(config.lora.scale),
   )
 
 
-def draw_ranks(config: Config, population: int) -> np.ndarray:
-  """Draws every person's rank, [N]."""
-  r = config.ranks
+def draw_ranks(config: Config, num_examples_N: np.ndarray) -> np.ndarray:
+  """Draws every person's rank, [N]; where all get every slot it is r_max.
+
+  In full fine-tuning there are no adapters, and it is 0.
+  """
+  r, f, names = config.ranks, config.federated, rule_names(config)
+  if names['distribution'] == 'full':
+    rank = 0 if names['trainable'] == 'base' else f.r_max
+    return np.full(len(num_examples_N), rank, np.int32)
   return ranks.draw(
     prng.host_stream(config.seed, 'ranks'),
-    population,
+    len(num_examples_N),
     distribution=r.distribution,
-    r_min=config.federated.r_min,
-    r_max=config.federated.r_max,
+    r_min=f.r_min,
+    r_max=f.r_max,
     exponent=r.exponent,
     explicit=r.explicit,
     tiers=r.tiers,
     tier_fractions=r.tier_fractions,
+    num_examples=num_examples_N,
+    data_correlation=r.data_correlation,
   )
+
+
+def _residual(config: Config, dims: dict, base: PyTree) -> Deltas:
+  """Returns zeros for whatever the method changes of the base, by name."""
+  names = rule_names(config)
+  if names['trainable'] == 'base':
+    leaves = jax.tree.leaves_with_path(base)
+    return {path[-1].key: jnp.zeros(x.shape) for path, x in leaves}
+  if names['redistribution'] in redistribution.FOLDING:
+    return {t: jnp.zeros(shape) for t, shape in dims.items()}
+  return {}
 
 
 def init_state(
-  config: Config, dims: dict, rank_N: np.ndarray, rules: rounds.Rules
+  config: Config, dims: dict, base: PyTree, rank_N: np.ndarray, rules: Rules
 ) -> ServerState:
-  """Returns the state before round 0."""
+  """Returns the state before round 0.
+
+  Args:
+    config: the experiment.
+    dims: target -> (num_layers, d_in, d_out).
+    base: frozen parameters; only names and shapes are read.
+    rank_N: everybody's rank.
+    rules: of `make_rules`.
+  """
   key = prng.stream(config.seed, 'adapters')
+  dims = {} if rules.trains_base else dims
   adapters = lora.init(key, dims, config.federated.r_max, config.lora.init)
   groups = ranks.num_groups(adapters, config.methods.prune_scope)
   rank_NG = np.repeat(rank_N[:, None], groups, axis=1)
-  optimizer = rules.server_optimizer(config.server_optimizer.learning_rate)
-  return ServerState(
+  residual = _residual(config, dims, base)
+  everybody = lambda x: jnp.repeat(x[None], len(rank_N), axis=0)  # noqa: E731
+  state = ServerState(
     round=jnp.int32(0),
     adapters=adapters,
-    opt_state=optimizer.init(adapters),
-    rank=jnp.asarray(rank_NG),
-    tail_norm=jnp.zeros(rank_NG.shape),
+    residual=residual,
+    opt_state=(),
+    memory=Memory(
+      rank=jnp.asarray(rank_NG),
+      tail_norm=jnp.zeros(rank_NG.shape),
+      personal={
+        t: {f: everybody(getattr(x, f)) for f in rules.personal}
+        for t, x in adapters.items()
+      },
+    ),
   )
+  hyper = make_hyperparameters(config)
+  optimizer = rules.server_optimizer(hyper.server_learning_rate)
+  now = client.global_adapters(rules, state, hyper)
+  moved = server.parameters(rules, now, residual)
+  return dataclasses.replace(state, opt_state=optimizer.init(moved))
 
 
-def make_round(rules: rounds.Rules, mesh):
-  """Jits the round on a mesh, donating the state."""
+def make_round(rules: Rules, mesh, state: ServerState):
+  """Jits the round on a mesh, donating the state; of it only shapes are read."""
   everywhere = sharding.replicated(mesh)
+  state_sharding = sharding.by_name(mesh, state)
   return jax.jit(
     functools.partial(rounds.federated_round, rules),
-    in_shardings=(None, everywhere, sharding.over_clients(mesh), everywhere),
-    out_shardings=everywhere,
+    in_shardings=(
+      None, state_sharding, sharding.over_clients(mesh), everywhere
+    ),
+    out_shardings=(state_sharding, everywhere),
     donate_argnums=(1,),
-  )
+  )  # fmt: skip

@@ -1,55 +1,208 @@
-"""One client's local training: a scan of optimizer steps."""
+"""A client's side of a round: receive, train, prune, report."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from hetlora_jax import lora, prng, ranks
 from hetlora_jax.types import (
   Adapters,
   Array,
   Batch,
+  ClientUpdates,
+  Deltas,
   Hyperparameters,
-  Loss,
+  Memory,
   PyTree,
+  Rules,
+  Server,
+  ServerState,
+  Trained,
+  View,
 )
 
 
-def local_update(
-  loss: Loss,
-  objective: Callable[[Adapters, Array, Hyperparameters], Array],
-  optimizer: Callable[[Array], optax.GradientTransformation],
-  base: PyTree,
-  sent: Adapters,
-  rank_G: Array,
-  scale: Array,
-  batches: Batch,
+class Client(NamedTuple):
+  """One client of the cohort."""
+
+  id: Array  # []
+  num_examples: Array  # []; 0 if it will not report
+  share: Array  # [], its weight in the mean of changes of the base
+  memory: Memory  # its own
+  batches: Batch  # [S, ...]
+
+
+def whole_rank(state: ServerState) -> Array:
+  """Returns the rank R of the global adapters, as every group's: [G]."""
+  slots = [x.a.shape[-1] for x in state.adapters.values()]
+  return jnp.full(state.memory.rank.shape[1:], max(slots, default=1))
+
+
+def global_adapters(
+  rules: Rules, state: ServerState, hyper: Hyperparameters
+) -> Server:
+  """Returns the server's adapters and their LoRA scale."""
+  return Server(state.adapters, rules.scale(whole_rank(state), hyper))
+
+
+def receive(
+  rules: Rules,
+  server: Server,
+  memory: Memory,
   hyper: Hyperparameters,
-) -> tuple[Adapters, Array, Array]:
-  """Takes S steps on mean token loss + objective, from fresh moments.
+  key: Array,
+) -> tuple[View, Array]:
+  """Distributes to one client.
+
+  Returns what it trains from, and by which ratio its LoRA scale is smaller
+  than the server's (see `lora.rescale`).
+  """
+  scale = rules.scale(memory.rank, hyper)
+  masks = ranks.masks(memory.rank, server.adapters)
+  view = rules.distribute(server.adapters, masks, scale, key)
+  own = {t: x._replace(**memory.personal[t]) for t, x in view.adapters.items()}
+  ratio = server.scale / scale
+  if rules.personal:
+    own = lora.truncate(own, view.mask)
+  return view._replace(
+    adapters=lora.rescale(own, ratio, rules.scale_carriers)
+  ), ratio
+
+
+def local_update(
+  rules: Rules,
+  base: PyTree,
+  received: Trained,
+  view: View,
+  rank_G: Array,
+  batches: Batch,
+  round: Array,
+  hyper: Hyperparameters,
+  key: Array,
+) -> tuple[Trained, Array, Array]:
+  """Takes S optimizer steps on the client's objective, from fresh moments.
 
   A step without target tokens changes nothing, whatever the optimizer.
 
   Returns:
-    The trained adapters, the summed token loss [], and the token count [].
+    What was trained, the summed token loss [], and the token count [].
   """
-  update = optimizer(hyper.client_learning_rate)
+  optimizer = rules.client_optimizer(hyper)
+  live = rules.trainable(round, view.mask)
 
-  def penalised(adapters, batch):
-    total, count = loss(base, adapters, scale, batch)
-    mean = total / jnp.maximum(count, 1)
-    return mean + objective(adapters, rank_G, hyper), (total, count)
+  def objective(trained: Trained, batch: Batch, step_key: Array):
+    def task(t: Trained):
+      folded = lora.fold(base, t.change)
+      return rules.loss(folded, t.adapters, view.scale, batch)
 
-  def step(carry, batch):
-    adapters, opt_state = carry
-    grads, (total, count) = jax.grad(penalised, has_aux=True)(adapters, batch)
-    updates, new_opt_state = update.update(grads, opt_state, adapters)
-    new = (optax.apply_updates(adapters, updates), new_opt_state)
+    return rules.objective(task, trained, received, rank_G, hyper, step_key)
+
+  def step(carry, xs):
+    (trained, opt_state), (batch, i) = carry, xs
+    grads, (total, count) = jax.grad(objective, has_aux=True)(
+      trained, batch, jax.random.fold_in(key, i)
+    )
+    updates, new_opt_state = optimizer.update(grads, opt_state, trained)
+    updates = updates._replace(
+      adapters=jax.tree.map(jnp.multiply, updates.adapters, live)
+    )
+    new = (optax.apply_updates(trained, updates), new_opt_state)
     carry = jax.tree.map(lambda n, o: jnp.where(count > 0, n, o), new, carry)
     return carry, (total, count)
 
-  (adapters, _), (total_S, count_S) = jax.lax.scan(
-    step, (sent, update.init(sent)), batches
+  steps = jax.tree.leaves(batches)[0].shape[0]
+  (trained, _), (total_S, count_S) = jax.lax.scan(
+    step, (received, optimizer.init(received)), (batches, jnp.arange(steps))
   )
-  return adapters, total_S.sum(), count_S.sum()
+  return trained, total_S.sum(), count_S.sum()
+
+
+def _prune(rules: Rules, sent: Adapters, trained: Adapters, memory, hyper):
+  """Returns the new rank [G], and the slots that were not given up."""
+  rank_G, tail_G = memory.rank, memory.tail_norm
+  if rules.prune_against == 'received':
+    sizes = rules.tail_norms(sent, rank_G, hyper.gamma)
+    tail_G = ranks.gather(sizes, rank_G.shape[0])
+  pruned_G = rules.prune(tail_G, trained, rank_G, hyper)
+  before, after = (ranks.masks(r, trained) for r in (rank_G, pruned_G))
+  return pruned_G, jax.tree.map(lambda b, a: 1 - b + a, before, after)
+
+
+def take_part(
+  rules: Rules,
+  base: PyTree,
+  state: ServerState,
+  hyper: Hyperparameters,
+  client: Client,
+) -> tuple[Deltas, tuple[ClientUpdates, Memory, Array, Array]]:
+  """Runs one client's round.
+
+  Returns its share of the change of the base, and, to be stacked: what it
+  sends, what is remembered of it, its summed token loss and token count.
+  """
+  memory = client.memory
+  key = prng.stream(hyper.seed, 'client', state.round, client.id)
+  server = global_adapters(rules, state, hyper)
+  view, ratio = receive(rules, server, memory, hyper, key)
+  change = state.residual if rules.trains_base else {}
+  received = Trained(view.adapters, jax.tree.map(jnp.zeros_like, change))
+  trained, loss, tokens = local_update(
+    rules, base, received, view, memory.rank, client.batches, state.round,
+    hyper, key,
+  )  # fmt: skip
+  adapters = trained.adapters
+  rank_G, kept = _prune(rules, view.adapters, adapters, memory, hyper)
+  mask = jax.tree.map(jnp.multiply, view.mask, kept)
+  adapters = lora.truncate(adapters, mask)
+  tails = rules.tail_norms(adapters, rank_G, hyper.gamma)
+  power_a, power_b = rules.scale_carriers
+  updates = ClientUpdates(
+    adapters=lora.rescale(adapters, 1 / ratio, rules.scale_carriers),
+    mask=mask,
+    scale=view.scale * ratio ** (power_a + power_b),
+    num_examples=client.num_examples,
+    norm=lora.delta_norms(adapters, view.scale),
+  )
+  memory = Memory(
+    rank=rank_G if rules.keep_pruned_rank else memory.rank,
+    tail_norm=ranks.gather(tails, rank_G.shape[0]),
+    personal={
+      t: {f: getattr(x, f) for f in rules.personal} for t, x in adapters.items()
+    },
+  )
+  shared = jax.tree.map(lambda x: client.share * x, trained.change)
+  return shared, (updates, memory, rank_G, loss, tokens)
+
+
+def each(function: Callable, clients: PyTree, at_once: int) -> tuple:
+  """Calls a function of one client for all, some at once, on a leading axis.
+
+  Args:
+    function: client -> (to be summed, to be stacked).
+    clients: leaves [C, ...].
+    at_once: how many are vmapped, a divisor of C; the others wait in a scan,
+      so that no more copies of a sum ever exist. 0 is all.
+  """
+  count = jax.tree.leaves(clients)[0].shape[0]
+  at_once = at_once or count
+  # The clients of a chunk lie evenly over the axis, so over the devices too.
+  chunks = jax.tree.map(
+    lambda x: x.reshape(at_once, -1, *x.shape[1:]).swapaxes(0, 1), clients
+  )
+
+  def step(total, chunk):
+    part, out = jax.vmap(function)(chunk)
+    return jax.tree.map(lambda t, p: t + p.sum(0), total, part), out
+
+  one = jax.tree.map(lambda x: x[0], clients)
+  shapes, _ = jax.eval_shape(function, one)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  total, out = jax.lax.scan(step, zeros, chunks)
+  return total, jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), out
+  )

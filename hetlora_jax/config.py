@@ -21,10 +21,12 @@ from hetlora_jax.methods import (
   aggregation,
   distribution,
   objective,
+  personal,
   pruning,
   redistribution,
   registry,
   tail,
+  trainable,
   weighting,
 )
 from hetlora_jax.models import decoder
@@ -43,10 +45,13 @@ class Federated:
   sampling: str
   local_steps: int
   local_batch: int
+  min_local_steps: int
+  dropout: float
   r_min: int
   r_max: int
   gamma: float
   tail_penalty: float
+  proximal: float
   clients_at_once: int
 
 
@@ -57,16 +62,22 @@ class Ranks:
   explicit: tuple[int, ...]
   tiers: tuple[int, ...]
   tier_fractions: tuple[float, ...]
+  data_correlation: float
 
 
 @_record
 class Methods:
   distribution: str
   objective: str
+  trainable: str
+  personal: str
   pruning: str
   weighting: str
   aggregation: str
   redistribution: str
+  cohort: str
+  energy: float
+  count_examples: str
   tail_rounding: str
   prune_scope: str
   prune_against: str
@@ -79,6 +90,7 @@ class LoraConfig:
   targets: tuple[str, ...]
   scale: float
   scale_rule: str
+  fold_scale: bool
   init: str
 
 
@@ -86,6 +98,7 @@ class LoraConfig:
 class ClientOptimizer:
   name: str
   learning_rate: float
+  full_learning_rate: float
   weight_decay: float
 
 
@@ -117,6 +130,7 @@ class Model:
 class Data:
   name: str
   min_examples: int
+  num_people: int
   unseen_fraction: float
   heldout_fraction: float
   context_turns: int
@@ -141,7 +155,7 @@ class Checkpoint:
 
 @_record
 class Communication:
-  bytes_per_parameter: int
+  wire_dtype: str
 
 
 @_record
@@ -173,12 +187,17 @@ class Config:
 ROLES = {
   'distribution': distribution.TABLE,
   'objective': objective.TABLE,
+  'trainable': trainable.TABLE,
+  'personal': personal.TABLE,
   'pruning': pruning.TABLE,
   'weighting': weighting.TABLE,
   'aggregation': aggregation.TABLE,
   'redistribution': redistribution.TABLE,
+  # Clients train apart; or their data is pooled and one client trains on it.
+  'cohort': dict.fromkeys(('separate', 'pooled'), ()),
 }
 SCALE_RULES = {'constant': 0.0, 'alpha_over_r': 1.0, 'alpha_over_sqrt_r': 0.5}
+WIRE_DTYPES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}
 DTYPES = ('auto', 'float32', 'bfloat16')
 CLIENT_OPTIMIZERS = ('adam', 'adamw', 'sgd')
 SERVER_OPTIMIZERS = ('sgd', 'momentum', 'adam', 'yogi')
@@ -191,25 +210,28 @@ _CHOICES = {
   'methods.prune_scope': ('client', 'matrix'),
   'methods.prune_against': pruning.REFERENCES,
   'methods.weight_scope': weighting.SCOPES,
+  'methods.count_examples': ('dataset', 'round'),
   'lora.scale_rule': SCALE_RULES,
   'lora.init': lora.INITS,
   'client_optimizer.name': CLIENT_OPTIMIZERS,
   'server_optimizer.name': SERVER_OPTIMIZERS,
   'model.dtype': DTYPES,
+  'communication.wire_dtype': WIRE_DTYPES,
 }
 _AT_LEAST = {
   0: (
-    'seed lora.scale federated.tail_penalty federated.clients_at_once ranks.exponent '
-    'client_optimizer.learning_rate client_optimizer.weight_decay '
-    'server_optimizer.learning_rate eval.every'
+    'seed lora.scale federated.min_local_steps federated.dropout '
+    'federated.tail_penalty federated.proximal federated.clients_at_once '
+    'ranks.exponent methods.energy client_optimizer.learning_rate '
+    'client_optimizer.full_learning_rate client_optimizer.weight_decay '
+    'server_optimizer.learning_rate data.num_people eval.every'
   ),
   1: (
     'federated.num_rounds federated.clients_per_round federated.local_steps '
     'federated.local_batch federated.r_min federated.r_max data.min_examples '
     'data.context_turns data.row_tokens data.tokens_per_example '
     'data.targets_per_example eval.num_people eval.examples_per_person '
-    'checkpoint.every checkpoint.keep communication.bytes_per_parameter '
-    'mesh.clients mesh.model model.random.width model.random.num_layers '
+    'checkpoint.every checkpoint.keep mesh.clients mesh.model model.random.width model.random.num_layers '
     'model.random.num_heads model.random.head_dim model.random.mlp_width '
     'model.random.vocab_size'
   ),
@@ -303,6 +325,14 @@ def _check(config: Config) -> None:
   for path, value, ok, remedy in _conditions(config):
     if not ok:
       raise ConfigError(f'config.{path}={value} is impossible: {remedy}.')
+  names = rule_names(config)
+  for role, ok, why in _combinations(config):
+    if not ok:
+      raise ConfigError(
+        f'config.methods.{role}={names[role]!r} does not fit the other rules '
+        f'({", ".join(f"{r} {x!r}" for r, x in names.items() if r != role)}): '
+        f'{why}.'
+      )
   _check_tail(config)
 
 
@@ -314,6 +344,20 @@ def _conditions(c: Config) -> Iterator[tuple[str, Any, bool, str]]:
     f'it exceeds federated.r_max={f.r_max}; lower it or raise r_max',
   )  # fmt: skip
   yield 'federated.gamma', f.gamma, 0 < f.gamma <= 1, 'it must be in (0, 1]'
+  yield 'federated.dropout', f.dropout, f.dropout < 1, 'it must be in [0, 1)'
+  yield (
+    'federated.min_local_steps', f.min_local_steps,
+    f.min_local_steps <= f.local_steps,
+    f'it exceeds federated.local_steps={f.local_steps}',
+  )  # fmt: skip
+  yield (
+    'methods.energy', c.methods.energy, c.methods.energy <= 1,
+    'it must be in (0, 1], or 0 for the method\'s',
+  )  # fmt: skip
+  yield (
+    'ranks.data_correlation', r.data_correlation, abs(r.data_correlation) <= 1,
+    'it must be in [-1, 1]',
+  )  # fmt: skip
   for name in ('explicit', 'tiers'):
     values = getattr(r, name)
     ok = values and all(1 <= x <= f.r_max for x in values)
@@ -350,6 +394,70 @@ def _conditions(c: Config) -> Iterator[tuple[str, Any, bool, str]]:
     c.data.row_tokens >= c.data.tokens_per_example,
     f'a row must hold data.tokens_per_example={c.data.tokens_per_example}',
   )  # fmt: skip
+
+
+def _combinations(c: Config) -> Iterator[tuple[str, bool, str]]:
+  """Yields (role, whether its rule fits the others, why not)."""
+  n = rule_names(c)
+  product = n['aggregation'] in aggregation.PRODUCT_SPACE
+  adapters = n['trainable'] != 'base'
+  prefix = n['distribution'] in ('prefix', 'full')
+  yield (
+    'redistribution',
+    not (product and n['redistribution'] == 'keep'),
+    (
+      'a mean of products has no factors to keep; take svd_balanced or fold_all'
+    ),
+  )
+  yield (
+    'aggregation',
+    product or n['distribution'] != 'reinit',
+    ("clients that draw their own A have no factors in common; take 'product'"),
+  )
+  yield (
+    'pruning',
+    n['pruning'] == 'none' or n['distribution'] == 'prefix',
+    (
+      'a rank can only be given up where it decides what is sent: distribution '
+      "'prefix'"
+    ),
+  )
+  yield (
+    'objective',
+    n['objective'] != 'tail_penalty' or prefix,
+    ("only a prefix has a tail: distribution 'prefix' or 'full'"),
+  )
+  yield (
+    'objective',
+    n['objective'] != 'nested_prefixes' or prefix,
+    ("only prefixes nest: distribution 'prefix' or 'full'"),
+  )
+  in_factors = n['aggregation'] == 'factors' and n['redistribution'] == 'keep'
+  own = n['personal'] != 'none'
+  yield (
+    'personal',
+    not own or (in_factors and n['distribution'] != 'reinit'),
+    (
+      "a client's own factor needs a basis that stays: aggregation 'factors' and "
+      "redistribution 'keep'"
+    ),
+  )
+  yield (
+    'weighting',
+    adapters or n['weighting'] != 'norm',
+    ("full fine-tuning has no adapters to take norms of; take 'size'"),
+  )
+  yield (
+    'objective',
+    adapters or n['objective'] in ('task', 'proximal'),
+    ("full fine-tuning has no ranks; take 'task' or 'proximal'"),
+  )
+  yield (
+    'distribution',
+    adapters or n['distribution'] == 'full',
+    ("full fine-tuning sends all of the model; take 'full'"),
+  )
+  yield 'personal', adapters or not own, 'full fine-tuning has no factors'
 
 
 def _check_tail(config: Config) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -23,10 +22,18 @@ from hetlora_jax import (
   checkpoint,
   communication,
   console,
+  diagnostics,
   metrics,
   sharding,
 )
-from hetlora_jax.config import Config, ConfigError, flat, to_dict
+from hetlora_jax.config import (
+  WIRE_DTYPES,
+  Config,
+  ConfigError,
+  flat,
+  rule_names,
+  to_dict,
+)
 from hetlora_jax.data import cohorts, people
 from hetlora_jax.evaluation import perplexity
 from hetlora_jax.models import decoder
@@ -79,6 +86,7 @@ def _load_people(config: Config, words) -> people.People:
       unseen_fraction=d.unseen_fraction,
       heldout_fraction=d.heldout_fraction,
       max_context_turns=d.context_turns,
+      num_people=d.num_people,
     )
   except ValueError as error:
     raise ConfigError(f'config.data: {error}') from error
@@ -86,7 +94,8 @@ def _load_people(config: Config, words) -> people.People:
   if wanted > population:
     raise ConfigError(
       f'config.federated.clients_per_round={wanted} exceeds the {population} '
-      f'people of {d.name!r} with data.min_examples={d.min_examples}: lower it.'
+      f'people of {d.name!r} with data.min_examples={d.min_examples} and '
+      f'data.num_people={d.num_people}: lower it.'
     )
   return crowd
 
@@ -113,25 +122,25 @@ def prepare(config: Config) -> Experiment:
   dims = decoder.adapter_dims(model.config, config.lora.targets)
   loss = decoder.make_loss(model.config, dtype, config.model.remat)
   rules = build.make_rules(config, loss)
-  rank_N = build.draw_ranks(config, len(crowd.client_ids))
+  rank_N = build.draw_ranks(config, crowd.num_examples)
+  state = build.init_state(config, dims, model.params, rank_N, rules)
   everywhere = sharding.replicated(mesh)
-  make_evaluate = functools.partial(
-    perplexity.make_evaluate, loss, build.make_scale(config)
+  evaluate = dict.fromkeys(
+    ('seen', 'unseen'), perplexity.make_evaluate(rules, own=False)
   )
-  evaluate = dict.fromkeys(('seen', 'unseen'), make_evaluate(own_rank=False))
-  if config.eval.own_rank:
-    evaluate['seen_own'] = make_evaluate(own_rank=True)
+  if rules.personal:
+    evaluate['seen'] = perplexity.make_evaluate(rules, own=True)
+  elif config.eval.own_rank:
+    evaluate['seen_own'] = perplexity.make_evaluate(rules, own=True)
   return Experiment(
     config=config,
     people=crowd,
-    base=jax.device_put(model.params, sharding.base(mesh, model.params)),
+    base=jax.device_put(model.params, sharding.by_name(mesh, model.params)),
     dims=dims,
     evaluation=jax.device_put(_evaluation_sets(config, crowd), everywhere),
     hyper=jax.device_put(build.make_hyperparameters(config), everywhere),
-    initial_state=jax.device_put(
-      build.init_state(config, dims, rank_N, rules), everywhere
-    ),
-    run_round=build.make_round(rules, mesh),
+    initial_state=jax.device_put(state, sharding.by_name(mesh, state)),
+    run_round=build.make_round(rules, mesh, state),
     evaluate=evaluate,
     mesh=mesh,
     description={
@@ -140,6 +149,7 @@ def prepare(config: Config) -> Experiment:
       'dtype': dtype.name,
       'training_people': len(crowd.client_ids),
       'unseen_people': len(crowd.groups['unseen'].ids),
+      'base_parameters': sum(x.size for x in jax.tree.leaves(model.params)),
       'adapter_parameters_r_max': communication.lora_parameters(
         np.array([[config.federated.r_max]]), dims
       ),
@@ -149,7 +159,10 @@ def prepare(config: Config) -> Experiment:
 
 def make_cohort(x: Experiment, round_number: int) -> Cohort:
   """Builds and places the cohort of a round: a function of (seed, round)."""
-  f, devices = x.config.federated, x.config.mesh.clients
+  f, m = x.config.federated, x.config.methods
+  pooled = rule_names(x.config)['cohort'] == 'pooled'
+  multiple = math.lcm(x.config.mesh.clients, f.clients_at_once or 1)
+  clients = 1 if pooled else f.clients_per_round
   cohort = cohorts.make_cohort(
     x.people,
     seed=x.config.seed,
@@ -158,7 +171,10 @@ def make_cohort(x: Experiment, round_number: int) -> Cohort:
     local_steps=f.local_steps,
     local_batch=f.local_batch,
     sampling=f.sampling,
-    pad_to=math.ceil(f.clients_per_round / devices) * devices,
+    min_steps=f.min_local_steps or f.local_steps,
+    count=m.count_examples,
+    pooled=pooled,
+    pad_to=math.ceil(clients / multiple) * multiple,
     **_packing(x.config, f.local_batch),
   )
   return jax.device_put(cohort, sharding.over_clients(x.mesh))
@@ -190,23 +206,42 @@ def evaluate(x: Experiment, state: ServerState) -> metrics.Row:
 
 def _round_row(x: Experiment, done: int, out: dict, seconds: float):
   """Returns a finished round's line of metrics.jsonl."""
-  out = jax.device_get(out)
-  present, tokens = out['present'], float(out['tokens'])
-  sent, kept = out['sent_rank'][present], out['rank'][present]
-  wire = x.config.communication.bytes_per_parameter
+  present, reports = out['present'], out['reports']
+  sent, kept = out['sent_rank'], out['rank']
+  traffic = communication.of_round(
+    rule_names(x.config), x.dims, x.description['base_parameters'],
+    round=done - 1, r_max=x.config.federated.r_max,
+    sent_CG=sent[present], kept_CG=kept[reports], fold_rank=out['fold_rank'],
+  )  # fmt: skip
+  wire = WIRE_DTYPES[x.config.communication.wire_dtype]
+  tokens = float(out['tokens'].sum())
   return {
     'round': done,
-    'train/loss': float(out['loss_sum']) / max(tokens, 1.0),
+    'train/loss': float(out['loss_sum'].sum()) / max(tokens, 1.0),
     'train/tokens': int(tokens),
-    'rank/mean': float(out['rank_mean']),
-    'rank/min': int(out['rank_min']),
-    'rank/max': int(out['rank_max']),
-    'rank/pruned': int((kept < sent).any(1).sum()),
-    'comm/up_bytes': wire * communication.lora_parameters(kept, x.dims),
-    'comm/down_bytes': wire * communication.lora_parameters(sent, x.dims),
+    'train/parameters': traffic.trained / max(int(present.sum()), 1),
+    'train/reports': int(reports.sum()),
+    **diagnostics.row(out, x.config.federated.r_min),
+    'rank/pruned': int((kept < sent)[reports].any(1).sum()),
+    'comm/up_bytes': wire * traffic.up,
+    'comm/down_bytes': wire * traffic.down,
     'time/round_s': seconds,
     'time/tokens_per_s': tokens / seconds,
   }
+
+
+def _cumulate(row: metrics.Row, rows: list[metrics.Row]) -> None:
+  """Adds the bytes sent since the start to a row."""
+  for way in ('up', 'down'):
+    before = next(
+      (
+        r[f'comm/total_{way}_bytes']
+        for r in reversed(rows)
+        if 'train/loss' in r
+      ),
+      0,
+    )
+    row[f'comm/total_{way}_bytes'] = before + row[f'comm/{way}_bytes']
 
 
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:
@@ -296,7 +331,7 @@ def evaluate_checkpoint(config: Config, workdir: pathlib.Path) -> metrics.Row:
 
 
 def _introduction(x: Experiment) -> str:
-  rank_N, d = np.asarray(x.initial_state.rank), x.description
+  rank_N, d = np.asarray(x.initial_state.memory.rank), x.description
   return (
     f'{x.config.method} on {x.config.data.name}: {d["training_people"]} people '
     f'of rank {rank_N.min()} to {rank_N.max()} (mean {rank_N.mean():.1f}), '
@@ -322,7 +357,9 @@ def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
         state,
         cohort,
       )
-      row = _round_row(x, done, out, time.perf_counter() - start)
+      seconds = time.perf_counter() - start
+      row = _round_row(x, done, jax.device_get(out), seconds)
+      _cumulate(row, writer.rows)
       if done == last or (every and done % every == 0):
         row |= evaluate(x, state)
       writer.write(row)
@@ -359,6 +396,9 @@ def _summary(x: Experiment, rows: list[metrics.Row], seconds, command):
     'comm/up_bytes': total('comm/up_bytes'),
     'comm/down_bytes': total('comm/down_bytes'),
     'rank/pruned': total('rank/pruned'),
+    'train/parameters': float(np.mean([r['train/parameters'] for r in rounds]))
+    if rounds
+    else 0.0,
     'time/rounds_s': total('time/round_s'),
     'time/this_call_s': seconds,
   }

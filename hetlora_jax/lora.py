@@ -8,7 +8,15 @@ clients) are free.
 import jax
 import jax.numpy as jnp
 
-from hetlora_jax.types import Adapters, Array, Lora, Masks, Norms
+from hetlora_jax.types import (
+  Adapters,
+  Array,
+  Deltas,
+  Lora,
+  Masks,
+  Norms,
+  PyTree,
+)
 
 INITS = ('gaussian', 'kaiming_uniform')
 
@@ -52,6 +60,16 @@ def prefix_mask(rank: Array, slots: int) -> Array:
   return (index < rank[..., None]).astype(jnp.float32)
 
 
+def energy_rank(energy: Array, share: Array) -> Array:
+  """Counts the first entries of [..., R] that hold a share of the sum: [...].
+
+  At least one, even of zeros.
+  """
+  held = energy.cumsum(-1)
+  short = held < share * held[..., -1:]
+  return jnp.minimum(1 + short.sum(-1), energy.shape[-1]).astype(jnp.int32)
+
+
 def masked(adapter: Lora, mask: Array) -> Lora:
   """Zeroes the slots where `mask` [..., R] is 0, in both factors."""
   return Lora(adapter.a * mask[..., None, :], adapter.b * mask[..., :, None])
@@ -62,15 +80,31 @@ def truncate(adapters: Adapters, masks: Masks) -> Adapters:
   return {t: masked(adapters[t], masks[t]) for t in adapters}
 
 
-def select(masks: Masks, new: Adapters, old: Adapters) -> Adapters:
-  """Takes a slot from `new` where `masks` is not 0, else from `old`."""
-  return {
-    t: Lora(
-      jnp.where(masks[t][..., None, :] > 0, new[t].a, old[t].a),
-      jnp.where(masks[t][..., :, None] > 0, new[t].b, old[t].b),
-    )
-    for t in new
-  }
+def slot_masks(masks: Masks) -> Adapters:
+  """Gives both factors the mask of their slots: [L, 1, R] and [L, R, 1]."""
+  return {t: Lora(m[..., None, :], m[..., :, None]) for t, m in masks.items()}
+
+
+def rescale(adapters: Adapters, ratio: Array, powers: tuple[float, float]):
+  """Multiplies A by ratio**powers[0] and B by ratio**powers[1].
+
+  Moves adapters from one LoRA scale to another: with powers that sum to 1,
+  `s A B` stays the same if s is divided by the ratio.
+  """
+  ratio_a, ratio_b = (ratio**power for power in powers)
+  return {t: Lora(x.a * ratio_a, x.b * ratio_b) for t, x in adapters.items()}
+
+
+def fold(base: PyTree, change: Deltas) -> PyTree:
+  """Adds changes to the base parameters of the same names, in float32."""
+
+  def add(path, leaf):
+    name = path[-1].key
+    if name not in change:
+      return leaf
+    return (leaf.astype(jnp.float32) + change[name]).astype(leaf.dtype)
+
+  return jax.tree.map_with_path(add, base) if change else base
 
 
 def delta_norm(adapter: Lora) -> Array:
@@ -93,6 +127,18 @@ def delta_norms(adapters: Adapters, scale: Array) -> Norms:
   return {t: scale * delta_norm(x) for t, x in adapters.items()}
 
 
-def delta(adapter: Lora, scale: Array) -> Array:
-  """Forms `scale A B` [..., d_in, d_out]; for export and tests only."""
-  return scale * (adapter.a @ adapter.b)
+def deltas(adapters: Adapters, scale: Array) -> Deltas:
+  """Forms `scale A B` of every matrix: target -> [..., d_in, d_out]."""
+  return {t: scale * (x.a @ x.b) for t, x in adapters.items()}
+
+
+def add(some: Deltas, others: Deltas) -> Deltas:
+  """Adds `others` to those of the same names."""
+  return some | {name: some[name] + x for name, x in others.items()}
+
+
+def slot_energy(adapters: Adapters, scale: Array) -> Array:
+  """Sums (scale ||a_j|| ||b_j||)**2 over all matrices, for each slot: [R]."""
+  return scale**2 * sum(
+    ((x.a**2).sum(-2) * (x.b**2).sum(-1)).sum(0) for x in adapters.values()
+  )

@@ -53,7 +53,8 @@ class Writer:
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
     for name, value in row.items():
-      self._board.add_scalar(name, value, row['round'])
+      if not isinstance(value, list):
+        self._board.add_scalar(name, value, row['round'])
 
   def close(self) -> None:
     self._file.close()

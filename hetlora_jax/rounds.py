@@ -1,69 +1,45 @@
 """One federated round, top to bottom: start reading here.
 
 HetLoRA (Cho, Liu, Xu, Fahrezi, Joshi, 2024, arXiv 2401.06432) in its three
-steps; every other method changes rules, never this function.
+steps; every other method changes rules (methods/), never this function.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from hetlora_jax import lora, prng, ranks
+from hetlora_jax import client, diagnostics, lora, prng, server
+from hetlora_jax.methods import aggregation
 from hetlora_jax.types import (
   Array,
-  ClientUpdates,
   Cohort,
   Hyperparameters,
   PyTree,
+  Rules,
   ServerState,
+  Trained,
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rules:
-  """The static choices of a run: pure functions, closed over by the round."""
-
-  scale: Callable  # (rank [G], hyper) -> []
-  distribute: Callable  # (adapters, masks, key) -> adapters
-  local_update: Callable  # client.local_update, its first arguments bound
-  tail_norms: Callable  # (adapters, rank [G], gamma) -> target -> [L]
-  prune: Callable  # (before [G], trained, rank [G], hyper) -> rank [G]
-  prune_against: str  # 'received' or 'last_trained'
-  keep_pruned_rank: bool  # in later rounds too
-  weigh: Callable  # (num_examples [C], masks, norms) -> weights
-  aggregate: Callable  # (updates, weights) -> aggregated
-  redistribute: Callable  # (aggregated, adapters, owned) -> adapters
-  server_optimizer: Callable  # (learning rate) -> GradientTransformation
-  clients_at_once: int  # the memory dial; 0 is all of them
-
-
-def _train(rules: Rules, base, hyper, state: ServerState, client):
-  """Runs one client's round: receive, train, prune."""
-  client_id, rank_G, tail_G, batches = client
-  key = prng.stream(hyper.seed, 'client', state.round, client_id)
-  scale = rules.scale(rank_G, hyper)
-  sent = rules.distribute(
-    state.adapters, ranks.masks(rank_G, state.adapters), key
+def _reports(state: ServerState, cohort: Cohort, hyper) -> Array:
+  """Draws who reports: not padding, nor those that drop out mid-round."""
+  keys = jax.vmap(lambda i: prng.stream(hyper.seed, 'dropout', state.round, i))(
+    cohort.client_id
   )
-  trained, loss, tokens = rules.local_update(
-    base, sent, rank_G, scale, batches, hyper
+  stays = jax.vmap(jax.random.uniform)(keys) >= hyper.dropout
+  return (cohort.num_examples > 0) & stays
+
+
+def _shares(rules: Rules, num_examples_C: Array) -> Array:
+  """Returns every client's weight in the mean of changes of the base."""
+  alike = jnp.ones_like(num_examples_C)
+  weights = rules.weigh(
+    num_examples_C, {'base': alike[:, None, None]}, {'base': alike[:, None]}
   )
-  groups = rank_G.shape[0]
-  if rules.prune_against == 'received':
-    sizes = rules.tail_norms(sent, rank_G, hyper.gamma)
-    tail_G = ranks.gather(sizes, groups)
-  rank_G = rules.prune(tail_G, trained, rank_G, hyper)
-  mask = ranks.masks(rank_G, trained)
-  trained = lora.truncate(trained, mask)
-  tail_G = ranks.gather(rules.tail_norms(trained, rank_G, hyper.gamma), groups)
-  norm = lora.delta_norms(trained, scale)
-  return trained, mask, scale, norm, rank_G, tail_G, loss, tokens
+  return weights['base'][:, 0, 0]
 
 
 def federated_round(
@@ -75,62 +51,68 @@ def federated_round(
 ) -> tuple[ServerState, dict[str, Array]]:
   """Returns the next state and the round's metrics.
 
-  Padding clients (no examples) change nothing; a slot that no client trains
-  keeps the server's value.
+  Clients that are padding (no examples) or do not report change nothing; what
+  nobody trained keeps the server's value.
   """
-  who_C, present_C = cohort.client_id, cohort.num_examples > 0
-  sent_rank_CG = state.rank.at[who_C].get(mode='clip')
-  tail_CG = state.tail_norm.at[who_C].get(mode='clip')
+  base = lora.fold(base, state.residual)
+  reports_C = _reports(state, cohort, hyper)
+  num_examples_C = jnp.where(reports_C, cohort.num_examples, 0)
+  recalled = jax.tree.map(
+    lambda x: x.at[cohort.client_id].get(mode='clip'), state.memory
+  )
 
   # 1. Truncate, and 2. train and self-prune, every client for itself.
-  one_client = functools.partial(_train, rules, base, hyper, state)
-  clients = (who_C, sent_rank_CG, tail_CG, cohort.batches)
-  if rules.clients_at_once:
-    trained = jax.lax.map(one_client, clients, batch_size=rules.clients_at_once)
-  else:
-    trained = jax.vmap(one_client)(clients)
-  adapters, mask, scale_C, norm, rank_CG, tail_CG, loss_C, tokens_C = trained
+  change, (updates, memory, rank_CG, loss_C, tokens_C) = client.each(
+    functools.partial(client.take_part, rules, base, state, hyper),
+    client.Client(
+      id=cohort.client_id,
+      num_examples=num_examples_C,
+      share=_shares(rules, num_examples_C),
+      memory=recalled,
+      batches=cohort.batches,
+    ),
+    rules.clients_at_once,
+  )
 
   # 3. Weigh and aggregate; the server steps along the pseudo-gradient.
-  updates = ClientUpdates(
-    adapters=adapters,
-    mask=mask,
-    scale=scale_C,
-    num_examples=cohort.num_examples,
-    norm=norm,
-  )
   weights = rules.weigh(updates.num_examples, updates.mask, updates.norm)
-  owned = {t: (m * present_C[:, None, None]).max(0) for t, m in mask.items()}
-  target = rules.redistribute(
-    rules.aggregate(updates, weights), state.adapters, owned
-  )
-  pseudo_gradient = jax.tree.map(jnp.subtract, state.adapters, target)
-  optimizer = rules.server_optimizer(hyper.server_learning_rate)
-  step, opt_state = optimizer.update(
-    pseudo_gradient, state.opt_state, state.adapters
-  )
+  now = client.global_adapters(rules, state, hyper)
+  error, error_share = aggregation.averaging_error(updates, weights, now)
+  stepped, opt_state = server.step(
+    rules, state, now, hyper,
+    Trained(
+      rules.aggregate(updates, weights, now),
+      jax.tree.map(jnp.add, state.residual, change) if change else {},
+    ),
+    updates.owned(),
+    reports_C.any(),
+  )  # fmt: skip
+  new = rules.redistribute(stepped.adapters, error, now, hyper)
 
-  def remember(old, new_CG):
-    absent = old.shape[0]
-    return old.at[jnp.where(present_C, who_C, absent)].set(new_CG, mode='drop')
+  def if_anybody(new, old):
+    return jax.tree.map(lambda n, o: jnp.where(reports_C.any(), n, o), new, old)
 
+  def remember(old, new_C):
+    place = jnp.where(reports_C, cohort.client_id, old.shape[0])
+    return old.at[place].set(new_C, mode='drop')
+
+  residual = lora.add(state.residual | stepped.change, new.fold)
   new_state = ServerState(
     round=state.round + 1,
-    adapters=optax.apply_updates(state.adapters, step),
+    adapters=if_anybody(new.adapters, state.adapters),
+    residual=if_anybody(residual, state.residual),
     opt_state=opt_state,
-    rank=remember(state.rank, rank_CG)
-    if rules.keep_pruned_rank
-    else state.rank,
-    tail_norm=remember(state.tail_norm, tail_CG),
+    memory=jax.tree.map(remember, state.memory, memory),
   )
-  return new_state, {
-    'loss_sum': loss_C.sum(),
-    'tokens': tokens_C.sum(),
-    'present': present_C,
-    'sent_rank': sent_rank_CG,
+  return new_state, diagnostics.measure(
+    new_state, updates, weights, now.scale
+  ) | {
+    'present': cohort.num_examples > 0,
+    'reports': reports_C,
+    'sent_rank': recalled.rank,
     'rank': rank_CG,
-    'rank_mean': new_state.rank.astype(jnp.float32).mean(),
-    'rank_min': new_state.rank.min(),
-    'rank_max': new_state.rank.max(),
-    'weight': {t: w.mean((1, 2)) for t, w in weights.items()},
+    'loss_sum': loss_C,
+    'tokens': tokens_C,
+    'aggregation_error': error_share,
+    'fold_rank': new.fold_rank,
   }

@@ -46,17 +46,21 @@ def over_clients(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec('clients'))
 
 
-def base(mesh: Mesh, params: PyTree) -> PyTree:
-  """Returns where each base parameter lives, by its name.
+def by_name(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Returns where each leaf lives: as the base parameter whose name it has.
 
-  A parameter whose axis `model` does not divide is kept whole everywhere.
+  So do changes of the base, and their moments. Everything else, and a
+  parameter whose axis `model` does not divide, is whole everywhere.
   """
 
   def place(path, leaf):
-    spec = _BASE_RULES.get(path[-1].key, PartitionSpec())
+    name = getattr(path[-1], 'key', None) if path else None
+    spec = _BASE_RULES.get(name, PartitionSpec())
     sizes = [mesh.shape[a] if a else 1 for a in spec]
-    if any(n % k for n, k in zip(leaf.shape, sizes, strict=False)):
+    if len(spec) > leaf.ndim or any(
+      n % k for n, k in zip(leaf.shape, sizes, strict=False)
+    ):
       spec = PartitionSpec()
     return NamedSharding(mesh, spec)
 
-  return jax.tree.map_with_path(place, params)
+  return jax.tree.map_with_path(place, tree)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Array = jax.Array
@@ -33,6 +34,7 @@ class Lora(NamedTuple):
 Adapters = dict[str, Lora]  # target module -> factors
 Masks = dict[str, Array]  # target module -> [L, R], 1 where a slot is owned
 Norms = dict[str, Array]  # target module -> [L]
+Deltas = dict[str, Array]  # base parameter, by its own name -> its change
 
 
 class Batch(NamedTuple):
@@ -68,11 +70,39 @@ class Hyperparameters:
 
   seed: Array  # uint32
   client_learning_rate: Array
+  full_learning_rate: Array  # the clients', when they train the base
   server_learning_rate: Array
+  dropout: Array  # chance that a client trains and never reports
   tail_penalty: Array  # lambda of HetLoRA
   gamma: Array  # decay factor of self-pruning, in (0, 1]
   r_min: Array  # int32, no client prunes below it
+  proximal: Array  # mu of FedProx
+  energy: Array  # share of the squared singular values that is kept
   lora_scale: Array
+
+
+class View(NamedTuple):
+  """What a client receives, and which slots of it are its own."""
+
+  adapters: Adapters
+  mask: Masks  # slots that it trains and sends back
+  scale: Array  # []
+
+
+class Trained(NamedTuple):
+  """What is trained: adapters, or a change of the base (full fine-tuning)."""
+
+  adapters: Adapters | Deltas  # Deltas where a server works on products
+  change: Deltas
+
+
+@_pytree
+class Memory:
+  """What is kept of every person from round to round."""
+
+  rank: Array  # [N, G] int32, what they can train
+  tail_norm: Array  # [N, G] float32, tail norms when they last trained
+  personal: dict[str, dict[str, Array]]  # factors never sent, [N, L, ...]
 
 
 @_pytree
@@ -85,6 +115,29 @@ class ClientUpdates:
   num_examples: Array  # [C]; 0 takes no part
   norm: Norms  # ||scale * a @ b||_F of each matrix, [C, L]
 
+  def owned(self) -> Masks:
+    """Marks the slots that somebody trained: target -> [L, R]."""
+    here = self.num_examples > 0
+    return {
+      t: jnp.where(here.reshape(-1, *(1,) * (m.ndim - 1)), m, 0).max(0)
+      for t, m in self.mask.items()
+    }
+
+
+class Server(NamedTuple):
+  """The global adapters: `delta_w = scale * a @ b`."""
+
+  adapters: Adapters
+  scale: Array  # [], that of rank R
+
+
+class Redistributed(NamedTuple):
+  """What becomes of an aggregate."""
+
+  adapters: Adapters
+  fold: Deltas  # goes into the base; {} if the method folds nothing
+  fold_rank: Norms  # rank of what is folded, where it is data; else {}
+
 
 @_pytree
 class ServerState:
@@ -92,11 +145,36 @@ class ServerState:
 
   round: Array  # int32, the next round to run
   adapters: Adapters
+  residual: Deltas  # float32, what has been folded into the base so far
   opt_state: optax.OptState
-  rank: Array  # [N, G] int32, what each person can train
-  tail_norm: Array  # [N, G] float32, tail norms when each last trained
+  memory: Memory
 
 
 # The task of a client; the roles of rules are described in methods/.
 Loss = Callable[[PyTree, Adapters, Array, Batch], tuple[Array, Array]]
 """(base, adapters, scale, batch) -> (sum of token losses, token count)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+  """The static choices of a run: pure functions, closed over by the round."""
+
+  loss: Loss
+  scale: Callable  # (rank [G], hyper) -> []
+  scale_carriers: tuple[float, float]  # powers of A and B; see lora.rescale
+  distribute: Callable  # (adapters, masks, scale, key) -> View
+  personal: tuple[str, ...]  # factors that stay with the client: 'a', 'b'
+  objective: Callable  # (task, trained, received, rank, hyper, key) -> ...
+  trainable: Callable  # (round, masks) -> target -> Lora of masks
+  trains_base: bool  # full fine-tuning: no adapters
+  client_optimizer: Callable  # (hyper) -> GradientTransformation
+  tail_norms: Callable  # (adapters, rank [G], gamma) -> target -> [L]
+  prune: Callable  # (before [G], trained, rank [G], hyper) -> rank [G]
+  prune_against: str  # 'received' or 'last_trained'
+  keep_pruned_rank: bool  # in later rounds too
+  weigh: Callable  # (num_examples [C], masks, norms) -> weights
+  product_space: bool  # whether `aggregate` returns Deltas
+  aggregate: Callable  # (updates, weights, server) -> Adapters or Deltas
+  redistribute: Callable  # (aggregate, error, server, hyper) -> Redistributed
+  server_optimizer: Callable  # (learning rate) -> GradientTransformation
+  clients_at_once: int  # the memory dial; 0 is all of them

@@ -16,8 +16,11 @@ ARGUMENTS = SHAPE | dict(
   seed=7,
   clients_per_round=6,
   local_steps=3,
+  min_steps=3,
   local_batch=5,
   sampling='uniform',
+  count='round',
+  pooled=False,
   pad_to=8,
 )
 
@@ -129,6 +132,150 @@ def test_an_example_is_seen_at_most_once_and_is_the_clients_own():
     assert ((trained >= start) & (trained < start + COUNTS[client])).all()
 
 
+def test_clients_count_by_all_their_data_or_by_the_rounds():
+  everyone = dict(clients_per_round=N, pad_to=N + 2, min_steps=1)
+  dataset = make(count='dataset', **everyone)
+  assert dataset.num_examples.tolist()[N:] == [0, 0]
+  client_C = dataset.client_id[:N]
+  np.testing.assert_array_equal(dataset.num_examples[:N], COUNTS[client_C])
+  trained = make(count='round', **everyone)
+  for place in range(N + 2):
+    here = len(rows_trained_on(trained, place))
+    assert trained.num_examples[place] == here
+  assert_same(dataset.batches, trained.batches)
+
+
+def steps_taken(cohort):
+  """Counts each client's steps that have examples, [C]."""
+  return (cohort.batches.weight.sum(-1) > 0).sum(-1)
+
+
+UNEVEN = dict(local_steps=6, min_steps=2, clients_per_round=N, pad_to=N)
+
+
+def test_steps_are_uniform_between_the_bounds():
+  drawn = [
+    cohorts._num_steps(7, round_, client, 2, 6)
+    for round_ in range(100)
+    for client in range(N)
+  ]
+  steps, counts = np.unique(drawn, return_counts=True)
+  assert steps.tolist() == [2, 3, 4, 5, 6]
+  assert (np.abs(counts - 220) < 5 * np.sqrt(220)).all()
+
+
+def test_a_slow_client_takes_the_first_of_its_steps():
+  whole = make(**UNEVEN | dict(min_steps=6))
+  cohort = make(**UNEVEN)
+  assert_same(cohort.client_id, whole.client_id)
+  taken = steps_taken(cohort)
+  assert len(set(taken)) > 2
+  for place, steps in enumerate(taken):
+    for leaf, full in zip(cohort.batches, whole.batches, strict=True):
+      assert not leaf[place, steps:].any()
+      np.testing.assert_array_equal(leaf[place, :steps], full[place, :steps])
+    assert cohort.num_examples[place] == cohort.batches.weight[place].sum()
+
+
+def test_a_clients_steps_depend_on_seed_round_and_client_alone():
+  large = make(**UNEVEN)
+  assert_same(make(**UNEVEN), large)
+  small = make(**UNEVEN | dict(clients_per_round=4, pad_to=4))
+  for client in small.client_id:
+    assert_same(of_client(small, client), of_client(large, client))
+  for change in (dict(seed=8), dict(round=5)):
+    other = make(**UNEVEN | change)
+    order, other_order = (
+      np.argsort(large.client_id),
+      np.argsort(other.client_id),
+    )
+    taken, other_taken = steps_taken(large), steps_taken(other)
+    assert (taken[order] != other_taken[other_order]).any()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+  """Lists (seed, name, counters) of all streams that are drawn from."""
+  drawn, stream = [], cohorts.prng.host_stream
+
+  def record(*arguments):
+    drawn.append(arguments)
+    return stream(*arguments)
+
+  monkeypatch.setattr(cohorts.prng, 'host_stream', record)
+  return drawn
+
+
+def test_equal_bounds_draw_nothing(streams):
+  make()
+  assert {name for _, name, *_ in streams} == {'cohort', 'examples'}
+
+
+POOLED = dict(pooled=True, pad_to=1)
+
+
+@pytest.mark.parametrize('min_steps', [1, 3])
+@pytest.mark.parametrize('sampling', ['uniform', 'by_size'])
+def test_a_pooled_cohort_trains_on_the_federated_ones_examples(
+  min_steps, sampling
+):
+  change = dict(min_steps=min_steps, sampling=sampling)
+  federated, pooled = make(**change), make(**POOLED, **change)
+  rows = [r for c in range(6) for r in rows_trained_on(federated, c)]
+  pooled_rows = rows_trained_on(pooled, 0)
+  assert sorted(pooled_rows) == sorted(rows)
+  assert len(set(rows)) == len(rows)
+  assert pooled.num_examples.tolist() == [len(rows)]
+
+
+def test_a_pooled_cohort_is_one_client_of_many_steps():
+  cohort = make(**POOLED | dict(clients_per_round=N, pad_to=4))
+  assert cohort.client_id.tolist() == [0, N, N, N]
+  assert cohort.batches.tokens.shape == (4, N * 3, 2, 16)
+  full, rest = divmod(int(np.minimum(COUNTS, 15).sum()), 5)
+  examples = cohort.batches.weight[0].sum(-1).tolist()  # one target each
+  assert examples == [5] * full + [rest] + [0] * (3 * N - full - 1)
+  padding = jax.tree.map(lambda leaf: leaf[1:], cohort)
+  assert not any(leaf.any() for leaf in padding.batches)
+  assert not padding.num_examples.any()
+
+
+def test_a_pooled_cohort_counts_what_its_clients_do():
+  federated = make(count='dataset')
+  pooled = make(count='dataset', **POOLED)
+  assert pooled.num_examples.tolist() == [federated.num_examples.sum()]
+
+
+def test_a_pooled_cohort_is_shuffled_by_seed_and_round():
+  people = make_people(np.full(N, 60))
+
+  def rows(**change):
+    arguments = ARGUMENTS | dict(clients_per_round=N, pooled=True, pad_to=1)
+    return cohorts.make_cohort(people, **({'round': 4} | arguments | change))
+
+  cohort = rows()
+  assert_same(cohort, rows())
+  first = people.groups['train'].first
+  for step in range(3):  # a client alone has 3 such steps
+    b = jax.tree.map(lambda leaf, s=step: leaf[0, s], cohort.batches)
+    owners = np.searchsorted(first, b.target[b.weight > 0] - 1, 'right')
+    assert len(set(owners)) > 1
+  for change in (dict(seed=8), dict(round=5)):
+    assert (rows(**change).batches.target != cohort.batches.target).any()
+
+
+def test_the_shuffle_has_a_stream_of_its_own(streams):
+  make(**POOLED)
+  assert [s for s in streams if s[1] == 'pool'] == [(7, 'pool', 4)]
+
+
+@pytest.mark.parametrize('only', [slice(0, 2), slice(2, 4)])
+def test_a_host_builds_only_its_slice_of_a_pooled_cohort(only):
+  four = POOLED | dict(pad_to=4)
+  whole = jax.tree.map(lambda leaf: leaf[only], make(**four))
+  assert_same(make(**four, only=only), whole)
+
+
 def test_clients_draw_apart_from_one_another():
   people = make_people(np.full(N, 60))
   arguments = ARGUMENTS | dict(clients_per_round=N, pad_to=N)
@@ -204,6 +351,11 @@ def test_evaluation_never_meets_training_rows():
     (dict(clients_per_round=0), 'clients_per_round=0 '),
     (dict(pad_to=5), 'pad_to=5 is below clients_per_round=6'),
     (dict(sampling='size'), "sampling='size' must be"),
+    (dict(count='all'), "count='all' must be"),
+    (dict(min_steps=4), r'min_steps=4 must be in \[1, local_steps=3\]'),
+    (dict(min_steps=0), 'min_steps=0 must be'),
+    (dict(pooled=True, pad_to=0), 'pad_to=0 leaves no pooled client'),
+    (dict(pooled=True, clients_per_round=12), 'clients_per_round=12 .* 11'),
   ],
 )
 def test_impossible_cohorts_are_named(change, message):

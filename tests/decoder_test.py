@@ -213,7 +213,7 @@ def test_devices_share_the_work_without_changing_it():
   spread = sharding.over_clients(mesh)
   got = step(
     jax.device_put(stacked, spread),
-    jax.device_put(params, sharding.base(mesh, params)),
+    jax.device_put(params, sharding.by_name(mesh, params)),
     jax.device_put(batches, spread),
   )
   want = step(stacked, params, batches)

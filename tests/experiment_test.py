@@ -175,7 +175,7 @@ def test_a_run_on_a_mesh_equals_a_run_on_one_device(tmp_path):
   experiment.run(spread, tmp_path / 'eight')
   one = _state(small_config(**sgd), tmp_path / 'one')
   eight = _state(spread, tmp_path / 'eight')
-  np.testing.assert_array_equal(one.rank, eight.rank)
+  np.testing.assert_array_equal(one.memory.rank, eight.memory.rank)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5),
     one.adapters,
@@ -213,7 +213,9 @@ def test_two_seeds_differ_in_everything_random():
   a, b = (experiment.prepare(small_config(seed=s)) for s in (0, 1))
   first, second = experiment.make_cohort(a, 0), experiment.make_cohort(b, 0)
   assert not np.array_equal(first.client_id, second.client_id)
-  assert not np.array_equal(a.initial_state.rank, b.initial_state.rank)
+  assert not np.array_equal(
+    a.initial_state.memory.rank, b.initial_state.memory.rank
+  )
   assert not np.array_equal(
     a.initial_state.adapters['q'].a, b.initial_state.adapters['q'].a
   )

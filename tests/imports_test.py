@@ -11,7 +11,7 @@ ORDER = [
   ['types'],
   ['prng', 'lora'],
   ['ranks', 'models', 'methods', 'data.tokenizer'],
-  ['client'],
+  ['client', 'server', 'diagnostics'],
   ['rounds'],
   ['sharding', 'data', 'evaluation', 'communication', 'checkpoint', 'metrics', 'config'],
   ['build', 'base_model', 'console'],

@@ -87,6 +87,56 @@ def test_the_unseen_are_these_people(load):
   assert unseen == ('person-005', 'person-014', 'person-038', 'person-054')
 
 
+def test_so_many_people_are_kept_in_their_order(load):
+  whole, some = load(), load(num_people=7)
+  ids = some.client_ids
+  assert len(ids) == 7
+  assert list(ids) == sorted(ids, key=whole.client_ids.index)
+  for kind in ('train', 'heldout'):
+    everyone, kept = whole.groups[kind], some.groups[kind]
+    assert kept.ids == ids
+    at = [everyone.ids.index(i) for i in ids]
+    np.testing.assert_array_equal(kept.first, everyone.first[at])
+    np.testing.assert_array_equal(kept.count, everyone.count[at])
+
+
+def test_keeping_people_leaves_the_unseen_alone(load):
+  whole, some = load().groups['unseen'], load(num_people=7).groups['unseen']
+  assert whole.ids == some.ids
+  np.testing.assert_array_equal(whole.first, some.first)
+  np.testing.assert_array_equal(whole.count, some.count)
+
+
+def test_who_is_kept_depends_on_the_name_alone(load):
+  kept = load(num_people=12).client_ids
+  assert set(load(num_people=5).client_ids) < set(kept)
+  busy = [i for i in kept if i in load(min_examples=80).client_ids]
+  assert 0 < len(busy) < 12
+  again = load(min_examples=80, num_people=len(busy))
+  assert list(again.client_ids) == busy
+  everyone = load().client_ids
+  assert load(num_people=len(everyone)).client_ids == everyone
+
+
+def test_who_is_kept_has_nothing_to_do_with_who_is_unseen(load):
+  kept = load(num_people=10).client_ids
+  by_unseen = sorted(load().client_ids, key=people._hash)
+  assert set(kept) not in (set(by_unseen[:10]), set(by_unseen[-10:]))
+
+
+def test_the_kept_are_these_people(load):
+  # A literal, since another hash would silently move people out of training.
+  kept = load(num_people=4).client_ids
+  assert kept == ('person-011', 'person-025', 'person-041', 'person-043')
+
+
+def test_keeping_more_people_than_there_are_is_named(load):
+  count = len(load().client_ids)
+  message = f'num_people={count + 1} exceeds the {count} .* lower it'
+  with pytest.raises(ValueError, match=message):
+    load(num_people=count + 1)
+
+
 def test_min_examples_counts_train_and_heldout(load):
   groups = load(min_examples=60).groups
   total = groups['train'].count + groups['heldout'].count
@@ -161,6 +211,7 @@ def test_a_million_people_split_quickly():
     ('heldout_fraction', 1.5),
     ('heldout_fraction', float('nan')),
     ('min_examples', 1),
+    ('num_people', -1),
     ('max_context_turns', 0),
     ('max_context_turns', 5),
   ],

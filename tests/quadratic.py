@@ -23,10 +23,12 @@ SCALE = 1.7
 def loss(base, adapters, scale, batch):
   """Half the squared error of every matrix, summed over rows by weight."""
   total = jnp.float32(0)
-  for t, adapter in adapters.items():
-    for layer in range(DIMS[t][0]):
-      a, b = adapter.a[layer], adapter.b[layer]
-      out = batch[t]['x'] @ base[t][layer] + scale * (batch[t]['x'] @ a) @ b
+  for t, (layers, _, _) in DIMS.items():
+    for layer in range(layers):
+      out = batch[t]['x'] @ base[t][layer]
+      if t in adapters:
+        a, b = adapters[t].a[layer], adapters[t].b[layer]
+        out += scale * (batch[t]['x'] @ a) @ b
       error = ((out - batch[t]['y']) ** 2).sum(1) / 2
       total += (error * batch['weight']).sum()
   return total, batch['weight'].sum()
@@ -82,10 +84,13 @@ def make_run(rank_N=None, **overrides):
   """Returns a namespace: config, rules, state, hyper and the jitted round."""
   c = make_config(**overrides)
   rules = build.make_rules(c, loss)
-  if rank_N is None:
-    rank_N = build.draw_ranks(c, POPULATION)
+  homogeneous = config.rule_names(c)['distribution'] == 'full'
+  if rank_N is None or homogeneous:
+    rank_N = build.draw_ranks(c, np.arange(1, POPULATION + 1))
   hyper = build.make_hyperparameters(c)
-  state = build.init_state(c, DIMS, np.asarray(rank_N, np.int32), rules)
+  shapes = {t: np.zeros(shape, np.float32) for t, shape in DIMS.items()}
+  ranks_N = np.asarray(rank_N, np.int32)
+  state = build.init_state(c, DIMS, shapes, ranks_N, rules)
   step = jax.jit(
     lambda base, state, cohort: rounds.federated_round(
       rules, base, state, cohort, hyper

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetlora_jax import communication, lora, prng, ranks
+from hetlora_jax import communication, lora, ranks
 from hetlora_jax.methods import registry, weighting
 from hetlora_jax.types import Lora
 
@@ -22,45 +22,6 @@ def _adapters(seed=0, clients=()):
     )
     for t, (n, d_in, d_out) in DIMS.items()
   }
-
-
-def _draw(distribution, population=4000, seed=0):
-  return ranks.draw(
-    prng.host_stream(seed, 'ranks'),
-    population,
-    distribution=distribution,
-    r_min=3,
-    r_max=12,
-    exponent=1.5,
-    explicit=(4, 9, 7),
-    tiers=(3, 12),
-    tier_fractions=(0.75, 0.25),
-  )
-
-
-def test_uniform_ranks_take_every_value_alike():
-  values, counts = np.unique(_draw('uniform'), return_counts=True)
-  np.testing.assert_array_equal(values, np.arange(3, 13))
-  assert counts.min() > 0.8 * 400 and counts.max() < 1.2 * 400
-
-
-def test_power_law_ranks_follow_the_law():
-  values, counts = np.unique(_draw('power_law'), return_counts=True)
-  law = np.arange(3, 13.0) ** -1.5
-  np.testing.assert_array_equal(values, np.arange(3, 13))
-  np.testing.assert_allclose(counts / 4000, law / law.sum(), atol=0.03)
-
-
-def test_tiers_and_explicit_ranks():
-  values, counts = np.unique(_draw('tiers'), return_counts=True)
-  np.testing.assert_array_equal(values, [3, 12])
-  assert counts[0] / 4000 == pytest.approx(0.75, abs=0.03)
-  assert _draw('explicit', 5).tolist() == [4, 9, 7, 4, 9]
-
-
-def test_ranks_depend_on_the_seed_alone():
-  np.testing.assert_array_equal(_draw('uniform'), _draw('uniform'))
-  assert (_draw('uniform') != _draw('uniform', seed=1)).any()
 
 
 def test_groups_are_spread_in_the_order_they_are_gathered():
@@ -127,7 +88,8 @@ def test_weights_sum_to_one_over_those_present(rule):
   num_examples, masks, norms = _inputs()
   for scale in (1, 0):  # with all norms zero, nobody is preferred
     scaled = {t: scale * x for t, x in norms.items()}
-    got = weighting.TABLE[rule]('model')(num_examples, masks, scaled)
+    kind = {'scope': 'model'} if rule == 'norm' else {}
+    got = weighting.TABLE[rule](num_examples, masks, scaled, **kind)
     for t, weight in got.items():
       assert weight.shape == masks[t].shape
       np.testing.assert_allclose(weight.sum(0), 1, 1e-6)

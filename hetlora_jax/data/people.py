@@ -122,9 +122,15 @@ def evenly_spaced(available: int, count: int) -> np.ndarray:
   return np.arange(count) * available // max(count, 1)
 
 
+def _hash(client_id: str, salt: bytes = b'') -> int:
+  """Returns a number below 2**64, uniform over ids; salts are independent."""
+  id_bytes = client_id.encode()
+  digest = hashlib.blake2b(id_bytes, digest_size=8, salt=salt).digest()
+  return int.from_bytes(digest, 'big')
+
+
 def _is_unseen(client_id: str, fraction: float) -> bool:
-  digest = hashlib.blake2b(client_id.encode(), digest_size=8).digest()
-  return int.from_bytes(digest, 'big') < fraction * 2**64
+  return _hash(client_id) < fraction * 2**64
 
 
 def _split(
@@ -142,6 +148,24 @@ def _split(
     ),
     'unseen': unseen,
   }
+
+
+def _keep(groups: dict[Kind, Group], num_people: int) -> dict[Kind, Group]:
+  """Keeps so many of the people trained on, in their order; all unseen ones."""
+  ids = groups['train'].ids
+  if num_people > len(ids):
+    raise ValueError(
+      f'{num_people=} exceeds the {len(ids)} people to train on; lower it, '
+      'min_examples or unseen_fraction, or give 0 for everybody.'
+    )
+  hash_N = np.array([_hash(i, b'kept') for i in ids], np.uint64)
+  keep_N = np.zeros(len(ids), bool)
+  keep_N[np.argsort(hash_N, kind='stable')[:num_people]] = True
+  kept: dict[Kind, Group] = {
+    'train': _select(groups['train'], keep_N),
+    'heldout': _select(groups['heldout'], keep_N),
+  }
+  return groups | kept
 
 
 def _select(group: Group, mask_N: np.ndarray) -> Group:
@@ -194,17 +218,20 @@ def load(
   unseen_fraction: float,
   heldout_fraction: float,
   max_context_turns: int = conversations.MAX_CONTEXT_TURNS,
+  num_people: int = 0,
 ) -> People:
   """Splits a data set's people, preparing it first if it never was.
 
   People with fewer than `min_examples` are left out. The latest
-  `heldout_fraction` of everyone else's turns, one at least, is held out.
+  `heldout_fraction` of everyone else's turns, one at least, is held out. Of
+  those trained on, `num_people` are kept, by a hash of their id; 0 keeps all.
   """
   most_turns = conversations.MAX_CONTEXT_TURNS
   _check('min_examples', min_examples, 2, np.inf)
   _check('unseen_fraction', unseen_fraction, 0, 1)
   _check('heldout_fraction', heldout_fraction, 0, 1)
   _check('max_context_turns', max_context_turns, 1, most_turns + 1)
+  _check('num_people', num_people, 0, np.inf)
   prepared = builders.open_dataset(dataset, data_dir)
   everyone = _everyone(prepared, min_examples)
   groups = _split(everyone, unseen_fraction, heldout_fraction)
@@ -213,6 +240,8 @@ def load(
       f'{unseen_fraction=} sets aside all {len(everyone.ids)} people with '
       f'{min_examples=}; lower either.'
     )
+  if num_people:
+    groups = _keep(groups, num_people)
   return People(
     groups=groups, read=_reader(prepared, tokenizer, max_context_turns)
   )

@@ -1,19 +1,84 @@
-"""How the clients' adapters become one. Aggregate = (updates, weights) -> ..."""
+"""How the clients' adapters become one.
 
+Aggregate = (updates, weights, server) -> Adapters, in the space of factors, or
+Deltas, in that of products. A slot that no client owns counts as the server's.
+"""
+
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 
-from hetlora_jax.types import Adapters, ClientUpdates, Lora, Masks
+from hetlora_jax import lora
+from hetlora_jax.types import (
+  Adapters,
+  Array,
+  ClientUpdates,
+  Deltas,
+  Lora,
+  Masks,
+  Server,
+)
 
 
-def factors(updates: ClientUpdates, weights: Masks) -> Adapters:
+def factors(updates: ClientUpdates, weights: Masks, server: Server) -> Adapters:
   """Averages A and B apart, zero-padded to R (HetLoRA, arXiv 2401.06432)."""
+  unowned = {t: 1 - m for t, m in updates.owned().items()}
+  kept = lora.truncate(server.adapters, unowned)
   return {
     t: Lora(
-      jnp.einsum('cldr,clr->ldr', x.a, weights[t]),
-      jnp.einsum('clrd,clr->lrd', x.b, weights[t]),
+      jnp.einsum('c...dr,c...r->...dr', x.a, weights[t]) + kept[t].a,
+      jnp.einsum('c...rd,c...r->...rd', x.b, weights[t]) + kept[t].b,
     )
     for t, x in updates.adapters.items()
   }
 
 
-TABLE = {'factors': factors}
+def product(updates: ClientUpdates, weights: Masks, server: Server) -> Deltas:
+  """Averages s A B without error (FlexLoRA, arXiv 2402.11505)."""
+  unowned = {t: 1 - m for t, m in updates.owned().items()}
+  kept = lora.deltas(lora.truncate(server.adapters, unowned), server.scale)
+  out = {}
+  for t, x in updates.adapters.items():
+    scale = updates.scale.reshape(-1, *(1,) * (weights[t].ndim - 1))
+    a = x.a * (scale * weights[t])[..., None, :]
+    out[t] = jnp.einsum('c...dr,c...rf->...df', a, x.b) + kept[t]
+  return out
+
+
+def averaging_error(
+  updates: ClientUpdates, weights: Masks, server: Server
+) -> tuple[Deltas, Array]:
+  """Returns mean(s A B) - s mean(A) mean(B), and its share of mean(s A B).
+
+  Taken a layer at a time, so that products of all layers exist only if they
+  are used.
+  """
+  error, squares = {}, []
+  for t, x in updates.adapters.items():
+
+    def one_layer(xs, t=t):
+      a, b, weight, mask, server_t = xs
+      alone = dataclasses.replace(
+        updates, adapters={t: Lora(a, b)}, mask={t: mask}
+      )
+      before = Server({t: server_t}, server.scale)
+      exact = product(alone, {t: weight}, before)[t]
+      mean = factors(alone, {t: weight}, before)
+      lost = exact - lora.deltas(mean, server.scale)[t]
+      return lost, jnp.stack([(lost**2).sum(), (exact**2).sum()])
+
+    by_layer = jax.tree.map(
+      lambda leaf: leaf.swapaxes(0, 1),
+      (x.a, x.b, weights[t], updates.mask[t]),
+    )
+    error[t], square = jax.lax.map(one_layer, (*by_layer, server.adapters[t]))
+    squares.append(square.sum(0))
+  if not squares:
+    return {}, jnp.float32(0)
+  lost, whole = sum(squares)
+  return error, lora.safe_norm(lost) / jnp.maximum(lora.safe_norm(whole), 1e-30)
+
+
+TABLE = {'factors': factors, 'product': product}
+PRODUCT_SPACE = ('product',)

@@ -4,11 +4,9 @@ Prune = (before [G], trained, rank [G], hyper) -> rank [G], where `before` is
 the size of the tail to be beaten.
 """
 
-import functools
-
 import jax.numpy as jnp
 
-from hetlora_jax import ranks
+from hetlora_jax import lora, ranks
 from hetlora_jax.methods import tail
 from hetlora_jax.types import Adapters, Array, Hyperparameters
 
@@ -43,7 +41,23 @@ def norm_tail(
   return jnp.where(shrunk, jnp.maximum(kept, floor), rank)
 
 
-TABLE = {
-  'none': lambda rounding: none,
-  'norm_tail': lambda rounding: functools.partial(norm_tail, rounding=rounding),
-}
+def energy(
+  before: Array, trained: Adapters, rank: Array, hyper: Hyperparameters
+) -> Array:
+  """Keeps the fewest slots that hold a share `hyper.energy` of all energy.
+
+  A slot's energy is (||a_j|| ||b_j||)**2. Nobody prunes below r_min.
+  """
+  del before
+  groups = rank.shape[0]
+  slots = {t: (x.a**2).sum(-2) * (x.b**2).sum(-1) for t, x in trained.items()}
+  slot_GR = ranks.gather(slots, groups)
+  kept = lora.energy_rank(slot_GR, hyper.energy)
+  return jnp.where(
+    slot_GR.sum(-1) > 0,
+    jnp.clip(kept, jnp.minimum(hyper.r_min, rank), rank),
+    rank,
+  )
+
+
+TABLE = {'none': none, 'norm_tail': norm_tail, 'energy': energy}

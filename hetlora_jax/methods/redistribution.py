@@ -1,20 +1,164 @@
-"""From the aggregate to the server's adapters.
+"""From the server's new aggregate to its adapters, and what is folded away.
 
-Redistribute = (aggregated, adapters, owned) -> adapters, where `owned`
-(target -> [L, R]) marks the slots that somebody trained this round.
+Redistribute = (aggregate, error, server, hyper) -> Redistributed. `aggregate`
+is Adapters or Deltas, `error` what averaging the factors loses of the mean
+product, and `server` has the adapters of before. The only place with an SVD.
 """
 
+import jax.numpy as jnp
+
 from hetlora_jax import lora
-from hetlora_jax.types import Adapters, Masks
+from hetlora_jax.types import (
+  Adapters,
+  Array,
+  Deltas,
+  Hyperparameters,
+  Lora,
+  Redistributed,
+  Server,
+)
+
+SPLITS = {'svd_balanced': 0.5, 'svd_a': 1.0, 'svd_b': 0.0}
+FOLDING = ('fold_all', 'fold_residual', 'energy')
 
 
-def keep(aggregated: Adapters, adapters: Adapters, owned: Masks) -> Adapters:
-  """Takes the aggregate; a slot that nobody trained keeps the server's value.
+def keep(
+  aggregate: Adapters, error: Deltas, server: Server, hyper: Hyperparameters
+) -> Redistributed:
+  """Takes the averaged factors as they are."""
+  del error, server, hyper
+  return Redistributed(aggregate, {}, {})
 
-  Averaging zeros into such a slot would end it: with both factors zero, its
-  gradients are zero for ever.
+
+def _products(aggregate: Adapters | Deltas, scale: Array) -> Deltas:
+  return {
+    t: scale * (x.a @ x.b) if isinstance(x, Lora) else x
+    for t, x in aggregate.items()
+  }
+
+
+def _svd(delta: Array) -> tuple[Array, Array, Array]:
+  """Decomposes [L, d_in, d_out]; the largest entry of each u is positive."""
+  u, sigma, v = jnp.linalg.svd(delta, full_matrices=False)
+  place = jnp.abs(u).argmax(-2, keepdims=True)
+  sign = jnp.sign(jnp.take_along_axis(u, place, -2))
+  return u * sign, sigma, v * sign.mT
+
+
+def _refactor(delta: Array, server: Lora, scale: Array, power_a: float) -> Lora:
+  """Returns the best A, B of R slots with `scale A B` near delta.
+
+  A takes sigma**power_a and B the rest. A slot without a singular value keeps
+  the server's A beside B = 0, so that it can be trained again.
   """
-  return lora.select(owned, aggregated, adapters)
+  u, sigma, v = _svd(delta / scale)
+  slots, found = server.a.shape[-1], sigma.shape[-1]
+  noise = sigma[:, :1] * max(delta.shape[-2:]) * jnp.finfo(sigma.dtype).eps
+  kept = min(slots, found)
+  live = (sigma > noise)[:, :kept]
+  sigma = jnp.where(live, sigma[:, :kept], 0)
+  a = u[..., :kept] * jnp.where(live, sigma**power_a, 0)[:, None]
+  b = v[:, :kept] * jnp.where(live, sigma ** (1 - power_a), 0)[..., None]
+  a = jnp.where(live[:, None], a, server.a[..., :kept])
+  rest = slots - kept
+  return Lora(
+    jnp.concatenate([a, server.a[..., kept:]], -1),
+    jnp.pad(b, ((0, 0), (0, rest), (0, 0))),
+  )
 
 
-TABLE = {'keep': keep}
+def svd(
+  aggregate: Adapters | Deltas,
+  error: Deltas,
+  server: Server,
+  hyper: Hyperparameters,
+  *,
+  power_a: float,
+) -> Redistributed:
+  """Factors the aggregate anew (FlexLoRA, 2402.11505; HLoRA, 2503.00813)."""
+  del error, hyper
+  deltas = _products(aggregate, server.scale)
+  adapters = {
+    t: _refactor(delta, server.adapters[t], server.scale, power_a)
+    for t, delta in deltas.items()
+  }
+  return Redistributed(adapters, {}, {})
+
+
+def _emptied(adapters: Adapters) -> Adapters:
+  return {t: Lora(x.a, jnp.zeros_like(x.b)) for t, x in adapters.items()}
+
+
+def fold_all(
+  aggregate: Adapters | Deltas,
+  error: Deltas,
+  server: Server,
+  hyper: Hyperparameters,
+) -> Redistributed:
+  """Folds the whole aggregate into the base (FLoRA, arXiv 2409.05976)."""
+  del error, hyper
+  deltas = _products(aggregate, server.scale)
+  return Redistributed(_emptied(server.adapters), deltas, {})
+
+
+def _best(delta: Array, share: Array) -> tuple[Array, Array]:
+  """Returns the approximation that keeps a share of energy, and its rank."""
+  u, sigma, v = _svd(delta)
+  rank = lora.energy_rank(sigma**2, share)
+  mask = lora.prefix_mask(rank, sigma.shape[-1])
+  return (u * (sigma * mask)[:, None]) @ v, rank
+
+
+def energy(
+  aggregate: Adapters | Deltas,
+  error: Deltas,
+  server: Server,
+  hyper: Hyperparameters,
+) -> Redistributed:
+  """Folds the fewest directions with enough energy (FLoRIST, 2506.09199)."""
+  del error
+  best = {
+    t: _best(delta, hyper.energy)
+    for t, delta in _products(aggregate, server.scale).items()
+  }
+  fold = {t: delta for t, (delta, _) in best.items()}
+  rank = {t: rank for t, (_, rank) in best.items()}
+  return Redistributed(_emptied(server.adapters), fold, rank)
+
+
+def fold_residual(
+  aggregate: Adapters | Deltas,
+  error: Deltas,
+  server: Server,
+  hyper: Hyperparameters,
+) -> Redistributed:
+  """Folds what the adapters cannot hold into the base.
+
+  Of averaged factors: the error of averaging (FedEx-LoRA, arXiv 2410.09432).
+  Of a product: the directions past R, up to a share `hyper.energy` of all
+  (FedMomentum, arXiv 2603.08014).
+  """
+  out, fold, rank = {}, {}, {}
+  for t, x in aggregate.items():
+    if isinstance(x, Lora):
+      out[t], fold[t] = x, error[t]
+      continue
+    out[t] = _refactor(x, server.adapters[t], server.scale, 0.5)
+    whole, whole_rank = _best(x, hyper.energy)
+    slots = out[t].a.shape[-1]
+    more = (whole_rank > slots)[:, None, None]
+    rest = whole - server.scale * (out[t].a @ out[t].b)
+    fold[t] = jnp.where(more, rest, 0)
+    rank[t] = jnp.maximum(whole_rank - slots, 0)
+  return Redistributed(out, fold, rank)
+
+
+TABLE = {
+  'keep': keep,
+  'svd_balanced': svd,
+  'svd_a': svd,
+  'svd_b': svd,
+  'fold_all': fold_all,
+  'fold_residual': fold_residual,
+  'energy': energy,
+}

@@ -1,11 +1,10 @@
 """How much each client counts, for every matrix and rank slot.
 
 Weigh = (num_examples [C], masks [C, L, R], norms [C, L]) -> weights of the
-shape of the masks, summing to 1 over the clients. A client without examples
-weighs nothing. The rules never see factors.
+shape of the masks, summing to 1 over the clients (over a slot's owners, in the
+owner rules). A client without examples weighs nothing. The rules never see
+factors.
 """
-
-import functools
 
 import jax.numpy as jnp
 
@@ -70,8 +69,32 @@ def norm(
   return out
 
 
+def _owners(value_C: Array, masks: Masks) -> Masks:
+  """Shares every slot among the clients who own it."""
+  return {t: _share(value_C[:, None, None] * m) for t, m in masks.items()}
+
+
+def owner_size(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
+  """Weighs a slot's owners by their examples (RBLA, arXiv 2408.08699).
+
+  The same as replication padding (arXiv 2406.17477), as the rank-partitioned
+  weights of raFLoRA (2602.13486) and as the segments of PreLort (2606.15963).
+  A slot without owners has no weight.
+  """
+  del norms
+  return _owners(num_examples, masks)
+
+
+def owner_uniform(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
+  """Weighs a slot's owners alike."""
+  del norms
+  return _owners((num_examples > 0).astype(jnp.float32), masks)
+
+
 TABLE = {
-  'uniform': lambda scope: uniform,
-  'size': lambda scope: size,
-  'norm': lambda scope: functools.partial(norm, scope=scope),
+  'uniform': uniform,
+  'size': size,
+  'norm': norm,
+  'owner_size': owner_size,
+  'owner_uniform': owner_uniform,
 }

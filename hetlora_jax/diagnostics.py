@@ -1,0 +1,87 @@
+"""What every method logs: measured within the round, put into rows after."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hetlora_jax import lora
+from hetlora_jax.types import Array, ClientUpdates, Masks, ServerState
+
+
+def measure(
+  state: ServerState, updates: ClientUpdates, weights: Masks, scale: Array
+) -> dict:
+  """Measures the new state, and how much each client counted.
+
+  Returns:
+    slot_energy: [R], sum over matrices of (scale ||a_j|| ||b_j||)**2; a prefix
+      that holds all of it is rank collapse (raFLoRA, arXiv 2602.13486).
+    rank_histogram: [R + 1], how many people (or matrices of people) have
+      rank 0..R.
+    weight: target -> [C], a client's weight, averaged over layers and slots.
+  """
+  slots = max((x.a.shape[-1] for x in state.adapters.values()), default=0)
+  return {
+    'slot_energy': lora.slot_energy(state.adapters, scale),
+    'rank_histogram': jnp.bincount(state.memory.rank.ravel(), length=slots + 1),
+    'weight': jax.tree.map(lambda w: w.mean((1, 2)), weights),
+  }
+
+
+def rank_classes(r_min: int, r_max: int) -> list[tuple[int, int]]:
+  """Cuts r_min..r_max into four classes, or as many as there are ranks."""
+  edges = np.unique(np.linspace(r_min, r_max + 1, 5).astype(int))
+  return [(int(a), int(b) - 1) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _by_class(out: dict, r_min: int) -> dict[str, float]:
+  """Returns loss and weight of the clients that reported, by their rank."""
+  r_max = len(out['rank_histogram']) - 1
+  rank = out['sent_rank'].mean(1)
+  weight = np.mean(list(out['weight'].values()) or [0 * rank], axis=0)
+  row = {}
+  for low, high in rank_classes(min(r_min, r_max), r_max):
+    here = out['reports'] & (rank >= low) & (rank < high + 1)
+    tokens = out['tokens'][here].sum()
+    if tokens:
+      name = f'rank_{low}-{high}'
+      row[f'train/loss/{name}'] = float(out['loss_sum'][here].sum() / tokens)
+      row[f'weight/{name}'] = float(weight[here].sum())
+  return row
+
+
+def _effective(share: np.ndarray) -> float:
+  """Returns 1 / sum p**2: how many equal shares would be as even."""
+  total = share.sum()
+  return float(total**2 / (share**2).sum()) if total > 0 else 0.0
+
+
+def row(out: dict, r_min: int) -> dict:
+  """Returns the diagnostics of a finished round, for people.
+
+  Args:
+    out: the metrics of `federated_round`, in numpy.
+    r_min: smallest rank of the population.
+
+  Returns:
+    rank/{mean,min,max}, rank/histogram (people of rank 0..R), energy/slots
+    (shares), energy/effective_slots, weight/effective_clients,
+    aggregation/error, and loss and weight by class of rank.
+  """
+  histogram, energy = out['rank_histogram'], np.asarray(out['slot_energy'])
+  held = np.flatnonzero(histogram)
+  mean = (histogram * np.arange(len(histogram))).sum() / histogram.sum()
+  weight_C = np.mean(list(out['weight'].values()) or [out['reports']], axis=0)
+  total = energy.sum()
+  shares = energy / total if total > 0 else energy
+  return {
+    'rank/mean': float(mean),
+    'rank/min': int(held[0]),
+    'rank/max': int(held[-1]),
+    'rank/histogram': [int(n) for n in histogram],
+    'energy/slots': [float(x) for x in np.atleast_1d(shares)],
+    'energy/effective_slots': _effective(energy),
+    'weight/effective_clients': _effective(weight_C),
+    'aggregation/error': float(out['aggregation_error']),
+    **_by_class(out, r_min),
+  }

@@ -1,0 +1,48 @@
+"""Which factors a client trains in a round.
+
+Trainable = (round, masks) -> target -> Lora of 0/1 masks, [L, 1, R] and
+[L, R, 1]; `masks` are the slots that a client owns. Slots beyond a client's
+rank cannot train under any rule, being zero in both factors.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hetlora_jax import lora
+from hetlora_jax.types import Adapters, Array, Lora, Masks
+
+
+def both(round: Array, masks: Masks) -> Adapters:
+  """Trains both factors of all slots received."""
+  del round
+  return lora.slot_masks(jax.tree.map(jnp.ones_like, masks))
+
+
+def mask(round: Array, masks: Masks) -> Adapters:
+  """Trains the slots that the client owns (Fed-PLoRA, arXiv 2602.16936)."""
+  del round
+  return lora.slot_masks(masks)
+
+
+def b_only(round: Array, masks: Masks) -> Adapters:
+  """Keeps A as it was drawn (FFA-LoRA, arXiv 2403.12313)."""
+  return {t: Lora(0 * x.a, x.b) for t, x in both(round, masks).items()}
+
+
+def alternating(round: Array, masks: Masks) -> Adapters:
+  """Trains B in rounds 0, 2, ... and A in the others (RoLoRA, 2409.02346).
+
+  B goes first: while it is zero, A has no gradient.
+  """
+  odd = (round % 2).astype(jnp.float32)
+  trained = both(round, masks)
+  return {t: Lora(odd * x.a, (1 - odd) * x.b) for t, x in trained.items()}
+
+
+TABLE = {
+  'both': both,
+  'mask': mask,
+  'b_only': b_only,
+  'alternating': alternating,
+  'base': both,  # full fine-tuning: there are no adapters
+}
