@@ -17,6 +17,7 @@ def get_config():
   f.r_min, f.r_max = 2, 16
   c.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
   c.client_optimizer.learning_rate = 1e-2
+  c.client_optimizer.full_learning_rate = 3e-3
   c.model.source, c.model.dtype = 'random', 'float32'
   c.data.name = 'synthetic'
   c.data.row_tokens = 128

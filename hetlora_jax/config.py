@@ -205,7 +205,7 @@ _CHOICES = {
   'method': registry.METHODS,
   'federated.sampling': ('uniform', 'by_size'),
   'ranks.distribution': ranks.DISTRIBUTIONS,
-  **{f'methods.{r}': ('', *table) for r, table in ROLES.items()},
+  **{f'methods.{role}': table for role, table in ROLES.items()},
   'methods.tail_rounding': tail.ROUNDINGS,
   'methods.prune_scope': ('client', 'matrix'),
   'methods.prune_against': pruning.REFERENCES,
@@ -311,7 +311,8 @@ def _check(config: Config) -> None:
   """Raises at the first value that cannot work."""
   for path, choices in _CHOICES.items():
     value = _lookup(config, path)
-    if value not in choices:
+    is_the_methods = value == '' and path.removeprefix('methods.') in ROLES
+    if value not in choices and not is_the_methods:
       valid = ', '.join(repr(x) for x in choices)
       raise ConfigError(f'config.{path}={value!r} is unknown: one of {valid}.')
   for bound, paths in _AT_LEAST.items():

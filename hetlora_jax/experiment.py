@@ -396,9 +396,8 @@ def _summary(x: Experiment, rows: list[metrics.Row], seconds, command):
     'comm/up_bytes': total('comm/up_bytes'),
     'comm/down_bytes': total('comm/down_bytes'),
     'rank/pruned': total('rank/pruned'),
-    'train/parameters': float(np.mean([r['train/parameters'] for r in rounds]))
-    if rounds
-    else 0.0,
+    'train/parameters': total('train/parameters') / max(len(rounds), 1),
+    'aggregation/error': total('aggregation/error') / max(len(rounds), 1),
     'time/rounds_s': total('time/round_s'),
     'time/this_call_s': seconds,
   }

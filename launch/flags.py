@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from configs import default
 from hetlora_jax import config as config_lib
 from hetlora_jax import experiment
+from hetlora_jax.methods import registry
 from hetlora_jax.models.pretrained import sources
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -30,6 +31,9 @@ WORKDIR = flags.DEFINE_string(
 )
 PRINT_CONFIG = flags.DEFINE_bool(
   'print_config', False, 'Print every field, its value and meaning, and exit.'
+)
+LIST_METHODS = flags.DEFINE_bool(
+  'list_methods', False, 'Print every method, its rules and source, and exit.'
 )
 VERBOSE = flags.DEFINE_bool('verbose', False, 'Show libraries\' messages and the tracebacks of errors.')  # fmt: skip
 
@@ -50,6 +54,17 @@ def command() -> str:
   """Returns the line that repeats this call."""
   program = pathlib.Path(sys.argv[0]).stem
   return shlex.join(['python', '-m', f'launch.{program}', *sys.argv[1:]])
+
+
+def arguments() -> list[str]:
+  """Returns this call's flags as words, `--name value` joined to one."""
+  words = []
+  for word in sys.argv[1:]:
+    if words and not word.startswith('-') and '=' not in words[-1]:
+      words[-1] = f'{words[-1]}={word}'
+    else:
+      words.append(word)
+  return words
 
 
 def _keep_programs() -> None:
@@ -85,6 +100,9 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
     logging.set_verbosity(logging.INFO if VERBOSE.value else logging.WARNING)
     if len(argv) > 1:
       _fail(f'unexpected argument {argv[1]!r}: flags start with --')
+    if LIST_METHODS.value:
+      print(registry.table())
+      return
     if CONFIG.value is None:
       _fail('--config is missing: try --config=configs/tiny.py')
     try:

@@ -11,6 +11,7 @@ os.environ['XLA_FLAGS'] = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['OPENBLAS_NUM_THREADS'] = '1'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(
   pathlib.Path(tempfile.gettempdir()) / 'hetlora_jax_test_programs'
 )

@@ -16,6 +16,7 @@ ORDER = [
   ['sharding', 'data', 'evaluation', 'communication', 'checkpoint', 'metrics', 'config'],
   ['build', 'base_model', 'console'],
   ['experiment'],
+  ['sweep'],
 ]  # fmt: skip
 FILES = sorted((ROOT / 'hetlora_jax').rglob('*.py'))
 

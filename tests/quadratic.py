@@ -4,6 +4,7 @@ All sizes differ, d_in != d_out and s != 1, so that a swapped axis or a missing
 scale shows.
 """
 
+import functools
 import types
 
 import jax
@@ -81,7 +82,10 @@ def make_config(**overrides) -> config.Config:
 
 
 def make_run(rank_N=None, **overrides):
-  """Returns a namespace: config, rules, state, hyper and the jitted round."""
+  """Returns a namespace: config, rules, state, hyper and the jitted round.
+
+  `step` is `round` with the run's own hyper-parameters.
+  """
   c = make_config(**overrides)
   rules = build.make_rules(c, loss)
   homogeneous = config.rule_names(c)['distribution'] == 'full'
@@ -91,11 +95,14 @@ def make_run(rank_N=None, **overrides):
   shapes = {t: np.zeros(shape, np.float32) for t, shape in DIMS.items()}
   ranks_N = np.asarray(rank_N, np.int32)
   state = build.init_state(c, DIMS, shapes, ranks_N, rules)
-  step = jax.jit(
-    lambda base, state, cohort: rounds.federated_round(
-      rules, base, state, cohort, hyper
-    )
-  )
+  one_round = jax.jit(functools.partial(rounds.federated_round, rules))
+  whole = jnp.full((1,), c.federated.r_max)
   return types.SimpleNamespace(
-    config=c, rules=rules, state=state, hyper=hyper, step=step
+    config=c,
+    rules=rules,
+    state=state,
+    hyper=hyper,
+    round=one_round,
+    step=lambda base, state, cohort: one_round(base, state, cohort, hyper),
+    server_scale=rules.scale(whole, hyper),
   )

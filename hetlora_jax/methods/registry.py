@@ -119,3 +119,25 @@ METHODS = {
     objective='proximal',
   ),
 }
+
+
+def table() -> str:
+  """Returns every method, the rules that it changes, and its source."""
+  rows = [('method', 'rules', 'source')]
+  for name, method in METHODS.items():
+    usual = Method._field_defaults
+    rules = [
+      f'{role} {rule}'
+      for role, rule in method._asdict().items()
+      if role != 'citation' and rule != usual[role]
+    ]
+    rows.append(
+      (name, ', '.join(rules) or 'the default rules', method.citation)
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '  '.join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()
+    for row in rows
+  ]
+  rest = ', '.join(f'{r} {x}' for r, x in Method._field_defaults.items())
+  return '\n'.join([*lines, f'\nDefault rules: {rest}.'])
