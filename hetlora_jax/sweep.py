@@ -98,12 +98,8 @@ def run(
 
 def _size(count: float) -> str:
   """Renders a number of bytes or parameters, e.g. 1.2M."""
-  unit = ''
-  for unit in ('', 'k', 'M', 'G', 'T'):
-    if count < 1000:
-      break
-    count /= 1000
-  return f'{count:.3g}{unit}'
+  power = min(4, (len(str(int(count))) - 1) // 3)
+  return f'{count / 1000**power:.3g}{" kMGT"[power]}'.replace(' ', '')
 
 
 def table(results: list[dict]) -> str:

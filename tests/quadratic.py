@@ -68,6 +68,7 @@ def make_config(**overrides) -> config.Config:
     {
       'client_optimizer.name': 'sgd',
       'client_optimizer.learning_rate': 0.02,
+      'client_optimizer.full_learning_rate': 0.02,
       'federated.r_min': 2,
       'federated.r_max': SLOTS,
       'federated.gamma': 0.7,

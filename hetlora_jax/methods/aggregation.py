@@ -80,5 +80,19 @@ def averaging_error(
   return error, lora.safe_norm(lost) / jnp.maximum(lora.safe_norm(whole), 1e-30)
 
 
-TABLE = {'factors': factors, 'product': product}
+def changes(updates: ClientUpdates, weights: Masks, server: Server) -> Adapters:
+  """Adds the averaged changes of the factors (FSLoRA, arXiv 2501.19389).
+
+  A slot that a client did not train counts as unchanged, not as zero.
+  """
+  share = lora.slot_masks(jax.tree.map(jnp.multiply, weights, updates.mask))
+  return jax.tree.map(
+    lambda new, old, w: old + (w * (new - old[None])).sum(0),
+    updates.adapters,
+    server.adapters,
+    share,
+  )
+
+
+TABLE = {'factors': factors, 'product': product, 'changes': changes}
 PRODUCT_SPACE = ('product',)

@@ -108,6 +108,11 @@ METHODS = {
     trainable='mask',
     weighting='owner_size',
   ),
+  'fslora': Method(
+    'FSLoRA: Fang et al., 2025, arXiv 2501.19389 (sketching)',
+    distribution='sketch',
+    aggregation='changes',
+  ),
   'prelort': Method(
     'PreLort: 2026, arXiv 2606.15963',
     objective='nested_prefixes',
