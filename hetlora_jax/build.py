@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from hetlora_jax import client, lora, prng, ranks, rounds, server, sharding
-from hetlora_jax.config import ROLES, SCALE_RULES, Config, rule_names
+from hetlora_jax.checks import SCALE_RULES
+from hetlora_jax.config import Config
 from hetlora_jax.methods import (
   aggregation,
   personal,
@@ -18,6 +19,7 @@ from hetlora_jax.methods import (
   registry,
   tail,
 )
+from hetlora_jax.methods.registry import ROLES, rule_names
 from hetlora_jax.types import (
   Array,
   Deltas,

@@ -6,9 +6,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,20 +20,14 @@ from hetlora_jax import (
   checkpoint,
   communication,
   console,
-  diagnostics,
   metrics,
+  results,
   sharding,
 )
-from hetlora_jax.config import (
-  WIRE_DTYPES,
-  Config,
-  ConfigError,
-  flat,
-  rule_names,
-  to_dict,
-)
+from hetlora_jax.config import Config, ConfigError, flat, to_dict
 from hetlora_jax.data import cohorts, people
 from hetlora_jax.evaluation import perplexity
+from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.models import decoder
 from hetlora_jax.types import Cohort, PyTree, ServerState
 
@@ -204,46 +196,6 @@ def evaluate(x: Experiment, state: ServerState) -> metrics.Row:
   return row
 
 
-def _round_row(x: Experiment, done: int, out: dict, seconds: float):
-  """Returns a finished round's line of metrics.jsonl."""
-  present, reports = out['present'], out['reports']
-  sent, kept = out['sent_rank'], out['rank']
-  traffic = communication.of_round(
-    rule_names(x.config), x.dims, x.description['base_parameters'],
-    round=done - 1, r_max=x.config.federated.r_max,
-    sent_CG=sent[present], kept_CG=kept[reports], fold_rank=out['fold_rank'],
-  )  # fmt: skip
-  wire = WIRE_DTYPES[x.config.communication.wire_dtype]
-  tokens = float(out['tokens'].sum())
-  return {
-    'round': done,
-    'train/loss': float(out['loss_sum'].sum()) / max(tokens, 1.0),
-    'train/tokens': int(tokens),
-    'train/parameters': traffic.trained / max(int(present.sum()), 1),
-    'train/reports': int(reports.sum()),
-    **diagnostics.row(out, x.config.federated.r_min),
-    'rank/pruned': int((kept < sent)[reports].any(1).sum()),
-    'comm/up_bytes': wire * traffic.up,
-    'comm/down_bytes': wire * traffic.down,
-    'time/round_s': seconds,
-    'time/tokens_per_s': tokens / seconds,
-  }
-
-
-def _cumulate(row: metrics.Row, rows: list[metrics.Row]) -> None:
-  """Adds the bytes sent since the start to a row."""
-  for way in ('up', 'down'):
-    before = next(
-      (
-        r[f'comm/total_{way}_bytes']
-        for r in reversed(rows)
-        if 'train/loss' in r
-      ),
-      0,
-    )
-    row[f'comm/total_{way}_bytes'] = before + row[f'comm/{way}_bytes']
-
-
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:
   """Raises if the run in `workdir` was made with another configuration."""
   path = workdir / 'config.json'
@@ -307,7 +259,7 @@ def run(config: Config, workdir: pathlib.Path, command: str = '') -> dict:
       writer.close()
   finally:
     checkpoints.close()
-  summary = _summary(x, writer.rows, time.time() - started, command)
+  summary = results.summarise(x, writer.rows, time.time() - started, command)
   metrics.write_json(workdir / 'summary.json', summary)
   title = f'{config.method}: {config.model.source} on {config.data.name}'
   metrics.plot(writer.rows, workdir / 'curves.png', title)
@@ -358,8 +310,8 @@ def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
         cohort,
       )
       seconds = time.perf_counter() - start
-      row = _round_row(x, done, jax.device_get(out), seconds)
-      _cumulate(row, writer.rows)
+      row = results.round_row(x, done, jax.device_get(out), seconds)
+      results.cumulate(row, writer.rows)
       if done == last or (every and done % every == 0):
         row |= evaluate(x, state)
       writer.write(row)
@@ -372,45 +324,3 @@ def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
         raise Interrupted(f'Stopped after round {done} of {last}.')
   progress.close()
   return state
-
-
-def _summary(x: Experiment, rows: list[metrics.Row], seconds, command):
-  evaluations = [r for r in rows if 'eval/seen/loss' in r]
-  rounds = [r for r in rows if 'train/loss' in r]
-  only_evaluations = [
-    {k: v for k, v in r.items() if k == 'round' or k.startswith('eval/')}
-    for r in evaluations
-  ]
-  total = lambda name: sum(r[name] for r in rounds)  # noqa: E731
-  return {
-    'command': command,
-    'finished': time.strftime('%Y-%m-%d %H:%M:%S'),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.device_count()} {jax.default_backend()} device(s)',
-    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
-    **x.description,
-    'first': only_evaluations[0],
-    'last': only_evaluations[-1],
-    'rounds': len(rounds),
-    'train/tokens': total('train/tokens'),
-    'comm/up_bytes': total('comm/up_bytes'),
-    'comm/down_bytes': total('comm/down_bytes'),
-    'rank/pruned': total('rank/pruned'),
-    'train/parameters': total('train/parameters') / max(len(rounds), 1),
-    'aggregation/error': total('aggregation/error') / max(len(rounds), 1),
-    'time/rounds_s': total('time/round_s'),
-    'time/this_call_s': seconds,
-  }
-
-
-def table(summary: dict) -> str:
-  """Returns perplexity before and after, as lines for people."""
-  first, last = summary['first'], summary['last']
-  lines = [f'{"held-out perplexity":<22}{"before":>10}{"after":>10}{"":>4}']
-  for who in ('seen', 'unseen'):
-    name = f'eval/{who}/perplexity'
-    a, b = first[name], last[name]
-    lines.append(
-      f'{who + " people":<22}{a:>10.2f}{b:>10.2f}{100 * (b - a) / a:>8.1f} %'
-    )
-  return '\n'.join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
+import numpy as np
 import tensorboardX
 
 Row = dict[str, Any]
@@ -67,11 +68,26 @@ def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
   return [p[0] for p in points], [p[1] for p in points]
 
 
+def _draw_energy(figure, axis, rows: list[Row]) -> None:
+  """Draws each slot's share of energy: rank collapse darkens the top."""
+  rounds, shares = series(rows, 'energy/slots')
+  axis.set(title="Energy of the server's adapters", ylabel='rank slot')
+  if not rounds:
+    return
+  decibel = 10 * np.log10(np.maximum(np.array(shares).T, 1e-4))
+  half = (rounds[-1] - rounds[0]) / max(len(rounds) - 1, 1) / 2 or 0.5
+  span = (rounds[0] - half, rounds[-1] + half, 0.5, len(decibel) + 0.5)
+  image = axis.imshow(
+    decibel, aspect='auto', origin='lower', extent=span, vmin=-40, vmax=0
+  )
+  figure.colorbar(image, ax=axis, label='share (dB)')
+
+
 def plot(rows: list[Row], path: pathlib.Path, title: str) -> None:
-  """Draws perplexities, training loss and ranks against rounds."""
-  figure = matplotlib.figure.Figure((12, 3.8), layout='constrained')
+  """Draws perplexities, loss, ranks and energy a slot against rounds."""
+  figure = matplotlib.figure.Figure((16, 3.8), layout='constrained')
   figure.suptitle(title)
-  perplexity, loss, rank = figure.subplots(1, 3)
+  perplexity, loss, rank, energy = figure.subplots(1, 4)
   for who, marker in (('seen', 'o'), ('unseen', 's')):
     name = f'eval/{who}/perplexity'
     perplexity.plot(*series(rows, name), marker=marker, label=f'{who} people')
@@ -83,9 +99,10 @@ def plot(rows: list[Row], path: pathlib.Path, title: str) -> None:
     rank.plot(*series(rows, f'rank/{name}'), style, color='C3', label=name)
   rank.set(title='Ranks over all people', ylabel='rank')
   rank.legend()
-  for axis in (perplexity, loss, rank):
+  _draw_energy(figure, energy, rows)
+  for axis in (perplexity, loss, rank, energy):
     axis.set_xlabel('round')
-    axis.grid(alpha=0.3)
+    axis.grid(alpha=0.3 if axis is not energy else 0)
     axis.xaxis.set_major_locator(
       matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1)
     )

@@ -6,7 +6,6 @@ import optax
 
 from hetlora_jax import lora
 from hetlora_jax.types import (
-  Adapters,
   Array,
   Deltas,
   Hyperparameters,
@@ -41,7 +40,7 @@ def _live(
   def whole(x: Array) -> Array:
     return anybody.astype(jnp.float32).reshape((1,) * x.ndim)
 
-  adapters: Adapters | Deltas = {
+  adapters = {
     t: Lora(factor(t, 'a'), factor(t, 'b')) if isinstance(x, Lora) else whole(x)
     for t, x in target.adapters.items()
   }

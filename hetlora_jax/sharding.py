@@ -54,7 +54,7 @@ def by_name(mesh: Mesh, tree: PyTree) -> PyTree:
   """
 
   def place(path, leaf):
-    name = getattr(path[-1], 'key', None) if path else None
+    name = str(getattr(path[-1], 'key', ''))
     spec = _BASE_RULES.get(name, PartitionSpec())
     sizes = [mesh.shape[a] if a else 1 for a in spec]
     if len(spec) > leaf.ndim or any(

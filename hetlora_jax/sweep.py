@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pathlib
+import runpy
 import shlex
 from typing import Any
 
@@ -24,11 +24,9 @@ def load(spec: str) -> list[Point]:
     raise ConfigError(
       f'--sweep={spec} must be FILE:NAME, e.g. configs/ablations.py:methods.'
     )
-  module_spec = importlib.util.spec_from_file_location('sweep_file', path)
-  module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
+  get_sweep = runpy.run_path(path)['get_sweep']
   try:
-    return module.get_sweep(name)
+    return get_sweep(name)
   except ValueError as error:
     raise ConfigError(f'--sweep={spec}: {error}') from error
 

@@ -10,8 +10,8 @@ import pytest
 import quadratic
 
 from hetlora_jax import lora
-from hetlora_jax.config import rule_names
 from hetlora_jax.methods import aggregation, redistribution, registry
+from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.types import ClientUpdates, Lora, Server
 
 RANKS = [2, 9, 5, 7, 3, 9, 6, 2, 4, 8, 5]

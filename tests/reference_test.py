@@ -7,8 +7,8 @@ import pytest
 import quadratic
 
 from hetlora_jax import prng, ranks
-from hetlora_jax.config import rule_names
 from hetlora_jax.methods import objective, registry
+from hetlora_jax.methods.registry import rule_names
 
 # Person 5, of the highest rank, never takes part.
 RANKS = [2, 4, 5, 7, 3, 9, 6, 2, 4, 8, 5]

@@ -76,7 +76,7 @@ def averaging_error(
     squares.append(square.sum(0))
   if not squares:
     return {}, jnp.float32(0)
-  lost, whole = sum(squares)
+  lost, whole = jnp.stack(squares).sum(0)
   return error, lora.safe_norm(lost) / jnp.maximum(lora.safe_norm(whole), 1e-30)
 
 

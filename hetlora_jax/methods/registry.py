@@ -6,6 +6,30 @@ adapters, zero-padded, by the clients' examples.
 
 from typing import NamedTuple
 
+from hetlora_jax.methods import (
+  aggregation,
+  distribution,
+  objective,
+  personal,
+  pruning,
+  redistribution,
+  trainable,
+  weighting,
+)
+
+ROLES = {
+  'distribution': distribution.TABLE,
+  'objective': objective.TABLE,
+  'trainable': trainable.TABLE,
+  'personal': personal.TABLE,
+  'pruning': pruning.TABLE,
+  'weighting': weighting.TABLE,
+  'aggregation': aggregation.TABLE,
+  'redistribution': redistribution.TABLE,
+  # Clients train apart; or their data is pooled and one client trains on it.
+  'cohort': dict.fromkeys(('separate', 'pooled'), ()),
+}
+
 
 class Method(NamedTuple):
   """Rules by role; each is a key of the table of its role's module."""
@@ -124,6 +148,12 @@ METHODS = {
     objective='proximal',
   ),
 }
+
+
+def rule_names(config) -> dict[str, str]:
+  """Returns role -> rule of a Config: the method's row, overridden by flags."""
+  row = METHODS[config.method]._asdict()
+  return {r: getattr(config.methods, r) or row[r] for r in ROLES}
 
 
 def table() -> str:

@@ -1,0 +1,97 @@
+"""What a run tells: a row a round, the summary, and its table.
+
+The functions take an `experiment.Experiment`.
+"""
+
+import os
+import platform
+import time
+
+import jax
+
+from hetlora_jax import communication, diagnostics, metrics
+from hetlora_jax.checks import WIRE_DTYPES
+from hetlora_jax.methods.registry import rule_names
+
+
+def round_row(x, done: int, out: dict, seconds: float):
+  """Returns a finished round's line of metrics.jsonl."""
+  present, reports = out['present'], out['reports']
+  sent, kept = out['sent_rank'], out['rank']
+  traffic = communication.of_round(
+    rule_names(x.config), x.dims, x.description['base_parameters'],
+    round=done - 1, r_max=x.config.federated.r_max,
+    sent_CG=sent[present], kept_CG=kept[reports], fold_rank=out['fold_rank'],
+  )  # fmt: skip
+  wire = WIRE_DTYPES[x.config.communication.wire_dtype]
+  tokens = float(out['tokens'].sum())
+  return {
+    'round': done,
+    'train/loss': float(out['loss_sum'].sum()) / max(tokens, 1.0),
+    'train/tokens': int(tokens),
+    'train/parameters': traffic.trained / max(int(present.sum()), 1),
+    'train/reports': int(reports.sum()),
+    **diagnostics.row(out, x.config.federated.r_min),
+    'rank/pruned': int((kept < sent)[reports].any(1).sum()),
+    'comm/up_bytes': wire * traffic.up,
+    'comm/down_bytes': wire * traffic.down,
+    'time/round_s': seconds,
+    'time/tokens_per_s': tokens / seconds,
+  }
+
+
+def cumulate(row: metrics.Row, rows: list[metrics.Row]) -> None:
+  """Adds the bytes sent since the start to a row."""
+  for way in ('up', 'down'):
+    before = next(
+      (
+        r[f'comm/total_{way}_bytes']
+        for r in reversed(rows)
+        if 'train/loss' in r
+      ),
+      0,
+    )
+    row[f'comm/total_{way}_bytes'] = before + row[f'comm/{way}_bytes']
+
+
+def summarise(x, rows: list[metrics.Row], seconds, command):
+  """Returns what summary.json holds."""
+  evaluations = [r for r in rows if 'eval/seen/loss' in r]
+  rounds = [r for r in rows if 'train/loss' in r]
+  only_evaluations = [
+    {k: v for k, v in r.items() if k == 'round' or k.startswith('eval/')}
+    for r in evaluations
+  ]
+  total = lambda name: sum(r[name] for r in rounds)  # noqa: E731
+  return {
+    'command': command,
+    'finished': time.strftime('%Y-%m-%d %H:%M:%S'),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
+    f'{jax.device_count()} {jax.default_backend()} device(s)',
+    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+    **x.description,
+    'first': only_evaluations[0],
+    'last': only_evaluations[-1],
+    'rounds': len(rounds),
+    'train/tokens': total('train/tokens'),
+    'comm/up_bytes': total('comm/up_bytes'),
+    'comm/down_bytes': total('comm/down_bytes'),
+    'rank/pruned': total('rank/pruned'),
+    'train/parameters': total('train/parameters') / max(len(rounds), 1),
+    'aggregation/error': total('aggregation/error') / max(len(rounds), 1),
+    'time/rounds_s': total('time/round_s'),
+    'time/this_call_s': seconds,
+  }
+
+
+def table(summary: dict) -> str:
+  """Returns perplexity before and after, as lines for people."""
+  first, last = summary['first'], summary['last']
+  lines = [f'{"held-out perplexity":<22}{"before":>10}{"after":>10}{"":>4}']
+  for who in ('seen', 'unseen'):
+    name = f'eval/{who}/perplexity'
+    a, b = first[name], last[name]
+    lines.append(
+      f'{who + " people":<22}{a:>10.2f}{b:>10.2f}{100 * (b - a) / a:>8.1f} %'
+    )
+  return '\n'.join(lines)
