@@ -1,12 +1,13 @@
 """The base model of a run: a pretrained one, or a random one for `tiny`."""
 
+import functools
 import pathlib
 
 import jax
 import jax.numpy as jnp
 
 from hetlora_jax import prng
-from hetlora_jax.config import Config
+from hetlora_jax.config import Config, RandomModel
 from hetlora_jax.data import people
 from hetlora_jax.data.tokenizer import Tokenizer
 from hetlora_jax.models import decoder, pretrained
@@ -27,22 +28,32 @@ def compute_dtype(config: Config) -> jnp.dtype:
 
 
 def load(config: Config) -> pretrained.Pretrained:
-  """Loads or draws the base model, in the type to compute in."""
+  """Loads or draws the base model, in the type to compute in.
+
+  The last one is kept: the points of a sweep share it.
+  """
   dtype = compute_dtype(config)
   if config.model.source != 'random':
-    return pretrained.load(config.model.source, dtype=dtype)
-  tokenizer = Tokenizer.train(
-    people.corpus(config.data.name), config.model.random.vocab_size
-  )
-  shape = _random_shape(config, tokenizer.vocab_size)
-  params = decoder.init_params(shape, prng.stream(config.seed, 'base'), dtype)
-  return pretrained.Pretrained(
-    shape, params, f'random-{config.seed}', tokenizer
-  )
+    return _load(config.model.source, dtype)
+  return _draw(config.model.random, config.data.name, config.seed, dtype)
 
 
-def _random_shape(config: Config, vocab_size: int) -> decoder.DecoderConfig:
-  c = config.model.random
+@functools.lru_cache(1)
+def _load(source: str, dtype: jnp.dtype) -> pretrained.Pretrained:
+  return pretrained.load(source, dtype=dtype)
+
+
+@functools.lru_cache(1)
+def _draw(
+  c: RandomModel, data: str, seed: int, dtype: jnp.dtype
+) -> pretrained.Pretrained:
+  tokenizer = Tokenizer.train(people.corpus(data), c.vocab_size)
+  shape = _random_shape(c, tokenizer.vocab_size)
+  params = decoder.init_params(shape, prng.stream(seed, 'base'), dtype)
+  return pretrained.Pretrained(shape, params, f'random-{seed}', tokenizer)
+
+
+def _random_shape(c: RandomModel, vocab_size: int) -> decoder.DecoderConfig:
   return decoder.DecoderConfig(
     family='gemma3',
     vocab_size=vocab_size,

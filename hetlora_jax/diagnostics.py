@@ -44,7 +44,7 @@ def _by_class(out: dict, r_min: int) -> dict[str, float]:
     here = out['reports'] & (rank >= low) & (rank < high + 1)
     tokens = out['tokens'][here].sum()
     if tokens:
-      name = f'rank_{low}-{high}'
+      name = f'rank_{low}' if low == high else f'rank_{low}-{high}'
       row[f'train/loss/{name}'] = float(out['loss_sum'][here].sum() / tokens)
       row[f'weight/{name}'] = float(weight[here].sum())
   return row

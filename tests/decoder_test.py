@@ -112,7 +112,7 @@ def test_adapters_on_activations_equal_merged_weights(family):
   config, params = _tiny(family)
   adapters, scale = _adapters(config, 5), jnp.float32(1.7)
   merged = params['layers'] | {
-    t: params['layers'][t] + lora.delta(x, scale) for t, x in adapters.items()
+    t: params['layers'][t] + x for t, x in lora.deltas(adapters, scale).items()
   }
   args = _packed(np.arange(3, 20))
   log_probs = jax.jit(decoder.make_log_probs(config, jnp.float32))

@@ -102,6 +102,37 @@ def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
   assert timeless(tmp_path) == timeless(unbroken)
 
 
+@pytest.mark.parametrize(
+  'method', ['full_finetuning', 'fedsa_lora', 'fedmomentum']
+)
+def test_every_kind_of_state_continues_to_the_bit(method, tmp_path):
+  c = small_config(method=method, server_optimizer__name='momentum')
+  short = small_config(
+    method=method, server_optimizer__name='momentum', federated__num_rounds=2
+  )
+  experiment.run(c, tmp_path / 'whole')
+  experiment.run(short, tmp_path / 'broken')
+  experiment.run(c, tmp_path / 'broken')
+  one, other = (_state(c, tmp_path / name) for name in ('whole', 'broken'))
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'broken')
+  if method == 'fedsa_lora':  # who never took part has a B of zero
+    rows = metrics.read_rows(tmp_path / 'whole' / 'metrics.jsonl')
+    losses = [r['eval/unseen/loss'] for r in rows if 'eval/unseen/loss' in r]
+    assert losses == pytest.approx([losses[0]] * len(losses))
+
+
+def test_pooled_data_trains_one_client_on_everybodys():
+  x = experiment.prepare(small_config(method='centralized'))
+  cohort = experiment.make_cohort(x, 0)
+  assert cohort.client_id.shape == (1,)
+  apart = experiment.make_cohort(experiment.prepare(small_config()), 0)
+  assert cohort.num_examples[0] == apart.num_examples.sum()
+  # Three clients' two steps become six of one.
+  assert cohort.batches.weight.shape[:2] == (1, 6)
+  assert bool((cohort.batches.weight.sum(-1) > 0).all())
+
+
 def _launch(workdir, *flags):
   given = [f'--config.{k}={v}' for k, v in SMALL.items()]
   return subprocess.Popen(

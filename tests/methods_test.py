@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import quadratic
 
-from hetlora_jax import lora
+from hetlora_jax import config, lora
 from hetlora_jax.methods import aggregation, redistribution, registry
 from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.types import ClientUpdates, Lora, Server
@@ -415,3 +415,41 @@ def test_a_new_rule_is_one_function_and_one_row(monkeypatch):
     quadratic.make_base(rng), run.state, quadratic.make_cohort(rng)
   )
   assert bool(jnp.isfinite(state.adapters['q'].a).all())
+
+
+def _random_rules(seed):
+  """Draws a rule for every role."""
+  rng = np.random.default_rng(seed)
+  return {
+    f'methods__{role}': str(rng.choice(sorted(table)))
+    for role, table in registry.ROLES.items()
+    if role not in ('trainable', 'cohort')
+  } | {'methods__trainable': str(rng.choice(['both', 'mask', 'b_only']))}
+
+
+def _fitting_rules(count):
+  """Lists the first combinations that the checks let through."""
+  found = []
+  for seed in range(2000):
+    try:
+      quadratic.make_config(**_random_rules(seed))
+    except config.ConfigError:
+      continue
+    found.append(seed)
+    if len(found) == count:
+      return found
+  raise AssertionError('too few combinations fit')
+
+
+@pytest.mark.parametrize('seed', _fitting_rules(12))
+def test_untested_combinations_of_rules_run_and_stay_finite(seed):
+  run = quadratic.make_run(RANKS, **_random_rules(seed))
+  rng = np.random.default_rng(1)
+  base, state = quadratic.make_base(rng), run.state
+  for _ in range(3):
+    state, out = run.step(base, state, quadratic.make_cohort(rng))
+  assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((state, out)))
+  nobody = quadratic.make_cohort(rng, (0, 0, 0, 0))
+  after, _ = run.step(base, state, nobody)
+  assert_same(after, dataclasses.replace(state, round=state.round + 1))
+  assert run.round._cache_size() == 1

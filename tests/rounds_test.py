@@ -147,11 +147,25 @@ def test_scan_over_rounds_equals_the_loop_to_the_bit():
   )
 
 
-@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4)])
-def test_eight_devices_equal_one(shape):
+@pytest.mark.parametrize(
+  'shape, method',
+  [
+    ((8, 1), 'hetlora'),
+    ((4, 2), 'hetlora'),
+    ((2, 4), 'hetlora'),
+    ((4, 2), 'flexlora'),
+    ((4, 2), 'flora'),
+    ((4, 2), 'full_finetuning'),
+    ((8, 1), 'fedsa_lora'),
+  ],
+)
+def test_eight_devices_equal_one(shape, method):
   from hetlora_jax import build
 
-  run = quadratic.make_run(RANKS)
+  # Two chunks of four or one of eight: the devices share every chunk.
+  run = quadratic.make_run(
+    RANKS, method=method, federated__clients_at_once=max(shape[0], 4)
+  )
   rng = np.random.default_rng(5)
   base = quadratic.make_base(rng)
   cohorts = [
@@ -159,7 +173,7 @@ def test_eight_devices_equal_one(shape):
   ]
   alone = run.state
   mesh = sharding.make_mesh(*shape)
-  spread = jax.device_put(run.state, sharding.replicated(mesh))
+  spread = jax.device_put(run.state, sharding.by_name(mesh, run.state))
   step = build.make_round(run.rules, mesh, run.state)
   placed = jax.device_put(base, sharding.by_name(mesh, base))
   for cohort in cohorts:
@@ -168,6 +182,8 @@ def test_eight_devices_equal_one(shape):
     spread, _ = step(placed, spread, cohort, run.hyper)
   np.testing.assert_array_equal(alone.memory.rank, spread.memory.rank)
   _assert_close(alone.adapters, spread.adapters)
+  _assert_close(alone.residual, spread.residual)
+  _assert_close(alone.memory, spread.memory)
 
 
 OPEN_CHOICES = [

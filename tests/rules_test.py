@@ -1,12 +1,14 @@
 """Ranks, norms, weights and bytes against plain formulas."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetlora_jax import communication, lora, ranks
-from hetlora_jax.methods import registry, weighting
+from hetlora_jax import communication, diagnostics, lora, ranks
+from hetlora_jax.methods import distribution, pruning, registry, weighting
 from hetlora_jax.types import Lora
 
 DIMS = {'q': (2, 7, 5), 'v': (2, 7, 3)}
@@ -101,12 +103,157 @@ def test_size_weights_are_proportional_to_examples():
   np.testing.assert_allclose(got, [0.2, 0, 0.8], 1e-6)
 
 
-def test_bytes_follow_the_formula():
+# Parameters a rank: A has 2 * 7 + 2 * 7 = 28, B has 2 * 5 + 2 * 3 = 16.
+# Whole matrices: 2 * 35 + 2 * 21 = 112; ranks are 3 and 5 of 9.
+@pytest.mark.parametrize(
+  'method, round, up, down, trained',
+  [
+    ('hetlora', 0, 8 * 44, 8 * 44, 8 * 44),
+    ('zero_pad', 0, 8 * 44, 8 * 44, 8 * 44),
+    ('rbla', 0, 8 * 44, 8 * 44, 8 * 44),
+    ('prelort', 0, 8 * 44, 8 * 44, 8 * 44),
+    ('fslora', 0, 8 * 44, 8 * 44, 8 * 44),
+    ('flexlora', 0, 8 * 44, 8 * 44, 8 * 44),
+    ('raflora', 0, 8 * 44, 8 * 44, 8 * 44),
+    ('fedit', 0, 18 * 44, 18 * 44, 18 * 44),
+    ('fedprox', 0, 18 * 44, 18 * 44, 18 * 44),
+    ('ffa_lora', 0, 18 * 16, 18 * 16, 18 * 16),
+    ('rolora', 0, 18 * 16, 18 * 16, 18 * 16),
+    ('rolora', 1, 18 * 28, 18 * 28, 18 * 28),
+    ('fedsa_lora', 0, 18 * 28, 18 * 28, 18 * 44),
+    ('fed_plora', 0, 8 * 44, 18 * 44, 8 * 44),
+    # (d + l) S = 12 * 8 and 10 * 8 are more than the matrices themselves.
+    ('flora', 0, 8 * 44, 2 * 112, 8 * 44),
+    # Rank 1 was kept of every matrix.
+    ('florist', 0, 8 * 44, 2 * 44, 8 * 44),
+    ('fedex', 0, 18 * 44, 18 * 44 + 2 * 112, 18 * 44),
+    ('fedmomentum', 0, 8 * 44, 8 * 44 + 2 * 44, 8 * 44),
+    ('full_finetuning', 0, 2 * 1000, 2 * 1000, 2 * 1000),
+    ('centralized', 0, 0, 0, 18 * 44),
+    ('local_only', 0, 0, 0, 8 * 44),
+  ],
+)
+def test_bytes_follow_the_papers_formulas(method, round, up, down, trained):
+  rules = registry.METHODS[method]._asdict()
+  rank = np.array([[9], [9]] if rules['distribution'] == 'full' else [[3], [5]])
+  one = {t: np.ones(2, int) for t in DIMS}
+  folded = one if method in ('florist', 'fedmomentum') else {}
+  got = communication.of_round(
+    rules, DIMS, 1000, round=round, r_max=9, sent_CG=rank, kept_CG=rank,
+    fold_rank=folded,
+  )  # fmt: skip
+  assert got == (trained, up, down)
+
+
+def test_who_drops_out_receives_and_trains_but_sends_nothing():
+  rules = registry.METHODS['hetlora']._asdict()
   rank = np.array([[3], [5]])
-  per_rank = 2 * (7 + 5) + 2 * (7 + 3)
-  assert communication.lora_parameters(rank, DIMS) == 8 * per_rank
-  by_matrix = np.array([[1, 0, 0, 2]])
-  assert communication.lora_parameters(by_matrix, DIMS) == 12 + 20
+  got = communication.of_round(
+    rules, DIMS, 1000, round=0, r_max=9, sent_CG=rank, kept_CG=rank[1:] - 1,
+    fold_rank={},
+  )  # fmt: skip
+  assert got == (8 * 44, 4 * 44, 8 * 44)
+
+
+def test_ranks_of_single_matrices_are_counted_in_order():
+  rank = np.array([[1, 0, 0, 2]])
+  assert communication.lora_parameters(rank, DIMS) == 12 + 20
+
+
+def test_stacks_are_sent_as_factors_while_they_are_small():
+  dims = {'q': (1, 70, 50)}
+  rules = registry.METHODS['flora']._asdict()
+  rank = np.array([[3], [5]])
+  got = communication.of_round(
+    rules, dims, 0, round=0, r_max=9, sent_CG=rank, kept_CG=rank, fold_rank={}
+  )
+  assert got.down == 2 * 120 * 8
+  residual = communication.of_round(
+    registry.METHODS['fedex']._asdict(), dims, 0, round=0, r_max=9,
+    sent_CG=rank, kept_CG=rank, fold_rank={},
+  )  # fmt: skip
+  assert residual.down == 120 * 8 + 2 * 120 * 3  # (K - 1) r of the smaller
+
+
+def _energy(values):
+  """Returns adapters whose slots have the given energies, in both layers."""
+  a, b = np.zeros((2, 7, SLOTS)), np.zeros((2, SLOTS, 5))
+  a[:, 0], b[..., 0] = 1, np.sqrt(values)
+  return {'q': Lora(jnp.float32(a), jnp.float32(b))}
+
+
+@pytest.mark.parametrize(
+  'values, share, rank, r_min, want',
+  [
+    ([8, 1, 1, 0], 0.85, 4, 1, 2),
+    ([8, 1, 1, 0], 0.95, 4, 1, 3),
+    ([8, 1, 1, 0], 0.5, 4, 1, 1),
+    ([8, 1, 1, 0], 0.5, 4, 2, 2),  # r_min
+    ([0, 0, 0, 0], 0.5, 3, 1, 3),  # nothing learnt, nothing given up
+  ],
+)
+def test_energy_pruning_keeps_the_first_slots_that_hold_enough(
+  values, share, rank, r_min, want
+):
+  hyper = types.SimpleNamespace(energy=share, r_min=r_min)
+  got = pruning.energy(None, _energy(values), jnp.array([rank]), hyper)
+  assert got.tolist() == [want]
+  assert got.dtype == jnp.int32
+
+
+def test_energy_of_slots():
+  adapters = _energy([8, 1, 1, 0])
+  np.testing.assert_allclose(lora.slot_energy(adapters, 2.0), [64, 8, 8, 0])
+
+
+def test_owner_weights_by_hand():
+  num_examples, masks, norms = _inputs()
+  mask = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]], jnp.float32)
+  masks = {
+    t: jnp.broadcast_to(mask[:, None], m.shape) for t, m in masks.items()
+  }
+  size = weighting.owner_size(num_examples, masks, norms)['q'][:, 1]
+  np.testing.assert_allclose(
+    size, [[0.2, 0.2, 1, 0], [0] * 4, [0.8, 0.8, 0, 0]], 1e-6
+  )
+  alike = weighting.owner_uniform(num_examples, masks, norms)['v'][:, 0]
+  np.testing.assert_allclose(
+    alike, [[0.5, 0.5, 1, 0], [0] * 4, [0.5, 0.5, 0, 0]], 1e-6
+  )
+
+
+def test_random_slots_are_as_many_as_the_rank_and_differ():
+  masks = {t: lora.prefix_mask(jnp.full((2,), 2), SLOTS) for t in DIMS}
+  seen = set()
+  for i in range(30):
+    view = distribution.random_mask(_adapters(), masks, 1.0, jax.random.key(i))
+    for mask in view.mask.values():
+      assert mask.sum(-1).tolist() == [2, 2]
+      seen |= {tuple(row) for row in np.asarray(mask).tolist()}
+  assert len(seen) == 6  # every pair of four slots
+
+
+def test_rows_of_metrics_sum_up_the_clients():
+  out = {
+    'rank_histogram': np.array([0, 0, 3, 1, 0, 2]),
+    'slot_energy': np.array([3.0, 1.0, 0, 0, 0]),
+    'aggregation_error': np.float32(0.25),
+    'reports': np.array([True, True, False]),
+    'sent_rank': np.array([[2], [5], [5]]),
+    'loss_sum': np.array([6.0, 8.0, 100.0]),
+    'tokens': np.array([3.0, 2.0, 1.0]),
+    'weight': {'q': np.array([0.75, 0.25, 0.0])},
+  }
+  row = diagnostics.row(out, 2)
+  assert row['rank/mean'] == pytest.approx((6 + 3 + 10) / 6)
+  assert (row['rank/min'], row['rank/max']) == (2, 5)
+  assert row['rank/histogram'] == [0, 0, 3, 1, 0, 2]
+  assert row['energy/slots'] == [0.75, 0.25, 0, 0, 0]
+  assert row['energy/effective_slots'] == pytest.approx(16 / 10)
+  assert row['weight/effective_clients'] == pytest.approx(1 / 0.625)
+  assert row['aggregation/error'] == 0.25
+  assert row['train/loss/rank_2'] == 2.0 and row['train/loss/rank_5'] == 4.0
+  assert row['weight/rank_2'] == 0.75 and 'train/loss/rank_3' not in row
 
 
 def test_every_method_names_rules_that_exist():
