@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from hetlora_jax import lora, prng, ranks
+from hetlora_jax.methods.objective import About
 from hetlora_jax.types import (
   Adapters,
   Array,
@@ -100,7 +101,8 @@ def local_update(
       folded = lora.fold(base, t.change)
       return rules.loss(folded, t.adapters, view.scale, batch)
 
-    return rules.objective(task, trained, received, rank_G, hyper, step_key)
+    about = About(task, received, rank_G, hyper, step_key)
+    return rules.objective(trained, about)
 
   def step(carry, xs):
     (trained, opt_state), (batch, i) = carry, xs

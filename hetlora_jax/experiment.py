@@ -32,7 +32,10 @@ from hetlora_jax.models import decoder
 from hetlora_jax.types import Cohort, PyTree, ServerState
 
 # A run may be continued with other values of these.
-_MAY_CHANGE = ('federated.num_rounds', 'eval.', 'checkpoint.', 'mesh.')
+_MAY_CHANGE = (
+  'federated.num_rounds', 'federated.clients_at_once', 'eval.', 'checkpoint.',
+  'mesh.',
+)  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -284,9 +287,12 @@ def evaluate_checkpoint(config: Config, workdir: pathlib.Path) -> metrics.Row:
 
 def _introduction(x: Experiment) -> str:
   rank_N, d = np.asarray(x.initial_state.memory.rank), x.description
+  they = f'of rank {rank_N.min()} to {rank_N.max()} (mean {rank_N.mean():.1f})'
+  if not rank_N.any():
+    they = f'who train all {d["base_parameters"]:,} parameters'
   return (
     f'{x.config.method} on {x.config.data.name}: {d["training_people"]} people '
-    f'of rank {rank_N.min()} to {rank_N.max()} (mean {rank_N.mean():.1f}), '
+    f'{they}, '
     f'{d["unseen_people"]} more never trained on; {d["model"]} in {d["dtype"]} '
     f'on {x.mesh.size} {jax.default_backend()} device(s). The first evaluation '
     'and round include compiling.'

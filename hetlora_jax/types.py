@@ -164,7 +164,7 @@ class Rules:
   scale_carriers: tuple[float, float]  # powers of A and B; see lora.rescale
   distribute: Callable  # (adapters, masks, scale, key) -> View
   personal: tuple[str, ...]  # factors that stay with the client: 'a', 'b'
-  objective: Callable  # (task, trained, received, rank, hyper, key) -> ...
+  objective: Callable  # (trained, about) -> (loss, (sum, count))
   trainable: Callable  # (round, masks) -> target -> Lora of masks
   trains_base: bool  # full fine-tuning: no adapters
   client_optimizer: Callable  # (hyper) -> GradientTransformation
