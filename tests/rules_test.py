@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from hetlora_jax import communication, diagnostics, lora, ranks
-from hetlora_jax.methods import distribution, pruning, registry, weighting
+from hetlora_jax.methods import (
+  distribution,
+  objective,
+  pruning,
+  registry,
+  weighting,
+)
 from hetlora_jax.types import Lora
 
 DIMS = {'q': (2, 7, 5), 'v': (2, 7, 3)}
@@ -220,6 +226,31 @@ def test_owner_weights_by_hand():
   np.testing.assert_allclose(
     alike, [[0.5, 0.5, 1, 0], [0] * 4, [0.5, 0.5, 0, 0]], 1e-6
   )
+
+
+def test_uniform_weights_ignore_sizes():
+  got = weighting.uniform(*_inputs())['q'][:, 0, 0]
+  np.testing.assert_allclose(got, [0.5, 0, 0.5], 1e-6)
+
+
+def test_full_distribution_gives_everybody_every_slot():
+  masks = {t: lora.prefix_mask(jnp.full((2,), 2), SLOTS) for t in DIMS}
+  adapters = _adapters()
+  view = distribution.full(adapters, masks, 1.0, jax.random.key(0))
+  assert all(bool(m.all()) for m in view.mask.values())
+  assert view.adapters is adapters
+
+
+def test_prefixes_are_drawn_evenly_from_r_min_to_the_rank():
+  hyper = types.SimpleNamespace(r_min=2)
+  keys = jax.random.split(jax.random.key(0), 3000)
+  drawn = jax.vmap(
+    lambda key: objective.draw_prefix(jnp.array([4, 1]), hyper, key)
+  )(keys)
+  values, counts = np.unique(drawn[:, 0], return_counts=True)
+  assert values.tolist() == [2, 3, 4]
+  np.testing.assert_allclose(counts / 3000, 1 / 3, atol=0.03)
+  assert (drawn[:, 1] == 1).all()  # a client below r_min has no other
 
 
 def test_random_slots_are_as_many_as_the_rank_and_differ():
