@@ -110,7 +110,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Learning rate of the clients.
   o.learning_rate = 1e-3
   # Learning rate of clients that train the base (full fine-tuning).
-  o.full_learning_rate = 1e-4
+  o.full_learning_rate = 1e-5
   # Decoupled weight decay ('adamw' only).
   o.weight_decay = 0.0
 

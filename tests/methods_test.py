@@ -267,6 +267,24 @@ def test_a_slot_without_a_singular_value_can_be_trained_again():
     assert got.adapters[t].a.any(1).all()
 
 
+def test_a_mean_of_low_rank_leaves_the_other_slots_to_be_trained():
+  _, server = draw_updates()
+  rng = np.random.default_rng(4)
+  low = {
+    t: jnp.float32(
+      rng.normal(size=(n, d_in, 1)) @ rng.normal(size=(n, 1, d_out))
+    )
+    for t, (n, d_in, d_out) in quadratic.DIMS.items()
+  }
+  nothing = jax.tree.map(jnp.zeros_like, low)
+  for delta, live in ((low, 1), (nothing, 0)):
+    got = redistribution.svd(delta, {}, server, None, power_a=0.5).adapters
+    assert_close(lora.deltas(got, server.scale), delta)
+    for t, x in got.items():
+      assert_same(x.a[..., live:], server.adapters[t].a[..., live:])
+      assert not x.b[:, live:].any()
+
+
 def test_products_do_not_depend_on_a_clients_basis_but_factors_do():
   updates, server = draw_updates((9, 9, 9))
   rng = np.random.default_rng(3)
