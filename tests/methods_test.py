@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import quadratic
 
-from hetlora_jax import config, lora
+from hetlora_jax import client, config, lora
 from hetlora_jax.methods import aggregation, redistribution, registry
 from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.types import ClientUpdates, Lora, Server
@@ -361,6 +361,38 @@ def test_a_cohort_of_small_ranks_leaves_what_it_does_not_own_of_a_product():
         for k in range(3)
       )
       assert_close(got[t], rest + theirs, 1e-4)
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {'method': 'zero_pad', 'lora__fold_scale': True},
+    {'method': 'flexlora'},
+    {'method': 'flexlora', 'methods__redistribution': 'svd_a'},
+    {'method': 'flexlora', 'methods__redistribution': 'svd_b'},
+    {'method': 'fedmomentum'},
+  ],
+)
+def test_a_client_of_another_scale_receives_the_same_product(overrides):
+  """And what it sends back untrained is what it received."""
+  run, base, state, rng = warmed_up(
+    lora__scale_rule='alpha_over_r', client_optimizer__learning_rate=0.01,
+    **overrides,
+  )  # fmt: skip
+  server = client.global_adapters(run.rules, state, run.hyper)
+  memory = jax.tree.map(lambda x: x[2], state.memory)  # rank 5
+  view, _ = client.receive(
+    run.rules, server, memory, run.hyper, jax.random.key(0)
+  )
+  assert float(view.scale) == pytest.approx(quadratic.SCALE / 5)
+  assert float(server.scale) == pytest.approx(quadratic.SCALE / 9)
+  sent = lora.deltas(view.adapters, view.scale)
+  first_five = lora.truncate(server.adapters, view.mask)
+  assert_close(sent, lora.deltas(first_five, server.scale))
+  still = dataclasses.replace(run.hyper, client_learning_rate=np.float32(0))
+  alone = quadratic.make_cohort(rng, (0, 18, 0, 0), clients=[2] * 4)
+  after, _ = run.round(base, state, alone, still)
+  assert_close(total(run, base, after), total(run, base, state), 1e-4)
 
 
 @pytest.mark.parametrize('method', ['ffa_lora', 'rolora'])
