@@ -185,3 +185,20 @@ def test_print_config_explains_and_flagfile_works(tmp_path):
   assert done.returncode == 0
   assert '--config.seed=7' in done.stdout
   assert '# Decay factor' in done.stdout
+
+
+@pytest.mark.parametrize('method', registry.METHODS)
+def test_every_method_and_every_weighting_can_be_named_by_flag(method):
+  from configs import chitchat_gemma3
+
+  for weighting in ('', *registry.ROLES['weighting']):
+    raw = chitchat_gemma3.get_config()
+    raw.update_from_flattened_dict(
+      {'method': method, 'methods.weighting': weighting}
+    )
+    if method == 'full_finetuning' and weighting == 'norm':
+      with pytest.raises(config.ConfigError, match='no adapters'):
+        config.resolve(raw)
+      continue
+    names = registry.rule_names(config.resolve(raw))
+    assert names['weighting'] == weighting or not weighting
