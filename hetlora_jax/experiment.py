@@ -29,7 +29,7 @@ from hetlora_jax.data import cohorts, people
 from hetlora_jax.evaluation import perplexity
 from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.models import decoder
-from hetlora_jax.types import Cohort, PyTree, ServerState
+from hetlora_jax.types import Cohort, PyTree, Rules, ServerState
 
 # A run may be continued with other values of these.
 _MAY_CHANGE = (
@@ -53,6 +53,7 @@ class Experiment:
   evaluation: dict[str, Cohort]  # name -> evaluation set
   hyper: Any
   initial_state: ServerState
+  rules: Rules
   run_round: Callable
   evaluate: dict[str, Callable]  # name -> (base, state, cohort, hyper) -> loss
   mesh: jax.sharding.Mesh
@@ -135,6 +136,7 @@ def prepare(config: Config) -> Experiment:
     evaluation=jax.device_put(_evaluation_sets(config, crowd), everywhere),
     hyper=jax.device_put(build.make_hyperparameters(config), everywhere),
     initial_state=jax.device_put(state, sharding.by_name(mesh, state)),
+    rules=rules,
     run_round=build.make_round(rules, mesh, state),
     evaluate=evaluate,
     mesh=mesh,
