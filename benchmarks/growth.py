@@ -1,0 +1,136 @@
+"""Time and memory of a round as each of its sizes grows.
+
+python -m benchmarks.growth [--repeats=5] [--only=clients]
+
+On a random model of four layers and width 128, so that it takes minutes. Prints
+a table and writes benchmarks/results/growth.json: the median seconds of a
+round, the megabytes that its program needs besides its arguments, those of its
+state, seconds to compile, and how many programs were compiled in all rounds.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from configs import tiny
+from hetlora_jax import build, config, experiment, sharding
+from hetlora_jax.types import Memory
+
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds of each size.')
+_ONLY = flags.DEFINE_string('only', '', 'Name of the one size to grow.')
+_OUT = flags.DEFINE_string('out', 'benchmarks/results/growth.json', 'Result.')
+
+_BASE = {
+  'federated.clients_per_round': 4,
+  'federated.clients_at_once': 4,
+  'federated.local_steps': 2,
+  'federated.r_max': 16,
+  'federated.r_min': 2,
+  'model.random.width': 128,
+  'model.random.num_layers': 4,
+  'model.random.mlp_width': 512,
+  'data.row_tokens': 256,
+  'eval.num_people': 2,
+}
+_GROW = {
+  'clients, all at once': [
+    {'federated.clients_per_round': n, 'federated.clients_at_once': 0}
+    for n in (1, 4, 16, 32)
+  ],
+  'clients, four at once': [
+    {'federated.clients_per_round': n} for n in (4, 16, 32)
+  ],
+  'rank slots': [{'federated.r_max': n} for n in (4, 16, 64, 128)],
+  'local steps': [{'federated.local_steps': n} for n in (1, 2, 4, 8)],
+  'tokens an example': [
+    {'data.tokens_per_example': n, 'data.row_tokens': 8 * n}
+    for n in (16, 32, 64)
+  ],
+  'layers': [{'model.random.num_layers': n} for n in (1, 2, 4, 8)],
+  'population': [{'population': 10**n} for n in (2, 3, 4, 5, 6)],
+}
+
+
+def _populated(state, population: int):
+  """Gives a state the memory of a larger population."""
+  groups = state.memory.rank.shape[1]
+  memory = Memory(
+    rank=jnp.full((population, groups), 4, jnp.int32),
+    tail_norm=jnp.zeros((population, groups)),
+    personal=state.memory.personal,
+  )
+  return dataclasses.replace(state, memory=memory)
+
+
+def measure(point: dict) -> dict:
+  """Returns time and memory of a round of one size."""
+  point = dict(point)
+  population = point.pop('population', 0)
+  raw = tiny.get_config()
+  raw.update_from_flattened_dict(_BASE | point)
+  x = experiment.prepare(config.resolve(raw))
+  state, cohort = x.initial_state, experiment.make_cohort(x, 0)
+  if population:
+    state = _populated(state, population)
+    state = jax.device_put(state, sharding.by_name(x.mesh, state))
+  run_round = build.make_round(x.rules, x.mesh, state)
+  start = time.perf_counter()
+  memory = (
+    run_round.lower(x.base, state, cohort, x.hyper).compile().memory_analysis()
+  )
+  compile_s = time.perf_counter() - start
+  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  times = []
+  for i in range(_REPEATS.value + 1):
+    cohort = experiment.make_cohort(x, i)
+    start = time.perf_counter()
+    state, out = run_round(x.base, state, cohort, x.hyper)
+    jax.block_until_ready(out)
+    times.append(time.perf_counter() - start)
+  return {
+    'round_s': statistics.median(times[1:]),
+    'temporary_mb': memory.temp_size_in_bytes / 1e6,
+    'state_mb': state_bytes / 1e6,
+    'compile_s': compile_s,
+    'programs': run_round._cache_size(),
+  }
+
+
+def main(argv) -> None:
+  del argv
+  result = {
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
+    f'{jax.devices()[0].device_kind}',
+    'date': datetime.date.today().isoformat(),
+    'jax': jax.__version__,
+  }
+  columns = ('round_s', 'temporary_mb', 'state_mb', 'compile_s', 'programs')
+  for name, points in _GROW.items():
+    if not name.startswith(_ONLY.value):
+      continue
+    print(f'\n{name:<26}' + ''.join(f'{c:>14}' for c in columns))
+    result[name] = []
+    for point in points:
+      row = measure(point)
+      result[name].append({'point': point, **row})
+      label = ', '.join(f'{v}' for v in point.values())
+      print(
+        f'{label:<26}' + ''.join(f'{row[c]:>14.4g}' for c in columns),
+        flush=True,
+      )
+  path = pathlib.Path(_OUT.value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(result, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  app.run(main)
