@@ -17,6 +17,7 @@ from hetlora_jax.types import (
   Array,
   Cohort,
   Hyperparameters,
+  Memory,
   PyTree,
   Rules,
   ServerState,
@@ -40,6 +41,16 @@ def _shares(rules: Rules, num_examples_C: Array) -> Array:
     num_examples_C, {'base': alike[:, None, None]}, {'base': alike[:, None]}
   )
   return weights['base'][:, 0, 0]
+
+
+def _remember(memory: Memory, new: Memory, who_C: Array, reports_C: Array):
+  """Replaces what is remembered of those who reported."""
+
+  def write(old, new_C):
+    place = jnp.where(reports_C, who_C, old.shape[0])
+    return old.at[place].set(new_C, mode='drop')
+
+  return jax.tree.map(write, memory, new)
 
 
 def federated_round(
@@ -92,17 +103,13 @@ def federated_round(
   def if_anybody(new, old):
     return jax.tree.map(lambda n, o: jnp.where(reports_C.any(), n, o), new, old)
 
-  def remember(old, new_C):
-    place = jnp.where(reports_C, cohort.client_id, old.shape[0])
-    return old.at[place].set(new_C, mode='drop')
-
   residual = lora.add(state.residual | stepped.change, new.fold)
   new_state = ServerState(
     round=state.round + 1,
     adapters=if_anybody(new.adapters, state.adapters),
     residual=if_anybody(residual, state.residual),
     opt_state=opt_state,
-    memory=jax.tree.map(remember, state.memory, memory),
+    memory=_remember(state.memory, memory, cohort.client_id, reports_C),
   )
   return new_state, diagnostics.measure(
     new_state, updates, weights, now.scale

@@ -103,7 +103,12 @@ def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'method', ['full_finetuning', 'fedsa_lora', 'fedmomentum']
+  'method',
+  [
+    pytest.param('full_finetuning', marks=pytest.mark.slow),
+    'fedsa_lora',
+    'fedmomentum',
+  ],
 )
 def test_every_kind_of_state_continues_to_the_bit(method, tmp_path):
   c = small_config(method=method, server_optimizer__name='momentum')

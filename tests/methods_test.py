@@ -403,8 +403,16 @@ def test_methods_that_share_a_factor_average_without_error(method):
     assert float(out['aggregation_error']) < 1e-6
 
 
-@pytest.mark.parametrize('name', ['momentum', 'adam', 'yogi'])
-@pytest.mark.parametrize('method', ['hetlora', 'rolora', 'ffa_lora'])
+@pytest.mark.parametrize(
+  'method, name',
+  [
+    ('hetlora', 'momentum'),
+    ('hetlora', 'adam'),
+    ('hetlora', 'yogi'),
+    ('rolora', 'adam'),
+    ('ffa_lora', 'momentum'),
+  ],
+)
 def test_what_nobody_trained_keeps_values_and_moments(method, name):
   run, base, state, rng = warmed_up(
     method, server_optimizer__name=name, server_optimizer__learning_rate=0.1
@@ -491,7 +499,7 @@ def _fitting_rules(count):
   raise AssertionError('too few combinations fit')
 
 
-@pytest.mark.parametrize('seed', _fitting_rules(12))
+@pytest.mark.parametrize('seed', _fitting_rules(6))
 def test_untested_combinations_of_rules_run_and_stay_finite(seed):
   run = quadratic.make_run(RANKS, **_random_rules(seed))
   rng = np.random.default_rng(1)

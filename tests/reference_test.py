@@ -118,7 +118,7 @@ def test_three_rounds_agree_with_numpy(method):
 
 
 @pytest.mark.parametrize('rule', SCALES)
-@pytest.mark.parametrize('method', ['flexlora', 'flora', 'hetlora', 'raflora'])
+@pytest.mark.parametrize('method', ['flexlora', 'hetlora'])
 def test_methods_of_unequal_ranks_agree_under_every_scale(method, rule):
   _assert_agree(*_compare(method, rule))
 

@@ -154,9 +154,7 @@ def test_scan_over_rounds_equals_the_loop_to_the_bit():
     ((4, 2), 'hetlora'),
     ((2, 4), 'hetlora'),
     ((4, 2), 'flexlora'),
-    ((4, 2), 'flora'),
     ((4, 2), 'full_finetuning'),
-    ((8, 1), 'fedsa_lora'),
   ],
 )
 def test_eight_devices_equal_one(shape, method):
