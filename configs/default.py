@@ -125,7 +125,7 @@ def get_config() -> ml_collections.ConfigDict:
   m.source = 'gemma3_270m'
   # 'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.
   m.dtype = 'auto'
-  # Recompute layers in the backward pass instead of storing them.
+  # Recompute all of a layer in the backward pass, products too: least memory.
   m.remat = False
   # Shape of a 'random' model, of the Gemma 3 family.
   x = m.random = ml_collections.ConfigDict()

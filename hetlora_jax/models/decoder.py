@@ -202,7 +202,9 @@ class Decoder(nn.Module):
     if c.embed_scale:
       # Rounded as the model was trained: in the type of its activations.
       h = h * jnp.asarray(c.width**0.5, self.dtype)
-    block = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+    # To recompute what is not a product is faster than to store it.
+    keep = None if self.remat else jax.checkpoint_policies.dots_saveable
+    block = nn.remat(Layer, prevent_cse=False, policy=keep)
     layers = nn.scan(
       block,
       variable_axes={'params': 0, 'lora': 0},
