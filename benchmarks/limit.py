@@ -2,17 +2,14 @@
 
 python -m benchmarks.limit [--config=configs/chitchat_gemma3.py] [--repeats=5]
 
-Counts what a round needs, analytically: forward and input-gradient products of
-the frozen matrices, LoRA products, attention (its causal half) and the loss
-head at loss-bearing positions. Times the round, and single products of the same
-type and shapes, in turn. Prints a table and writes benchmarks/results/limit.json.
+Counts what a round needs, analytically, at real tokens, targets and ranks, so
+that padding is waste: forward and input-gradient products of the frozen
+matrices, LoRA products, attention (pairs that see each other) and the loss head
+at loss-bearing positions. Times rounds and, between them, single products of
+the type and shapes that the round has. Prints a table and writes
+benchmarks/results/limit.json.
 """
 
-import datetime
-import json
-import os
-import pathlib
-import platform
 import statistics
 import time
 from typing import NamedTuple
@@ -23,8 +20,10 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from benchmarks import machine
 from hetlora_jax import base_model, config, experiment
-from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models import decoder, kernels
+from hetlora_jax.types import Cohort
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
@@ -33,46 +32,69 @@ _REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds.')
 _OUT = flags.DEFINE_string('out', 'benchmarks/results/limit.json', 'Result.')
 
 
-class Product(NamedTuple):
-  """`times` products [rows, inner] x [inner, columns] a client's step."""
+class Work(NamedTuple):
+  """What a cohort's batches hold; padding is not in it."""
 
-  kind: str
-  rows: int
-  inner: int
-  columns: int
-  times: float
-
-  @property
-  def flops(self) -> float:
-    return 2.0 * self.rows * self.inner * self.columns * self.times
+  tokens: int
+  tokens_times_rank: int
+  pairs: int  # of a query and a key that it sees
+  targets: int
 
 
-def needed(c: decoder.DecoderConfig, dims, slots, rows, length, targets):
-  """Lists the products of one client's step.
+def held(cohort: Cohort, rank_N: np.ndarray) -> Work:
+  """Counts tokens, pairs and targets of a cohort."""
+  batches = cohort.batches
+  live = np.asarray(batches.segment) > 0  # [C, S, P, T]
+  population = len(rank_N)
+  rank_C = rank_N[np.minimum(cohort.client_id, population - 1)]
+  return Work(
+    tokens=int(live.sum()),
+    tokens_times_rank=int((live.sum((1, 2, 3)) * rank_C).sum()),
+    pairs=int((np.asarray(batches.position)[live] + 1).sum()),
+    targets=int((np.asarray(batches.weight) > 0).sum()),
+  )
+
+
+def needed(c: decoder.DecoderConfig, dims: dict, work: Work) -> dict:
+  """Counts the floating-point operations of a round, by kind.
 
   Args:
     c: the model.
     dims: target -> (num_layers, d_in, d_out) of the adapters.
-    slots: R.
-    rows: P.
-    length: T.
-    targets: M, loss-bearing positions.
+    work: what the round's batches hold.
   """
-  tokens, out = rows * length, []
-  for name, (d_in, d_out) in decoder.matrix_dims(c).items():
-    # Nothing before the first layer is trained, so its inputs need no gradient.
-    back = c.num_layers - (name in 'qkv')
-    out.append(Product('frozen', tokens, d_in, d_out, c.num_layers))
-    out.append(Product('frozen', tokens, d_out, d_in, back))
-  for layers, d_in, d_out in dims.values():
-    # low = x A, low B, and back: d_low, d_B, d_A, d_x.
-    out.append(Product('lora', tokens, d_in, slots, 3 * layers))
-    out.append(Product('lora', tokens, slots, d_out, 3 * layers))
-  # Scores and values, each once forward and twice back, over half the pairs.
-  pairs = rows * c.num_heads * length * length / 2
-  out.append(Product('attention', 1, c.head_dim, 1, 6 * pairs * c.num_layers))
-  out.append(Product('head', targets, c.width, c.vocab_size, 1))
-  out.append(Product('head', targets, c.vocab_size, c.width, 1))
+  matrices = decoder.matrix_dims(c).items()
+  forward = c.num_layers * sum(d_in * d_out for _, (d_in, d_out) in matrices)
+  # Nothing before the first layer is trained: its inputs need no gradient.
+  backward = forward - sum(a * b for name, (a, b) in matrices if name in 'qkv')
+  slots = sum(layers * (a + b) for layers, a, b in dims.values())
+  # Scores and mixing, each once forward and twice back.
+  attention = 6 * c.num_layers * c.num_heads * c.head_dim
+  return {
+    'frozen': 2.0 * work.tokens * (forward + backward),
+    # x A and (x A) B, and two gradients of each.
+    'lora': 6.0 * work.tokens_times_rank * slots,
+    'attention': 2.0 * work.pairs * attention,
+    'head': 4.0 * work.targets * c.width * c.vocab_size,
+  }
+
+
+def shapes(c: decoder.DecoderConfig, tokens: int, targets: int) -> dict:
+  """Returns (rows, inner, columns) -> operations of it, as the round has them.
+
+  Args:
+    c: the model.
+    tokens: rows of one frozen product: those of all clients trained at once.
+    targets: rows of one product of the head.
+  """
+  out = {}
+  for d_in, d_out in decoder.matrix_dims(c).values():
+    for a, b in ((d_in, d_out), (d_out, d_in)):
+      flops = 2.0 * tokens * a * b * c.num_layers
+      out[tokens, a, b] = out.get((tokens, a, b), 0) + flops
+  words = min(kernels.words_at_once(), c.vocab_size)
+  flops = 2.0 * targets * c.width * c.vocab_size
+  out[targets, c.width, words] = out[targets, words, c.width] = flops
   return out
 
 
@@ -82,76 +104,78 @@ def _seconds(function, *args) -> float:
   return time.perf_counter() - start
 
 
-def _rate(products, dtype, seconds: dict) -> float:
-  """Times every distinct large product once; returns FLOP/s of their mix."""
-  multiply = jax.jit(
-    lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32)
-  )
-  rng, flops, total = np.random.default_rng(0), 0.0, 0.0
-  for p in products:
-    if p.kind not in ('frozen', 'head'):
-      continue
-    shape = (p.rows, p.inner, p.columns)
-    x = jnp.asarray(rng.normal(size=shape[:2]), dtype)
-    w = jnp.asarray(rng.normal(size=shape[1:]), dtype)
-    if shape not in seconds:
-      _seconds(multiply, x, w)  # compiles
-    seconds[shape] = min(_seconds(multiply, x, w) for _ in range(3))
-    flops, total = flops + p.flops, total + p.times * seconds[shape]
-  return flops / total
+class Rate:
+  """Measures the rate of a mix of products."""
+
+  def __init__(self, mix: dict, dtype):
+    self._mix, self._multiply = mix, jax.jit(
+      lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    )  # fmt: skip
+    key = jax.random.key(0)
+    self._arrays = {
+      (m, k, n): (
+        jax.random.normal(key, (m, k), dtype),
+        jax.random.normal(key, (k, n), dtype),
+      )
+      for m, k, n in mix
+    }
+    self()  # compiles
+
+  def __call__(self) -> float:
+    """Returns operations a second, each shape at the best of ten."""
+    seconds = sum(
+      flops / (2.0 * np.prod(shape))
+      * min(_seconds(self._multiply, *self._arrays[shape]) for _ in range(10))
+      for shape, flops in self._mix.items()
+    )  # fmt: skip
+    return sum(self._mix.values()) / seconds
 
 
 def main(argv) -> None:
   del argv
-  c = config.resolve(_CONFIG.value)
-  x, shape = experiment.prepare(c), _shape(c)
+  x = experiment.prepare(config.resolve(_CONFIG.value))
+  c, f = x.config, x.config.federated
+  model, dtype = base_model.load(c, x.mesh).config, base_model.compute_dtype(c)
   cohort = experiment.make_cohort(x, 0)
-  clients, steps, rows, length = cohort.batches.tokens.shape
-  busy = int((np.asarray(cohort.batches.weight).sum(-1) > 0).sum())
-  targets = cohort.batches.target.shape[-1]
-  products = needed(shape, x.dims, c.federated.r_max, rows, length, targets)
-  step_flops = sum(p.flops for p in products)
-  dtype, state = base_model.compute_dtype(c), x.initial_state
-  state, _ = x.run_round(x.base, state, cohort, x.hyper)  # compiles
-  measured, times, rates = {}, [], []
+  rank_N = np.asarray(x.initial_state.memory.rank).mean(1).round().astype(int)
+  work = held(jax.device_get(cohort), rank_N)
+  counted = needed(model, x.dims, work)
+  _, _, rows, length = cohort.batches.tokens.shape
+  at_once = f.clients_at_once or f.clients_per_round
+  targets = at_once * cohort.batches.target.shape[-1]
+  rate = Rate(shapes(model, at_once * rows * length, targets), dtype)
+  state, _ = x.run_round(x.base, x.initial_state, cohort, x.hyper)  # compiles
+  times, rates = [], [rate()]
   for _ in range(_REPEATS.value):
-    rates.append(_rate(products, dtype, measured))
     start = time.perf_counter()
     state, out = x.run_round(x.base, state, cohort, x.hyper)
     jax.block_until_ready(out)
     times.append(time.perf_counter() - start)
-  fractions = [busy * step_flops / t / r for t, r in zip(times, rates, strict=True)]  # fmt: skip
+    rates.append(rate())
+  total = sum(counted.values())
+  fractions = [  # of the mean of the rates before and after
+    2 * total / t / (before + after)
+    for t, before, after in zip(times, rates[:-1], rates[1:], strict=True)
+  ]
+  padded = cohort.batches.tokens.size, cohort.batches.target.size
   result = {
     'fraction_of_matmul_rate': statistics.median(fractions),
-    'fractions': fractions,
-    'round_s': times,
+    'fractions': fractions, 'round_s': times,
     'matmul_flops_per_s': rates,
-    'counted_flops_a_round': busy * step_flops,
-    'counted_flops_a_step': {
-      kind: sum(p.flops for p in products if p.kind == kind)
-      for kind in ('frozen', 'lora', 'attention', 'head')
-    },
-    'clients': clients, 'steps': steps, 'rows': rows, 'row_tokens': length,
-    'targets': targets, 'rank_slots': c.federated.r_max, 'dtype': dtype.name,
-    'model': c.model.source, 'jax': jax.__version__,
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.devices()[0].device_kind}',
-    'date': datetime.date.today().isoformat(),
+    'counted_flops': total, 'counted_flops_by_kind': counted,
+    'work': work._asdict(),
+    'share_of_token_slots_used': work.tokens / padded[0],
+    'share_of_target_slots_used': work.targets / padded[1],
+    'clients': f.clients_per_round, 'clients_at_once': at_once,
+    'dtype': dtype.name, 'model': c.model.source,
+    'machine': machine.describe(),
   }  # fmt: skip
-  path = pathlib.Path(_OUT.value)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=2) + '\n')
-  for kind, flops in result['counted_flops_a_step'].items():
-    print(f'{kind:<12}{flops / 1e9:>10.1f} GFLOP a step')
-  print(f'{"round":<12}{statistics.median(times):>10.1f} s')
+  machine.write(_OUT.value, result)
+  for kind, flops in counted.items():
+    print(f'{kind:<12}{flops / 1e9:>10.1f} GFLOP a round')
+  print(f'{"round":<12}{statistics.median(times):>10.2f} s')
   print(f'{"products":<12}{statistics.median(rates) / 1e9:>10.0f} GFLOP/s')
   print(f'{"fraction":<12}{result["fraction_of_matmul_rate"]:>10.2f}')
-
-
-def _shape(c: config.Config) -> decoder.DecoderConfig:
-  """Returns the shape of the base model, which is in memory already."""
-  model: pretrained.Pretrained = base_model.load(c)
-  return model.config
 
 
 if __name__ == '__main__':

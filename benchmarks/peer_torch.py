@@ -4,8 +4,9 @@ A child process of benchmarks/peers.py, in a virtual environment of its own:
 
   python benchmarks/peer_torch.py WORKLOAD.json
 
-Reads one JSON object a line ({"case", "dtype", "padding"}), trains all clients
-of that case for one round, and answers with seconds, tokens, loss and memory.
+Reads one JSON object a line ({"case", "dtype", "padding"} and, if not all,
+"clients"), trains the clients of that case for one round, and answers with
+seconds, tokens, loss and memory.
 """
 
 import copy
@@ -31,9 +32,8 @@ def load(path, dtype):
   return model.requires_grad_(False)
 
 
-def with_adapters(model, work):
-  """Adds one adapter for each rank there is, so that none is made in a round."""
-  ranks = sorted({client['rank'] for client in work['cases']['chat']})
+def with_adapters(model, work, ranks):
+  """Adds an adapter of each rank, so that none is made in a round."""
   for i, rank in enumerate(ranks):
     lora = peft.LoraConfig(
       r=rank,
@@ -124,9 +124,11 @@ def main():
     if ask['dtype'] not in models:
       models.clear()  # one model in memory at a time
       model = load(work['gguf'], ask['dtype'])
-      models[ask['dtype']] = with_adapters(model, work)
+      ranks = sorted({client['rank'] for client in work['cases']['chat']})
+      models[ask['dtype']] = with_adapters(model, work, ranks)
     model = models[ask['dtype']]
-    clients, sent = work['cases'][ask['case']], initial(model, work)
+    clients = work['cases'][ask['case']][: ask.get('clients')]
+    sent = initial(model, work)
     start = time.perf_counter()
     _, loss, tokens = one_round(
       model, clients, copy.copy(sent), work, ask['padding']

@@ -1,20 +1,20 @@
-"""Our round against torch + peft, which trains clients one after another.
+"""Our round against what a researcher would pick instead, on the same work.
 
-python -m benchmarks.peers --peers_python=.venv-peers/bin/python \
-  [--config=configs/chitchat_gemma3.py] [--clients=10] [--repeats=5]
+python -m benchmarks.peers --peers_python=.venv-bench/bin/python \
+  [--config=configs/chitchat_gemma3.py] [--clients=5] [--repeats=5]
 
-The same clients, ranks, examples, targets and optimizer on both sides; a unit
-is a loss-bearing target token. The peer's best of two types and two paddings is
-found first; then rounds alternate. Ours include building the cohort. `dense` is
-a second case, in which every position is a target and nothing is padded.
-Prints a table and writes benchmarks/results/peers.json.
+The peers: torch + transformers + peft, clients one after another
+(peer_torch.py), and Flower's simulation engine driving it (peer_flower.py). The
+same clients, ranks, examples, targets and optimizer on all sides; a unit is a
+loss-bearing target token, and our rounds include building the cohort. The best
+of peft's two types and two paddings is found first, on one client; then rounds
+alternate. `dense` is a second case, in which every position is a target and
+nothing is padded. Prints a table and writes benchmarks/results/peers.json.
 """
 
-import datetime
 import json
 import os
 import pathlib
-import platform
 import resource
 import statistics
 import subprocess
@@ -26,6 +26,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from benchmarks import machine
 from hetlora_jax import base_model, config, experiment, sharding
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
@@ -36,10 +37,10 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
 )
 _PYTHON = flags.DEFINE_string(
-  'peers_python', '.venv-peers/bin/python', 'Python with torch and peft.'
+  'peers_python', '.venv-bench/bin/python', 'Python with torch, peft, flwr.'
 )
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Alternating rounds.')
-_CLIENTS = flags.DEFINE_integer('clients', 0, 'Clients a round; 0: the config.')
+_CLIENTS = flags.DEFINE_integer('clients', 5, 'Clients a round; 0: the config.')
 _DTYPES = flags.DEFINE_list(
   'dtypes', ['float32', 'bfloat16'], 'Types the peer is tried in.'
 )
@@ -123,24 +124,25 @@ class Ours:
 
 
 class Peer:
-  """The child process."""
+  """A child process."""
 
-  def __init__(self, work: dict):
-    self._folder = tempfile.TemporaryDirectory()
+  def __init__(self, script: str, work: dict):
+    self._folder, self._script = tempfile.TemporaryDirectory(), script
     path = pathlib.Path(self._folder.name, 'workload.json')
     path.write_text(json.dumps(work))
-    script = str(pathlib.Path(__file__).with_name('peer_torch.py'))
     self._child = subprocess.Popen(
-      [_PYTHON.value, script, str(path)],
+      [_PYTHON.value, str(pathlib.Path(__file__).with_name(script)), str(path)],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
-  def __call__(self, **ask) -> dict:
+  def __call__(self, ask: dict) -> dict:
     print(json.dumps(ask), file=self._child.stdin, flush=True)
     for line in self._child.stdout:
       if line.startswith('{"seconds"'):
         return json.loads(line)
-    raise RuntimeError(f'{_PYTHON.value} ended: has it torch and peft?')
+    raise RuntimeError(
+      f'{self._script} ended in {_PYTHON.value}: has it the extra `bench`?'
+    )
 
   def close(self):
     self._child.stdin.close()
@@ -153,31 +155,51 @@ def _rate(answer: dict) -> float:
 
 
 def best_variant(peer: Peer, case: str, paddings) -> tuple[dict, list]:
-  """Returns the peer's fastest variant of a case, and all that were tried."""
+  """Returns the fastest variant of a case for one client, and all tries."""
   tried = []
   for dtype in _DTYPES.value:
     for padding in paddings:
-      ask = {'case': case, 'dtype': dtype, 'padding': padding}
-      tried.append({**ask, **peer(**ask)})
-      print(f'peft {dtype} padded to {padding}: {_rate(tried[-1]):.1f} target tokens/s', flush=True)  # fmt: skip
+      ask = {'case': case, 'dtype': dtype, 'padding': padding, 'clients': 1}
+      tried.append({**ask, **peer(ask)})
+      print(
+        f'peft, {case}, {dtype}, padded to {padding}: '
+        f'{_rate(tried[-1]):.1f} target tokens/s',
+        flush=True,
+      )
   best = max(tried, key=_rate)
   return {k: best[k] for k in ('case', 'dtype', 'padding')}, tried
 
 
-def alternate(ours: Ours, cohort, peer: Peer, variant: dict) -> dict:
-  """Times both in turn."""
-  ours(cohort)  # compiles
-  peer(**variant)  # loads
-  rounds = [(ours(cohort), peer(**variant)) for _ in range(_REPEATS.value)]
-  assert all(a['tokens'] == b['tokens'] for a, b in rounds)
-  ratios = [_rate(a) / _rate(b) for a, b in rounds]
-  return {
-    'ratio': statistics.median(ratios),
-    'ratios': ratios,
-    'ours': [a for a, _ in rounds],
-    'peft': [b for _, b in rounds],
-    'variant': variant,
+def alternate(contenders: dict) -> dict:
+  """Times rounds in turn, `ours` against each of the others.
+
+  Args:
+    contenders: name -> function that runs a round.
+  """
+  for run in contenders.values():
+    run()  # compiles, loads
+  rounds = []
+  for _ in range(_REPEATS.value):
+    rounds.append({name: run() for name, run in contenders.items()})
+    assert len({a['tokens'] for a in rounds[-1].values()}) == 1, rounds[-1]
+    print(
+      ', '.join(f'{k} {_rate(a):.1f} tokens/s' for k, a in rounds[-1].items()),
+      flush=True,
+    )
+  ratios = {
+    name: statistics.median(_rate(r['ours']) / _rate(r[name]) for r in rounds)
+    for name in contenders
   }
+  return {'ratios': ratios, 'rounds': rounds}
+
+
+def _table(name: str, case: dict) -> None:
+  print(f'\n{name:<8}{"tokens/s":>10}{"ours is":>9}{"peak MB":>9}')
+  for who, ratio in case['ratios'].items():
+    answers = [r[who] for r in case['rounds']]
+    rate = statistics.median(map(_rate, answers))
+    memory = max(a['peak_mb'] for a in answers)
+    print(f'{who:<8}{rate:>10.1f}{ratio:>8.2f}x{memory:>9.0f}')
 
 
 def main(argv) -> None:
@@ -187,10 +209,10 @@ def main(argv) -> None:
     _CLIENTS.value or raw.federated.clients_per_round
   )
   x = experiment.prepare(config.resolve(raw))
-  c, model = x.config, base_model.load(x.config)
+  c, model = x.config, base_model.load(x.config, x.mesh)
   rank_N = np.asarray(x.initial_state.memory.rank)[:, 0]
   dense = dense_cohort(x, model.config.vocab_size)
-  peer = Peer({
+  work = {
     'gguf': str(sources.resolve(c.model.source).path.resolve()),
     'targets': c.lora.targets, 'scale': c.lora.scale,
     'learning_rate': c.client_optimizer.learning_rate,
@@ -199,39 +221,37 @@ def main(argv) -> None:
       'chat': workload(experiment.make_cohort(x, 0), rank_N),
       'dense': workload(dense, rank_N),
     },
-  })  # fmt: skip
-  ours = Ours(x)
-  variant, tried = best_variant(peer, 'chat', ('longest', '128'))
-  chat = alternate(ours, None, peer, variant)
-  dense_variant, dense_tried = best_variant(peer, 'dense', ('longest',))
-  full = alternate(ours, dense, peer, dense_variant)
-  peer.close()
-  result = {
-    'loss_tokens_ratio_vs_peft': chat['ratio'],
-    'dense_ratio_vs_peft': full['ratio'],
-    'chat': chat, 'dense': full, 'tried': tried + dense_tried,
-    'clients': c.federated.clients_per_round, 'model': c.model.source,
-    'our_dtype': base_model.compute_dtype(c).name,
-    'clients_at_once': c.federated.clients_at_once,
-    'versions': {'jax': jax.__version__, **chat['peft'][0]['versions']},
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{_processor()}', 'date': datetime.date.today().isoformat(),
   }  # fmt: skip
-  path = pathlib.Path(_OUT.value)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=2) + '\n')
-  print(f'{"":<8}{"ours tok/s":>12}{"peft tok/s":>12}{"ratio":>8}{"ours MB":>10}{"peft MB":>10}')  # fmt: skip
-  for name, case in (('chat', chat), ('dense', full)):
-    mine, theirs = (statistics.median(map(_rate, case[k])) for k in ('ours', 'peft'))  # fmt: skip
-    memory = (max(a['peak_mb'] for a in case[k]) for k in ('ours', 'peft'))
-    print(f'{name:<8}{mine:>12.1f}{theirs:>12.1f}{case["ratio"]:>8.2f}' + ''.join(f'{m:>10.0f}' for m in memory))  # fmt: skip
-
-
-def _processor() -> str:
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  names = [line for line in lines if line.startswith('model name')]  # fmt: skip
-  return names[0].partition(': ')[2] if names else platform.processor()
+  ours, peft = Ours(x), Peer('peer_torch.py', work)
+  variant, tried = best_variant(peft, 'chat', ('longest', '128'))
+  full_variant, full_tried = best_variant(peft, 'dense', ('longest',))
+  full = alternate({
+    'ours': lambda: ours(dense), 'peft': lambda: peft(full_variant),
+  })  # fmt: skip
+  # Last, since its Ray goes on running beside the others.
+  flower = Peer('peer_flower.py', work)
+  chat = alternate({
+    'ours': lambda: ours(None), 'peft': lambda: peft(variant),
+    'flower': lambda: flower(variant),
+  })  # fmt: skip
+  peft.close()
+  flower.close()
+  versions = {'jax': jax.__version__}
+  for answer in chat['rounds'][0].values():
+    versions |= answer.get('versions', {})
+  result = {
+    'loss_tokens_ratio_vs_peft': chat['ratios']['peft'],
+    'loss_tokens_ratio_vs_flower': chat['ratios']['flower'],
+    'dense_ratio_vs_peft': full['ratios']['peft'],
+    'model': c.model.source, 'clients': c.federated.clients_per_round,
+    'our_dtype': base_model.compute_dtype(c).name,
+    'peers_variant': {'chat': variant, 'dense': full_variant},
+    'versions': versions, 'machine': machine.describe(),
+    'chat': chat, 'dense': full, 'tried': tried + full_tried,
+  }  # fmt: skip
+  machine.write(_OUT.value, result)
+  _table('chat', chat)
+  _table('dense', full)
 
 
 if __name__ == '__main__':

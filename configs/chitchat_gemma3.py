@@ -14,7 +14,7 @@ def get_config():
   f = c.federated
   f.num_rounds, f.clients_per_round = 10, 10
   f.local_steps, f.local_batch = 2, 2
-  f.clients_at_once = 1
+  f.clients_at_once = 5
   f.tail_penalty = 1.0
   c.client_optimizer.learning_rate = 2e-3
   c.data.context_turns = 3

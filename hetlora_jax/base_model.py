@@ -1,12 +1,14 @@
 """The base model of a run: a pretrained one, or a random one for `tiny`."""
 
+import dataclasses
 import functools
 import pathlib
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from hetlora_jax import prng
+from hetlora_jax import prng, sharding
 from hetlora_jax.config import Config, RandomModel
 from hetlora_jax.data import people
 from hetlora_jax.data.tokenizer import Tokenizer
@@ -27,30 +29,37 @@ def compute_dtype(config: Config) -> jnp.dtype:
   return jnp.dtype('bfloat16' if has_amx else 'float32')
 
 
-def load(config: Config) -> pretrained.Pretrained:
-  """Loads or draws the base model, in the type to compute in.
+def load(config: Config, mesh: Mesh) -> pretrained.Pretrained:
+  """Loads or draws the base model, in the type to compute in, on its devices.
 
-  The last one is kept: the points of a sweep share it.
+  The last one is kept, and only there: the points of a sweep share it.
   """
-  dtype = compute_dtype(config)
-  if config.model.source != 'random':
-    return _load(config.model.source, dtype)
-  return _draw(config.model.random, config.data.name, config.seed, dtype)
+  c, dtype = config.model, compute_dtype(config)
+  if c.source != 'random':
+    return _load(c.source, dtype, mesh)
+  return _draw(c.random, config.data.name, config.seed, dtype, mesh)
 
 
 @functools.lru_cache(1)
-def _load(source: str, dtype: jnp.dtype) -> pretrained.Pretrained:
-  return pretrained.load(source, dtype=dtype)
+def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> pretrained.Pretrained:
+  return _place(pretrained.load(source, dtype=dtype), mesh)
 
 
 @functools.lru_cache(1)
 def _draw(
-  c: RandomModel, data: str, seed: int, dtype: jnp.dtype
+  c: RandomModel, data: str, seed: int, dtype: jnp.dtype, mesh: Mesh
 ) -> pretrained.Pretrained:
   tokenizer = Tokenizer.train(people.corpus(data), c.vocab_size)
   shape = _random_shape(c, tokenizer.vocab_size)
   params = decoder.init_params(shape, prng.stream(seed, 'base'), dtype)
-  return pretrained.Pretrained(shape, params, f'random-{seed}', tokenizer)
+  model = pretrained.Pretrained(shape, params, f'random-{seed}', tokenizer)
+  return _place(model, mesh)
+
+
+def _place(model: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained:
+  where = sharding.by_name(mesh, model.params)
+  placed = jax.block_until_ready(jax.device_put(model.params, where))
+  return dataclasses.replace(model, params=placed)
 
 
 def _random_shape(c: RandomModel, vocab_size: int) -> decoder.DecoderConfig:

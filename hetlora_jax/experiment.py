@@ -112,7 +112,7 @@ def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
 def prepare(config: Config) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing."""
   mesh = sharding.make_mesh(config.mesh.clients, config.mesh.model)
-  model = base_model.load(config)
+  model = base_model.load(config, mesh)
   crowd = _load_people(config, model.tokenizer)
   dtype = base_model.compute_dtype(config)
   dims = decoder.adapter_dims(model.config, config.lora.targets)
@@ -131,7 +131,7 @@ def prepare(config: Config) -> Experiment:
   return Experiment(
     config=config,
     people=crowd,
-    base=jax.device_put(model.params, sharding.by_name(mesh, model.params)),
+    base=model.params,
     dims=dims,
     evaluation=jax.device_put(_evaluation_sets(config, crowd), everywhere),
     hyper=jax.device_put(build.make_hyperparameters(config), everywhere),

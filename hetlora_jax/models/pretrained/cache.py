@@ -53,11 +53,14 @@ def read(
   sources.check(path, _seal(path).read_text())
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata()
-    tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
-  serialized = tensors.pop('tokenizer').tobytes()
+    serialized = file.get_tensor('tokenizer').tobytes()
+    tensors = {  # one by one, so that both types never exist of all
+      name: file.get_tensor(name).astype(dtype, copy=False)
+      for name in file.offset_keys()
+      if name != 'tokenizer'
+    }
   tokenizer = Tokenizer.deserialize(metadata['tokenizer'], serialized)
-  cast = {k: v.astype(dtype, copy=False) for k, v in tensors.items()}
-  return _parse_config(metadata['config']), _unflatten(cast), tokenizer
+  return _parse_config(metadata['config']), _unflatten(tensors), tokenizer
 
 
 def _seal(path: pathlib.Path) -> pathlib.Path:
