@@ -1,5 +1,6 @@
 # make train   fine-tunes Gemma 3 270M federatedly on real chats
 # make test    runs the tests; make check the linters; make golden the goldens
+# make bench   times us against peers and the machine, into benchmarks/results/
 # Each makes .venv when it is missing and needs only python3 with pip.
 PYTHON ?= python3
 CONFIG ?= configs/chitchat_gemma3.py
@@ -7,7 +8,7 @@ WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow check golden clean
+.PHONY: train test test-slow check golden bench clean
 
 train: $(VENV)/train
 	$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
@@ -26,6 +27,19 @@ check: $(VENV)/dev
 golden: $(VENV)/test
 	$(BIN)/python -m tests.make_golden
 
+bench: $(VENV)/train $(VENV)-bench/done
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.peers --config=configs/chitchat_smollm2.py --out=benchmarks/results/peers_smollm2.json
+	$(BIN)/python -m benchmarks.limit
+	$(BIN)/python -m benchmarks.start
+	$(BIN)/python -m benchmarks.growth
+
+# The peers, in a virtual environment of their own.
+$(VENV)-bench/done: setup.py
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet '.[bench]'
+	touch $@
+
 # One stamp a set of extras, so that `make train` installs no test tools.
 $(VENV)/train: setup.py
 	$(call install,gemma$(,)chat)
@@ -42,4 +56,4 @@ touch $@
 endef
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-bench runs

@@ -35,6 +35,6 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'test': ['pytest>=8', 'pytest-xdist>=3.6'],
     'dev': ['ruff>=0.14', 'basedpyright>=1.30'],
-    'bench': ['torch>=2.6', 'transformers>=4.50', 'peft>=0.15', 'flwr[simulation]>=1.20'],
+    'bench': ['torch==2.13.0', 'transformers==5.23.0', 'peft==0.21.2', 'flwr[simulation]==1.41.0'],
   },
 )  # fmt: skip

@@ -9,11 +9,6 @@ state, seconds to compile, and how many programs were compiled in all rounds.
 """
 
 import dataclasses
-import datetime
-import json
-import os
-import pathlib
-import platform
 import statistics
 import time
 
@@ -21,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks import machine
 from configs import tiny
 from hetlora_jax import build, config, experiment, sharding
 from hetlora_jax.types import Memory
@@ -44,10 +40,10 @@ _BASE = {
 _GROW = {
   'clients, all at once': [
     {'federated.clients_per_round': n, 'federated.clients_at_once': 0}
-    for n in (1, 4, 16, 32)
+    for n in (1, 4, 16, 64)
   ],
   'clients, four at once': [
-    {'federated.clients_per_round': n} for n in (4, 16, 32)
+    {'federated.clients_per_round': n} for n in (4, 16, 64)
   ],
   'rank slots': [{'federated.r_max': n} for n in (4, 16, 64, 128)],
   'local steps': [{'federated.local_steps': n} for n in (1, 2, 4, 8)],
@@ -107,12 +103,7 @@ def measure(point: dict) -> dict:
 
 def main(argv) -> None:
   del argv
-  result = {
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.devices()[0].device_kind}',
-    'date': datetime.date.today().isoformat(),
-    'jax': jax.__version__,
-  }
+  result: dict = {'machine': machine.describe()}
   columns = ('round_s', 'temporary_mb', 'state_mb', 'compile_s', 'programs')
   for name, points in _GROW.items():
     if not name.startswith(_ONLY.value):
@@ -127,9 +118,7 @@ def main(argv) -> None:
         f'{label:<26}' + ''.join(f'{row[c]:>14.4g}' for c in columns),
         flush=True,
       )
-  path = pathlib.Path(_OUT.value)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=2) + '\n')
+  machine.write(_OUT.value, result)
 
 
 if __name__ == '__main__':

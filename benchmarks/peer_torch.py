@@ -27,9 +27,10 @@ def load(path, dtype):
   """Loads the base from its GGUF, frozen."""
   path = pathlib.Path(path)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    path.parent, gguf_file=path.name, dtype=DTYPES[dtype]
+    path.parent, gguf_file=path.name, dtype=torch.float32
   )
-  return model.requires_grad_(False)
+  # Asked for bfloat16 at once, it may keep the weights packed.
+  return model.to(DTYPES[dtype]).requires_grad_(False)
 
 
 def with_adapters(model, work, ranks):

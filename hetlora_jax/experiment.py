@@ -310,6 +310,7 @@ def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
       row = {'round': first, **evaluate(x, state)}
       writer.write(row)
       progress.update(row)
+    free = time.perf_counter()  # when the devices had last finished
     for done, cohort in enumerate(_cohorts_ahead(x, first, last), first + 1):
       start = time.perf_counter()
       state, out = in_background(
@@ -317,11 +318,13 @@ def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
         state,
         cohort,
       )
-      seconds = time.perf_counter() - start
-      row = results.round_row(x, done, jax.device_get(out), seconds)
+      waited, free = start - free, time.perf_counter()
+      row = results.round_row(x, done, jax.device_get(out), free - start)
+      row['time/wait_s'] = waited
       results.cumulate(row, writer.rows)
       if done == last or (every and done % every == 0):
         row |= evaluate(x, state)
+        free = time.perf_counter()
       writer.write(row)
       progress.update(row)
       due = done == last or done % x.config.checkpoint.every == 0

@@ -1,0 +1,104 @@
+"""From launch to the first round, cold and warm, and how long devices wait.
+
+python -m benchmarks.start [--config=configs/chitchat_gemma3.py] [--rounds=4]
+
+Starts a process without compiled programs, and one that finds them; each
+reports seconds since its own start. Then a run of a few rounds tells which
+share of the time the devices waited for the host (`time/wait_s`). Prints a table
+and writes benchmarks/results/start.json.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from benchmarks import machine
+from hetlora_jax import config, experiment
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', 'configs/chitchat_gemma3.py', 'Experiment that is started.'
+)
+_ROUNDS = flags.DEFINE_integer('rounds', 4, 'Rounds of the run.')
+_OUT = flags.DEFINE_string('out', 'benchmarks/results/start.json', 'Result.')
+_CHILD = flags.DEFINE_bool('child', False, 'Be the process that is timed.')
+
+
+def _age() -> float:
+  """Returns the seconds since this process started."""
+  ticks = int(pathlib.Path('/proc/self/stat').read_text().split()[21])
+  up = float(pathlib.Path('/proc/uptime').read_text().split()[0])
+  return up - ticks / os.sysconf('SC_CLK_TCK')
+
+
+def child() -> dict[str, float]:
+  """Prepares, compiles and runs one round; returns when each was done."""
+  done = {'imported': _age()}
+  x = experiment.prepare(config.resolve(_CONFIG.value))
+  cohort = experiment.make_cohort(x, 0)
+  done['prepared'] = _age()
+  lowered = x.run_round.lower(x.base, x.initial_state, cohort, x.hyper)
+  done['traced'] = _age()
+  lowered.compile()
+  done['compiled'] = _age()
+  # The program is in the cache now; calling finds it there.
+  jax.block_until_ready(x.run_round(x.base, x.initial_state, cohort, x.hyper))
+  done['first round'] = _age()
+  return done
+
+
+def start(programs: str) -> dict[str, float]:
+  """Starts a child that keeps its programs in a folder."""
+  env = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': programs,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  arguments = [a for a in sys.argv[1:] if not a.startswith('--out')]
+  command = [sys.executable, '-m', 'benchmarks.start', '--child', *arguments]
+  out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
+  return json.loads(out.stdout.decode().splitlines()[-1])
+
+
+def waiting() -> dict:
+  """Runs a few rounds as the launcher does."""
+  raw = _CONFIG.value
+  raw.federated.num_rounds = _ROUNDS.value
+  with tempfile.TemporaryDirectory() as folder:
+    began = time.perf_counter()
+    experiment.run(config.resolve(raw), pathlib.Path(folder, 'run'))
+    seconds = time.perf_counter() - began
+    rows = (pathlib.Path(folder, 'run', 'metrics.jsonl')).read_text()
+  rows = [json.loads(line) for line in rows.splitlines()]
+  rows = [row for row in rows if 'time/wait_s' in row][1:]  # the first compiles
+  waited = sum(row['time/wait_s'] for row in rows)
+  busy = sum(row['time/round_s'] for row in rows)
+  return {
+    'share_waiting': waited / (waited + busy), 'wait_s': waited,
+    'rounds_s': busy, 'rounds': len(rows), 'whole_run_s': seconds,
+  }  # fmt: skip
+
+
+def main(argv) -> None:
+  del argv
+  if _CHILD.value:
+    print(json.dumps(child()))
+    return
+  with tempfile.TemporaryDirectory() as programs:
+    result = {'cold': start(programs), 'warm': start(programs)}
+  result |= {'host': waiting(), 'machine': machine.describe()}
+  machine.write(_OUT.value, result)
+  print(f'{"seconds since start":<20}{"cold":>8}{"warm":>8}')
+  for name in result['cold']:
+    print(f'{name:<20}{result["cold"][name]:>8.1f}{result["warm"][name]:>8.1f}')
+  print(f'devices waited {result["host"]["share_waiting"]:.2%} of the time')
+
+
+if __name__ == '__main__':
+  app.run(main)
