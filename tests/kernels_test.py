@@ -84,6 +84,17 @@ def test_attention_equals_one_head_at_a_time():
   np.testing.assert_allclose(got[1, 2, 0], v[1, :, 0].mean(0), atol=1e-5)
 
 
+def test_attention_scores_of_bfloat16_are_float32():
+  """Two scores near 50 that bfloat16 would round to one."""
+  q = jnp.full((1, 1, 1, 4), 3.53125, 'bfloat16')
+  k = jnp.asarray([[3.53125] * 4, [3.53125] * 3 + [3.515625]], 'bfloat16')
+  v = jnp.asarray([[1.0, 0, 0, 0], [0, 1, 0, 0]], 'bfloat16')
+  mask = jnp.ones((1, 1, 2), bool)
+  out = kernels.attention(q, k[None, :, None], v[None, :, None], mask)
+  want = 1 / (1 + np.exp(-3.53125 * (3.53125 - 3.515625)))
+  np.testing.assert_allclose(out[0, 0, 0, 0].astype('float32'), want, rtol=4e-3)
+
+
 @pytest.mark.parametrize('words', [1, 4, V, 100])  # 4: the last are padding
 def test_fused_loss_equals_plain_loss(words):
   h, embed, target, weight = _task()
