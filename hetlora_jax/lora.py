@@ -48,12 +48,6 @@ def init(key: Array, dims: dict, slots: int, rule: str) -> Adapters:
   return adapters
 
 
-def apply(h: Array, adapter: Lora, scale: Array) -> Array:
-  """Returns `scale * h A B` in the type of `h` [..., d_in] -> [..., d_out]."""
-  low = h @ adapter.a.astype(h.dtype)
-  return scale.astype(h.dtype) * (low @ adapter.b.astype(h.dtype))
-
-
 def prefix_mask(rank: Array, slots: int) -> Array:
   """Marks the first `rank` of `slots` slots: [...] int -> [..., R] float."""
   index = jax.lax.broadcasted_iota(jnp.int32, (*rank.shape, slots), rank.ndim)

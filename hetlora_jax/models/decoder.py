@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from hetlora_jax import lora
 from hetlora_jax.models import kernels
 from hetlora_jax.types import Adapters, Array, Batch, Loss, PyTree
 
@@ -138,7 +137,7 @@ class Layer(nn.Module):
     weight = self.param(name, nn.initializers.lecun_normal(), shape)
     out = kernels.matmul(x, weight.astype(x.dtype))
     if self.has_variable('lora', name):
-      out += lora.apply(x, self.get_variable('lora', name), scale)
+      out += kernels.low_rank(x, self.get_variable('lora', name), scale)
     return out
 
   @nn.compact

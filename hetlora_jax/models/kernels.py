@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from hetlora_jax.types import Array
+from hetlora_jax.types import Array, Lora
 
 
 def _product(x: Array, w: Array) -> Array:
@@ -38,6 +38,12 @@ def _matmul_backward(residuals, d_out):
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def low_rank(x: Array, adapter: Lora, scale: Array) -> Array:
+  """Returns `scale * x A B` in the type of `x`: [..., d_in] -> [..., d_out]."""
+  low = scale.astype(x.dtype) * matmul(x, adapter.a.astype(x.dtype))
+  return matmul(low, adapter.b.astype(x.dtype))
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
