@@ -28,6 +28,18 @@ def write(path: str, result: dict) -> None:
   file.write_text(json.dumps(result, indent=1) + '\n')
 
 
+def dtypes() -> list[str]:
+  """Returns the types that this processor multiplies in earnest.
+
+  On one without bfloat16 products torch took over six minutes for one client's
+  two steps in bfloat16, and three seconds in float32.
+  """
+  info = pathlib.Path('/proc/cpuinfo')
+  features = info.read_text() if info.exists() else ''
+  able = 'amx_bf16' in features or 'avx512_bf16' in features
+  return ['float32', 'bfloat16'] if able else ['float32']
+
+
 def _processor() -> str:
   info = pathlib.Path('/proc/cpuinfo')
   lines = info.read_text().splitlines() if info.exists() else []

@@ -7,7 +7,7 @@ The peers: torch + transformers + peft, clients one after another
 (peer_torch.py), and Flower's simulation engine driving it (peer_flower.py). The
 same clients, ranks, examples, targets and optimizer on all sides; a unit is a
 loss-bearing target token, and our rounds include building the cohort. The best
-of peft's two types and two paddings is found first, on one client's chats; then
+of peft's types and two paddings is found first, on one client's chats; then
 rounds alternate. `dense` is a second case, in which every position is a target and
 nothing is padded. Prints a table and writes benchmarks/results/peers.json.
 """
@@ -43,7 +43,7 @@ _PYTHON = flags.DEFINE_string(
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Alternating rounds.')
 _CLIENTS = flags.DEFINE_integer('clients', 5, 'Clients a round; 0: the config.')
 _DTYPES = flags.DEFINE_list(
-  'dtypes', ['float32', 'bfloat16'], 'Types the peer is tried in.'
+  'dtypes', machine.dtypes(), 'Types peft is tried in: those that it can.'
 )
 _OUT = flags.DEFINE_string('out', 'benchmarks/results/peers.json', 'Result.')
 _DENSE_LENGTH = 128
