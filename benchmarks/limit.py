@@ -12,7 +12,6 @@ benchmarks/results/limit.json.
 
 import statistics
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,63 +19,15 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from benchmarks import machine
+from benchmarks import count, machine
 from hetlora_jax import base_model, config, experiment
 from hetlora_jax.models import decoder, kernels
-from hetlora_jax.types import Cohort
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
 )
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds.')
 _OUT = flags.DEFINE_string('out', 'benchmarks/results/limit.json', 'Result.')
-
-
-class Work(NamedTuple):
-  """What a cohort's batches hold; padding is not in it."""
-
-  tokens: int
-  tokens_times_rank: int
-  pairs: int  # of a query and a key that it sees
-  targets: int
-
-
-def held(cohort: Cohort, rank_N: np.ndarray) -> Work:
-  """Counts tokens, pairs and targets of a cohort."""
-  batches = cohort.batches
-  live = np.asarray(batches.segment) > 0  # [C, S, P, T]
-  population = len(rank_N)
-  rank_C = rank_N[np.minimum(cohort.client_id, population - 1)]
-  return Work(
-    tokens=int(live.sum()),
-    tokens_times_rank=int((live.sum((1, 2, 3)) * rank_C).sum()),
-    pairs=int((np.asarray(batches.position)[live] + 1).sum()),
-    targets=int((np.asarray(batches.weight) > 0).sum()),
-  )
-
-
-def needed(c: decoder.DecoderConfig, dims: dict, work: Work) -> dict:
-  """Counts the floating-point operations of a round, by kind.
-
-  Args:
-    c: the model.
-    dims: target -> (num_layers, d_in, d_out) of the adapters.
-    work: what the round's batches hold.
-  """
-  matrices = decoder.matrix_dims(c).items()
-  forward = c.num_layers * sum(d_in * d_out for _, (d_in, d_out) in matrices)
-  # Nothing before the first layer is trained: its inputs need no gradient.
-  backward = forward - sum(a * b for name, (a, b) in matrices if name in 'qkv')
-  slots = sum(layers * (a + b) for layers, a, b in dims.values())
-  # Scores and mixing, each once forward and twice back.
-  attention = 6 * c.num_layers * c.num_heads * c.head_dim
-  return {
-    'frozen': 2.0 * work.tokens * (forward + backward),
-    # x A and (x A) B, and two gradients of each.
-    'lora': 6.0 * work.tokens_times_rank * slots,
-    'attention': 2.0 * work.pairs * attention,
-    'head': 4.0 * work.targets * c.width * c.vocab_size,
-  }
 
 
 def shapes(c: decoder.DecoderConfig, tokens: int, targets: int) -> dict:
@@ -138,8 +89,8 @@ def main(argv) -> None:
   model, dtype = base_model.load(c, x.mesh).config, base_model.compute_dtype(c)
   cohort = experiment.make_cohort(x, 0)
   rank_N = np.asarray(x.initial_state.memory.rank).mean(1).round().astype(int)
-  work = held(jax.device_get(cohort), rank_N)
-  counted = needed(model, x.dims, work)
+  work = count.held(jax.device_get(cohort), rank_N)
+  counted = count.needed(model, x.dims, work)
   _, _, rows, length = cohort.batches.tokens.shape
   at_once = f.clients_at_once or f.clients_per_round
   targets = at_once * cohort.batches.target.shape[-1]

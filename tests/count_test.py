@@ -1,0 +1,60 @@
+"""The benchmark counts the arithmetic that XLA counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import count
+from hetlora_jax import base_model, lora
+from hetlora_jax.config import RandomModel
+from hetlora_jax.models import decoder
+from hetlora_jax.types import Batch, Cohort
+
+TOKENS, SLOTS, WORDS = 64, 8, 512
+
+
+def _batch():
+  """Returns one client's step: full, and a target everywhere."""
+  index = np.arange(TOKENS, dtype=np.int32)
+  return Batch(
+    tokens=index[None] % WORDS,
+    segment=np.ones((1, TOKENS), np.int32),
+    position=index[None],
+    target_index=index,
+    target=index % WORDS,
+    weight=np.ones(TOKENS, np.float32),
+  )
+
+
+def test_counted_operations_are_those_of_the_compiled_step():
+  shape = base_model._random_shape(
+    RandomModel(
+      width=128, num_layers=1, num_heads=4, head_dim=32, mlp_width=512,
+      vocab_size=WORDS,
+    ),
+    WORDS,
+  )  # fmt: skip
+  dims = decoder.adapter_dims(shape, ('q', 'v', 'up'))
+  batch = _batch()
+  cohort = Cohort(
+    client_id=np.zeros(1, np.int32),
+    num_examples=np.ones(1, np.float32),
+    batches=jax.tree.map(lambda x: x[None, None], batch),
+  )
+  work = count.held(cohort, np.array([SLOTS]))
+  assert work == (TOKENS, TOKENS * SLOTS, TOKENS * (TOKENS + 1) // 2, TOKENS)
+  counted = count.needed(shape, dims, work)
+
+  base = decoder.init_params(shape, jax.random.key(0), jnp.float32)
+  adapters = lora.init(jax.random.key(1), dims, SLOTS, 'gaussian')
+  loss = decoder.make_loss(shape, jnp.float32, remat=False)
+
+  def total(adapters):
+    return loss(base, adapters, jnp.float32(2), batch)[0]
+
+  compiled = jax.jit(jax.grad(total)).lower(adapters).compile()
+  executed = compiled.cost_analysis()['flops']
+  counted['attention'] *= 2 * TOKENS / (TOKENS + 1)  # it computes all pairs
+  # Elementwise operations are not counted; gradients that only a first layer
+  # can do without are, all but those of its frozen inputs.
+  assert 0.95 < sum(counted.values()) / executed < 1.05
