@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import machine
 from hetlora_jax import lora
 from hetlora_jax.models import decoder, pretrained
 from hetlora_jax.types import Batch
@@ -90,6 +91,7 @@ def profile(run, args) -> None:
 
 def main(argv) -> None:
   del argv
+  machine.quiet()
   model = pretrained.load(_SOURCE.value, dtype=np.float32)
   base = jax.device_put(model.params)
   if _PROFILE.value:

@@ -103,6 +103,7 @@ def measure(point: dict) -> dict:
 
 def main(argv) -> None:
   del argv
+  machine.quiet()
   result: dict = {'machine': machine.describe()}
   columns = ('round_s', 'temporary_mb', 'state_mb', 'compile_s', 'programs')
   for name, points in _GROW.items():

@@ -84,6 +84,7 @@ class Rate:
 
 def main(argv) -> None:
   del argv
+  machine.quiet()
   x = experiment.prepare(config.resolve(_CONFIG.value))
   c, f = x.config, x.config.federated
   model, dtype = base_model.load(c, x.mesh).config, base_model.compute_dtype(c)

@@ -7,6 +7,7 @@ import pathlib
 import platform
 
 import jax
+from absl import logging
 
 
 def describe() -> dict[str, str]:
@@ -26,6 +27,11 @@ def write(path: str, result: dict) -> None:
   file = pathlib.Path(path)
   file.parent.mkdir(parents=True, exist_ok=True)
   file.write_text(json.dumps(result, indent=1) + '\n')
+
+
+def quiet() -> None:
+  """Leaves the libraries' notices out of what a benchmark prints."""
+  logging.set_verbosity(logging.WARNING)
 
 
 def dtypes() -> list[str]:

@@ -210,6 +210,7 @@ def _table(name: str, case: dict) -> None:
 
 def main(argv) -> None:
   del argv
+  machine.quiet()
   raw = _CONFIG.value
   raw.federated.clients_per_round = (
     _CLIENTS.value or raw.federated.clients_per_round

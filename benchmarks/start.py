@@ -87,6 +87,7 @@ def waiting() -> dict:
 
 def main(argv) -> None:
   del argv
+  machine.quiet()
   if _CHILD.value:
     print(json.dumps(child()))
     return
