@@ -76,7 +76,7 @@ def test_a_run_leaves_what_it_promises(unbroken):
   for row in rows[1:]:
     for name in (
       'train/loss train/tokens rank/mean rank/min rank/max rank/pruned '
-      'comm/up_bytes comm/down_bytes time/round_s time/tokens_per_s'
+      'comm/up_bytes comm/down_bytes time/round_s time/tokens_per_s time/wait_s'
     ).split():
       assert np.isfinite(row[name])
   for i in (0, 2, 4):
