@@ -35,6 +35,7 @@ _BASE = {
   'model.random.num_layers': 4,
   'model.random.mlp_width': 512,
   'data.row_tokens': 256,
+  'data.name': 'chitchat',  # people enough
   'eval.num_people': 2,
 }
 _GROW = {
@@ -119,7 +120,7 @@ def main(argv) -> None:
         f'{label:<26}' + ''.join(f'{row[c]:>14.4g}' for c in columns),
         flush=True,
       )
-  machine.write(_OUT.value, result)
+    machine.write(_OUT.value, result)
 
 
 if __name__ == '__main__':
