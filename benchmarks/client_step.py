@@ -15,12 +15,11 @@ import json
 import pathlib
 import re
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import machine
 from hetlora_jax import lora
@@ -64,12 +63,6 @@ def variant(model, base, clients: int, remat: bool):
   return jax.jit(jax.vmap(step, (None, 0, 0))).lower(*args).compile(), args
 
 
-def _seconds(run, args) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(run(*args))
-  return time.perf_counter() - start
-
-
 def profile(run, args) -> None:
   """Prints the operations that take the most time, and what they compute."""
   with tempfile.TemporaryDirectory() as folder:
@@ -89,14 +82,12 @@ def profile(run, args) -> None:
       print(f'{microseconds / 1e3:>9.1f} ms  {shape:<28} {what}')
 
 
-def main(argv) -> None:
-  del argv
-  machine.quiet()
+def main() -> None:
   model = pretrained.load(_SOURCE.value, dtype=np.float32)
   base = jax.device_put(model.params)
   if _PROFILE.value:
     run, args = variant(model, base, 5, False)
-    _seconds(run, args)
+    machine.seconds(run, *args)
     return profile(run, args)
   variants = {
     (n, remat): variant(model, base, n, remat)
@@ -105,7 +96,7 @@ def main(argv) -> None:
   times = collections.defaultdict(list)
   for repeat in range(_REPEATS.value + 1):
     for key, (run, args) in variants.items():
-      seconds = _seconds(run, args) / key[0]
+      seconds = machine.seconds(run, *args) / key[0]
       if repeat:  # the first warms up
         times[key].append(seconds)
   print(f'{"at once":>8}{"remat":>7}{"s a client":>12}{"ratio":>7}{"MB":>7}')
@@ -119,4 +110,4 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  machine.run(main)

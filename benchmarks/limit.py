@@ -16,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import count, machine
@@ -49,12 +49,6 @@ def shapes(c: decoder.DecoderConfig, tokens: int, targets: int) -> dict:
   return out
 
 
-def _seconds(function, *args) -> float:
-  start = time.perf_counter()
-  jax.block_until_ready(function(*args))
-  return time.perf_counter() - start
-
-
 class Rate:
   """Measures the rate of a mix of products."""
 
@@ -76,15 +70,13 @@ class Rate:
     """Returns operations a second, each shape at the best of ten."""
     seconds = sum(
       flops / (2.0 * np.prod(shape))
-      * min(_seconds(self._multiply, *self._arrays[shape]) for _ in range(10))
+      * min(machine.seconds(self._multiply, *self._arrays[shape]) for _ in range(10))
       for shape, flops in self._mix.items()
     )  # fmt: skip
     return sum(self._mix.values()) / seconds
 
 
-def main(argv) -> None:
-  del argv
-  machine.quiet()
+def main() -> None:
   x = experiment.prepare(config.resolve(_CONFIG.value))
   c, f = x.config, x.config.federated
   model, dtype = base_model.load(c, x.mesh).config, base_model.compute_dtype(c)
@@ -131,4 +123,4 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  machine.run(main)

@@ -1,13 +1,16 @@
-"""What every result says of where and when it was measured."""
+"""What the benchmarks share: running, timing, where it was measured."""
 
 import datetime
 import json
 import os
 import pathlib
 import platform
+import resource
+import sys
+import time
 
 import jax
-from absl import logging
+from absl import app, logging
 
 
 def describe() -> dict[str, str]:
@@ -29,25 +32,52 @@ def write(path: str, result: dict) -> None:
   file.write_text(json.dumps(result, indent=1) + '\n')
 
 
-def quiet() -> None:
-  """Leaves the libraries' notices out of what a benchmark prints."""
-  logging.set_verbosity(logging.WARNING)
+def run(benchmark) -> None:
+  """Runs a function of nothing as a program; bad input ends in one line."""
+
+  def main(argv):
+    logging.set_verbosity(logging.WARNING)  # not the libraries' notices
+    try:
+      if len(argv) > 1:
+        raise ValueError(
+          f'unexpected argument {argv[1]!r}: flags start with --'
+        )
+      benchmark()
+    except (ValueError, OSError) as error:
+      print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
+      sys.exit(2)
+
+  app.run(main)
+
+
+def seconds(function, *args) -> float:
+  """Times one call of a function of arrays, until its result is there."""
+  start = time.perf_counter()
+  jax.block_until_ready(function(*args))
+  return time.perf_counter() - start
+
+
+def peak_mb() -> float:
+  """Returns the most memory that this process ever held, in 10^6 bytes."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def dtypes() -> list[str]:
   """Returns the types that this processor multiplies in earnest.
 
   On one without bfloat16 products torch took over six minutes for one client's
-  two steps in bfloat16, and three seconds in float32.
+  two steps in bfloat16, and about five seconds in float32.
   """
-  info = pathlib.Path('/proc/cpuinfo')
-  features = info.read_text() if info.exists() else ''
-  able = 'amx_bf16' in features or 'avx512_bf16' in features
+  able = 'amx_bf16' in _cpuinfo() or 'avx512_bf16' in _cpuinfo()
   return ['float32', 'bfloat16'] if able else ['float32']
 
 
-def _processor() -> str:
+def _cpuinfo() -> str:
   info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
+  return info.read_text() if info.exists() else ''
+
+
+def _processor() -> str:
+  lines = _cpuinfo().splitlines()
   names = [line for line in lines if line.startswith('model name')]
   return names[0].partition(': ')[2] if names else platform.processor()

@@ -71,7 +71,9 @@ def make_client(path, base):
       'num-examples': 1,
       'tokens': tokens,
       'loss': losses[0],
-      'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+      'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+      * 1024
+      / 1e6,
     }
     content = RecordDict(
       {
@@ -123,7 +125,7 @@ def make_server(work, shapes):
         'tokens': int(metrics['tokens']),
         'first_loss': metrics['loss'],
         'peak_mb': metrics['peak_mb']
-        + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+        + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
         'versions': {'flwr': flwr.__version__},
       }
       print(json.dumps(answer), flush=True)

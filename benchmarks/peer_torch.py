@@ -138,7 +138,7 @@ def main():
       'seconds': time.perf_counter() - start,
       'tokens': tokens,
       'first_loss': loss,
-      'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+      'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
       'versions': {m.__name__: m.__version__ for m in (torch, transformers, peft)},
     }  # fmt: skip
     print(json.dumps(answer), flush=True)

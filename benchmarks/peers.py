@@ -16,21 +16,22 @@ import json
 import math
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import tempfile
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from benchmarks import machine
+from benchmarks import count, machine
 from hetlora_jax import base_model, config, experiment, sharding
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
+from hetlora_jax.models import decoder
 from hetlora_jax.models.pretrained import sources
 from hetlora_jax.types import Batch, Cohort
 
@@ -120,7 +121,7 @@ class Ours:
     return {
       'seconds': time.perf_counter() - start,
       'tokens': int(out['tokens'].sum()),
-      'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+      'peak_mb': machine.peak_mb(),
     }
 
 
@@ -141,8 +142,9 @@ class Peer:
     for line in self._child.stdout:
       if line.startswith('{"seconds"'):
         return json.loads(line)
-    raise RuntimeError(
-      f'{self._script} ended in {_PYTHON.value}: has it the extra `bench`?'
+    raise ValueError(
+      f'{self._script} ended under --peers_python={_PYTHON.value}, for the '
+      'reason above: has it the extra `bench`?'
     )
 
   def close(self):
@@ -176,6 +178,54 @@ def best_variant(peer: Peer, case: str, dtypes, paddings) -> tuple[dict, list]:
   return {k: best[k] for k in ('case', 'dtype', 'padding')}, tried
 
 
+def check_same_work(
+  x: experiment.Experiment, cohort: Cohort, first_loss: float
+):
+  """Raises if the peer's first step had another loss than ours has.
+
+  Adapters start at nothing, so it is the base's loss on the same targets.
+  """
+  batch = jax.tree.map(lambda leaf: leaf[0, 0], cohort.batches)
+  total, tokens = jax.jit(x.rules.loss)(
+    x.base, x.initial_state.adapters, jnp.float32(1), batch
+  )
+  ours = float(total / tokens)
+  if abs(ours - first_loss) > 0.01 * ours:
+    raise ValueError(
+      f'not the same work: first loss {first_loss}, ours {ours}.'
+    )
+
+
+def arithmetic(
+  model: decoder.DecoderConfig, clients: list[dict], cohort: Cohort
+) -> dict[str, float]:
+  """Counts the frozen and head products of a round in peft, and in ours.
+
+  peft puts every position of a batch, padded to its longest, through the body
+  and the head; `needed` is what real tokens and targets take.
+  """
+  steps = [step for client in clients for step in client['steps']]
+  padded = sum(
+    len(step) * max(len(example['tokens']) for example in step)
+    for step in steps
+    if step
+  )
+  held = count.held(cohort, np.ones(1, int))
+  slots = held._replace(
+    tokens=cohort.batches.tokens.size, targets=cohort.batches.target.size
+  )
+
+  def flops(work: count.Work) -> float:
+    by_kind = count.needed(model, {}, work)
+    return by_kind['frozen'] + by_kind['head']
+
+  return {
+    'peft': flops(held._replace(tokens=padded, targets=padded)),
+    'ours_with_padding': flops(slots),
+    'needed': flops(held),
+  }
+
+
 def alternate(contenders: dict) -> dict:
   """Times rounds in turn, `ours` against each of the others.
 
@@ -187,7 +237,9 @@ def alternate(contenders: dict) -> dict:
   rounds = []
   for _ in range(_REPEATS.value):
     rounds.append({name: run() for name, run in contenders.items()})
-    assert len({a['tokens'] for a in rounds[-1].values()}) == 1, rounds[-1]
+    tokens = {name: a['tokens'] for name, a in rounds[-1].items()}
+    if len(set(tokens.values())) > 1:
+      raise ValueError(f'not the same work: target tokens are {tokens}.')
     print(
       ', '.join(f'{k} {_rate(a):.1f} tokens/s' for k, a in rounds[-1].items()),
       flush=True,
@@ -208,9 +260,12 @@ def _table(name: str, case: dict) -> None:
     print(f'{who:<8}{rate:>10.1f}{ratio:>8.2f}x{memory:>9.0f}')
 
 
-def main(argv) -> None:
-  del argv
-  machine.quiet()
+def main() -> None:
+  if not pathlib.Path(_PYTHON.value).exists():
+    raise ValueError(
+      f'--peers_python={_PYTHON.value} does not exist: `make bench` makes it, '
+      'or name a Python with the extra `bench`.'
+    )
   raw = _CONFIG.value
   raw.federated.clients_per_round = (
     _CLIENTS.value or raw.federated.clients_per_round
@@ -222,6 +277,7 @@ def main(argv) -> None:
   x = experiment.prepare(config.resolve(raw))
   c, model = x.config, base_model.load(x.config, x.mesh)
   rank_N = np.asarray(x.initial_state.memory.rank)[:, 0]
+  chats = jax.device_get(experiment.make_cohort(x, 0))
   dense = dense_cohort(x, model.config.vocab_size)
   work = {
     'gguf': str(sources.resolve(c.model.source).path.resolve()),
@@ -229,43 +285,46 @@ def main(argv) -> None:
     'learning_rate': c.client_optimizer.learning_rate,
     'threads': os.cpu_count(),
     'cases': {
-      'chat': workload(experiment.make_cohort(x, 0), rank_N),
-      'dense': workload(dense, rank_N),
+      'chat': workload(chats, rank_N), 'dense': workload(dense, rank_N),
     },
   }  # fmt: skip
-  ours, peft = Ours(x), Peer('peer_torch.py', work)
+  peft = Peer('peer_torch.py', work)
   variant, tried = best_variant(peft, 'chat', _DTYPES.value, ('longest', '128'))
-  full_variant, full_tried = best_variant(
-    peft, 'dense', [variant['dtype']], ('longest',)
-  )
-  full = alternate({
-    'ours': lambda: ours(dense), 'peft': lambda: peft(full_variant),
-  })  # fmt: skip
-  # Last, since its Ray goes on running beside the others.
-  flower = Peer('peer_flower.py', work)
+  check_same_work(x, chats, tried[0]['first_loss'])
+  flower, ours = Peer('peer_flower.py', work), Ours(x)
   chat = alternate({
     'ours': lambda: ours(None), 'peft': lambda: peft(variant),
     'flower': lambda: flower(variant),
   })  # fmt: skip
-  peft.close()
   flower.close()
+  # After the chats, so that their peak memory is theirs.
+  dense_variant, dense_tried = best_variant(
+    peft, 'dense', [variant['dtype']], ('longest',)
+  )
+  full = alternate({
+    'ours': lambda: ours(dense), 'peft': lambda: peft(dense_variant),
+  })  # fmt: skip
+  peft.close()
   versions = {'jax': jax.__version__}
   for answer in chat['rounds'][0].values():
     versions |= answer.get('versions', {})
+  counted = arithmetic(model.config, work['cases']['chat'], chats)
   result = {
     'loss_tokens_ratio_vs_peft': chat['ratios']['peft'],
     'loss_tokens_ratio_vs_flower': chat['ratios']['flower'],
     'dense_ratio_vs_peft': full['ratios']['peft'],
+    'flops_of_the_chat_round': counted,
     'model': c.model.source, 'clients': c.federated.clients_per_round,
     'our_dtype': base_model.compute_dtype(c).name,
-    'peers_variant': {'chat': variant, 'dense': full_variant},
+    'peers_variant': {'chat': variant, 'dense': dense_variant},
     'versions': versions, 'machine': machine.describe(),
-    'chat': chat, 'dense': full, 'tried': tried + full_tried,
+    'chat': chat, 'dense': full, 'tried': tried + dense_tried,
   }  # fmt: skip
   machine.write(_OUT.value, result)
   _table('chat', chat)
   _table('dense', full)
+  print('\nGFLOP of the chats: ' + ', '.join(f'{k} {v / 1e9:.0f}' for k, v in counted.items()))  # fmt: skip
 
 
 if __name__ == '__main__':
-  app.run(main)
+  machine.run(main)

@@ -1,9 +1,9 @@
-"""From launch to the first round, cold and warm, and how long devices wait.
+"""From launch to the first round, its memory, and how long devices wait.
 
 python -m benchmarks.start [--config=configs/chitchat_gemma3.py] [--rounds=4]
 
 Starts a process without compiled programs, and one that finds them; each
-reports seconds since its own start. Then a run of a few rounds tells which
+reports seconds since its own start, and the most memory it held (on Linux). Then a run of a few rounds tells which
 share of the time the devices waited for the host (`time/wait_s`). Prints a table
 and writes benchmarks/results/start.json.
 """
@@ -17,7 +17,7 @@ import tempfile
 import time
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import machine
@@ -51,7 +51,7 @@ def child() -> dict[str, float]:
   # The program is in the cache now; calling finds it there.
   jax.block_until_ready(x.run_round(x.base, x.initial_state, cohort, x.hyper))
   done['first round'] = _age()
-  return done
+  return done | {'peak MB': machine.peak_mb()}
 
 
 def start(programs: str) -> dict[str, float]:
@@ -60,8 +60,7 @@ def start(programs: str) -> dict[str, float]:
     'JAX_COMPILATION_CACHE_DIR': programs,
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
-  arguments = [a for a in sys.argv[1:] if not a.startswith('--out')]
-  command = [sys.executable, '-m', 'benchmarks.start', '--child', *arguments]
+  command = [sys.executable, '-m', 'benchmarks.start', '--child', *sys.argv[1:]]
   out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
   return json.loads(out.stdout.decode().splitlines()[-1])
 
@@ -85,9 +84,7 @@ def waiting() -> dict:
   }  # fmt: skip
 
 
-def main(argv) -> None:
-  del argv
-  machine.quiet()
+def main() -> None:
   if _CHILD.value:
     print(json.dumps(child()))
     return
@@ -102,4 +99,4 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  machine.run(main)

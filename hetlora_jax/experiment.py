@@ -319,8 +319,8 @@ def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
         cohort,
       )
       waited, free = start - free, time.perf_counter()
-      row = results.round_row(x, done, jax.device_get(out), free - start)
-      row['time/wait_s'] = waited
+      out = jax.device_get(out)
+      row = results.round_row(x, done, out, free - start, waited)
       results.cumulate(row, writer.rows)
       if done == last or (every and done % every == 0):
         row |= evaluate(x, state)

@@ -14,7 +14,7 @@ from hetlora_jax.checks import WIRE_DTYPES
 from hetlora_jax.methods.registry import rule_names
 
 
-def round_row(x, done: int, out: dict, seconds: float):
+def round_row(x, done: int, out: dict, seconds: float, waited: float):
   """Returns a finished round's line of metrics.jsonl."""
   present, reports = out['present'], out['reports']
   sent, kept = out['sent_rank'], out['rank']
@@ -36,6 +36,7 @@ def round_row(x, done: int, out: dict, seconds: float):
     'comm/up_bytes': wire * traffic.up,
     'comm/down_bytes': wire * traffic.down,
     'time/round_s': seconds,
+    'time/wait_s': waited,
     'time/tokens_per_s': tokens / seconds,
   }
 

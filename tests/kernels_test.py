@@ -18,7 +18,7 @@ def _normal(seed, *shape):
   return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def _close(got, want):
+def _assert_close(got, want):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
     got, want,
@@ -47,7 +47,7 @@ def test_a_product_has_the_gradients_of_a_plain_one():
     many = jax.vmap(lambda x: jax.vjp(product, x, w)[1](d_out[0]))(x)
     return out, pull(d_out), many
 
-  _close(gradients(kernels.matmul), gradients(jnp.matmul))
+  _assert_close(gradients(kernels.matmul), gradients(jnp.matmul))
 
 
 def test_both_passes_multiply_bfloat16_and_sum_in_float32():
@@ -106,7 +106,7 @@ def test_fused_loss_equals_plain_loss(words):
     return 3 * _plain_loss(h, embed, target, weight)
 
   got = jax.jit(jax.value_and_grad(fused, (0, 1)))(h, embed)
-  _close(got, jax.value_and_grad(plain, (0, 1))(h, embed))
+  _assert_close(got, jax.value_and_grad(plain, (0, 1))(h, embed))
 
 
 def test_fused_loss_of_many_clients_shares_the_embedding():
@@ -120,7 +120,7 @@ def test_fused_loss_of_many_clients_shares_the_embedding():
 
     return jax.value_and_grad(summed, (0, 1))(h, embed)
 
-  _close(total(kernels.linear_cross_entropy), total(_plain_loss))
+  _assert_close(total(kernels.linear_cross_entropy), total(_plain_loss))
 
 
 def test_a_bfloat16_gradient_is_scaled_in_float32():
