@@ -1,0 +1,142 @@
+"""What was tried to make a step faster, each against the step as it is.
+
+python -m benchmarks.levers [--source=gemma3_270m] [--clients=5] [--repeats=5]
+
+Variants patch one thing and are timed in turn in one process: the loss alone,
+then the step. Prints the median time as a ratio to the code as it is, and the
+temporary memory: the table "lever by lever" in WORKSPACE_NOTES.
+"""
+
+import contextlib
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import linen as nn
+
+from benchmarks import client_step, machine
+from hetlora_jax.models import decoder, kernels, pretrained
+
+_CLIENTS = flags.DEFINE_integer('clients', 5, 'Clients at once.')
+
+
+def compare(runs: dict, repeats: int) -> None:
+  """Times compiled functions in turn and prints ratios to the first.
+
+  Args:
+    runs: name -> (compiled function, its arguments).
+    repeats: calls of each, after one that warms up.
+  """
+  times = {name: [] for name in runs}
+  for _ in range(repeats + 1):
+    for name, (run, args) in runs.items():
+      times[name].append(machine.seconds(run, *args))
+  first = np.array(next(iter(times.values()))[1:])
+  for name, (run, _) in runs.items():
+    ratio = np.median(np.array(times[name][1:]) / first)
+    megabytes = run.memory_analysis().temp_size_in_bytes / 1e6
+    print(f'{name:<44}{ratio:>8.2f}{megabytes:>8.0f} MB', flush=True)
+
+
+def losses(embed, targets: int) -> dict:
+  """Returns the loss over chunks of so many words; 262,144 is all at once."""
+  rng = np.random.default_rng(0)
+  h = jnp.asarray(rng.normal(size=(targets, embed.shape[1])), embed.dtype)
+  target = jnp.asarray(rng.integers(0, embed.shape[0], targets), jnp.int32)
+
+  def compiled(words):
+    def loss(h, embed):
+      ones = jnp.ones(targets)
+      return kernels.linear_cross_entropy(h, embed, target, ones, words)
+
+    return jax.jit(jax.value_and_grad(loss)).lower(h, embed).compile()
+
+  return {
+    f'loss of {targets} targets, {words} words at a time': (
+      compiled(words), (h, embed)
+    )
+    for words in (2048, 512, 1024, 4096, 32768, embed.shape[0])
+  }  # fmt: skip
+
+
+def _rotate_apart(rotate, x, angle):
+  """Keeps sines and cosines from being computed again in every use."""
+  sin, cos = jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))
+  with mock.patch.multiple(jnp, sin=lambda _: sin, cos=lambda _: cos):
+    return rotate(x, angle)
+
+
+def _heads_first(q, k, v, mask):
+  """Attends with heads moved before positions."""
+  rows, length, heads, depth = q.shape
+  groups = k.shape[2]
+  q = q.swapaxes(1, 2).reshape(rows, groups, -1, depth)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  score = jnp.einsum('pkqd,pksd->pkqs', q, k).astype(jnp.float32)
+  score = score.reshape(rows, groups, -1, length, length)
+  score = jnp.where(mask[:, None, None], score, -1e30)
+  weight = jax.nn.softmax(score, axis=-1).astype(v.dtype)
+  weight = weight.reshape(rows, groups, -1, length)
+  out = jnp.einsum('pkqs,pksd->pkqd', weight, v)
+  return out.reshape(rows, heads, length, depth).swapaxes(1, 2)
+
+
+def _storing(policy):
+  """Replaces what is stored for the backward pass."""
+  return mock.patch.object(nn, 'remat', functools.partial(_remat, keep=policy))
+
+
+def _remat(layer, *, keep, prevent_cse, policy):
+  """Stands in for `nn.remat`; 'all' stores everything."""
+  del policy
+  if keep == 'all':
+    return layer
+  return jax_remat(layer, prevent_cse=prevent_cse, policy=keep)
+
+
+jax_remat = nn.remat
+
+
+def _unrolled(times: int):
+  return mock.patch.object(nn, 'scan', functools.partial(nn.scan, unroll=times))
+
+
+def levers() -> dict:
+  """Returns name -> context in which the step is compiled."""
+  policies = jax.checkpoint_policies
+  return {
+    'as it is': contextlib.nullcontext(),
+    'everything stored': _storing('all'),
+    'products without batch axes stored': _storing(
+      policies.dots_with_no_batch_dims_saveable
+    ),
+    'nothing stored (model.remat)': _storing(None),
+    'layers unrolled, 2 at a time': _unrolled(2),
+    'all layers unrolled': _unrolled(100),
+    'sines apart': mock.patch.object(
+      decoder, '_rotate', functools.partial(_rotate_apart, decoder._rotate)
+    ),
+    'heads before positions': mock.patch.object(
+      kernels, 'attention', _heads_first
+    ),
+  }
+
+
+def main() -> None:
+  repeats, source = flags.FLAGS.repeats, flags.FLAGS.source
+  model = pretrained.load(source, dtype=np.float32)
+  base = jax.device_put(model.params)
+  for targets in (48, 240):
+    compare(losses(decoder.head(model.config, base), targets), repeats)
+  runs = {}
+  for name, patch in levers().items():
+    with patch:
+      runs[name] = client_step.variant(model, base, _CLIENTS.value, False)
+  compare(runs, repeats)
+
+
+if __name__ == '__main__':
+  machine.run(main)
