@@ -165,7 +165,7 @@ def test_logits_exist_a_chunk_at_a_time_and_a_frozen_embedding_is_free():
 
 
 def test_a_sure_targets_gradient_keeps_its_digits_in_bfloat16():
-  """1 - p is 1e-3 here, which bfloat16 beside 1 would not resolve."""
+  """1 - p is 1e-3 here, which bfloat16 does not resolve beside 1."""
   h, embed = jnp.eye(1, 2), jnp.asarray([[7.0, 0], [0, 1.0]])
   args = (jnp.zeros(1, jnp.int32), jnp.ones(1))
 

@@ -93,12 +93,12 @@ def _deal(embed: Array, words: int) -> Array:
   return embed.reshape(-1, count, width)
 
 
-def _score(h: Array, dealt: Array, i: Array, target: Array, size: int):
-  """Scores chunk i: its embeddings [v, D], logits [M, v], who is target."""
+def _score(h: Array, dealt: Array, i: Array, size: int):
+  """Scores chunk i: its embeddings [v, D], its words [1, v], logits [M, v]."""
   embed = jax.lax.dynamic_index_in_dim(dealt, i, axis=1, keepdims=False)
   word = jnp.arange(dealt.shape[0])[None] * dealt.shape[1] + i
   logit = jnp.einsum('md,vd->mv', h, embed, preferred_element_type=jnp.float32)
-  return embed, jnp.where(word < size, logit, -jnp.inf), word == target[:, None]
+  return embed, word, jnp.where(word < size, logit, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -126,28 +126,24 @@ def _forward(h, embed, target, weight, words):
   dealt = _deal(embed, words or words_at_once())
 
   def step(carry, i):
-    top, total, picked, others = carry
-    embed_c, logit, is_target = _score(h, dealt, i, target, embed.shape[0])
+    top, total, mixed = carry
+    embed_c, _, logit = _score(h, dealt, i, embed.shape[0])
     new_top = jnp.maximum(top, logit.max(1, keepdims=True))
+    # A sure target has the top score: its p is 1 even in bfloat16.
     shrink, p = jnp.exp(top - new_top), jnp.exp(logit - new_top)
-    # The target's own part is added in float32: 1 - p loses digits in bfloat16.
-    p_others = jnp.where(is_target, 0, p).astype(h.dtype)
-    mixed = jnp.matmul(p_others, embed_c, preferred_element_type=jnp.float32)
-    return (
-      new_top,
-      total * shrink + p.sum(1, keepdims=True),
-      picked + jnp.where(is_target, logit, 0).sum(1, keepdims=True),
-      others * shrink + mixed,
-    ), None
+    mixed_c = jnp.matmul(
+      p.astype(h.dtype), embed_c, preferred_element_type=jnp.float32
+    )
+    total = total * shrink + p.sum(1, keepdims=True)
+    return (new_top, total, mixed * shrink + mixed_c), None
 
   zero = jnp.zeros((h.shape[0], 1))
-  start = (zero - jnp.inf, zero, zero, jnp.zeros(h.shape))
-  (top, total, picked, others), _ = jax.lax.scan(
-    step, start, jnp.arange(dealt.shape[1])
-  )
-  log_sum = top + jnp.log(total)
-  d_h = others / total + jnp.expm1(picked - log_sum) * embed[target]
-  loss = ((log_sum - picked)[:, 0] * weight).sum()
+  start = (zero - jnp.inf, zero, jnp.zeros(h.shape))
+  (top, total, mixed), _ = jax.lax.scan(step, start, jnp.arange(dealt.shape[1]))
+  log_sum, aim = top + jnp.log(total), embed[target].astype(jnp.float32)
+  picked = (h.astype(jnp.float32) * aim).sum(1)
+  loss = ((log_sum[:, 0] - picked) * weight).sum()
+  d_h = mixed / total - aim
   return loss, (d_h * weight[:, None], log_sum, h, embed, target, weight)
 
 
@@ -156,8 +152,9 @@ def _backward(words, residuals, cotangent):
   dealt = _deal(embed, words or words_at_once())
 
   def step(_, i):
-    _, logit, is_target = _score(h, dealt, i, target, embed.shape[0])
-    d_logit = (jnp.exp(logit - log_sum) - is_target) * weight[:, None]
+    _, word, logit = _score(h, dealt, i, embed.shape[0])
+    p = jnp.exp(logit - log_sum)
+    d_logit = (p - (word == target[:, None])) * weight[:, None]
     d_embed_c = jnp.einsum(
       'mv,md->vd', d_logit.astype(h.dtype), h,
       preferred_element_type=jnp.float32,
