@@ -17,15 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from benchmarks import count, machine
 from hetlora_jax import base_model, config, experiment
 from hetlora_jax.models import decoder, kernels
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
-)
+_CONFIG = machine.define_config()
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds.')
 _OUT = flags.DEFINE_string('out', 'benchmarks/results/limit.json', 'Result.')
 

@@ -6,11 +6,13 @@ import os
 import pathlib
 import platform
 import resource
-import sys
 import time
 
 import jax
 from absl import app, logging
+from ml_collections import config_flags
+
+from launch import errors
 
 
 def describe() -> dict[str, str]:
@@ -44,10 +46,22 @@ def run(benchmark) -> None:
         )
       benchmark()
     except (ValueError, OSError) as error:
-      print(f'Error: {" ".join(str(error).split())}', file=sys.stderr)
-      sys.exit(2)
+      errors.fail(error)
 
-  app.run(main)
+  app.run(main, flags_parser=errors.parse)
+
+
+def define_config():
+  """Defines --config, the main job by default; a bad field ends in one line.
+
+  Fields given on the command line are set already here.
+  """
+  try:
+    return config_flags.DEFINE_config_file(
+      'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
+    )
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    errors.fail(f'--config: {error}')
 
 
 def seconds(function, *args) -> float:

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from benchmarks import count, machine
 from hetlora_jax import base_model, config, experiment, sharding
@@ -35,9 +34,7 @@ from hetlora_jax.models import decoder
 from hetlora_jax.models.pretrained import sources
 from hetlora_jax.types import Batch, Cohort
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
-)
+_CONFIG = machine.define_config()
 _PYTHON = flags.DEFINE_string(
   'peers_python', '.venv-bench/bin/python', 'Python with torch, peft, flwr.'
 )

@@ -18,14 +18,11 @@ import time
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from benchmarks import machine
 from hetlora_jax import config, experiment
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', 'configs/chitchat_gemma3.py', 'Experiment that is started.'
-)
+_CONFIG = machine.define_config()
 _ROUNDS = flags.DEFINE_integer('rounds', 4, 'Rounds of the run.')
 _OUT = flags.DEFINE_string('out', 'benchmarks/results/start.json', 'Result.')
 _CHILD = flags.DEFINE_bool('child', False, 'Be the process that is timed.')
@@ -88,6 +85,7 @@ def main() -> None:
   if _CHILD.value:
     print(json.dumps(child()))
     return
+  config.resolve(_CONFIG.value)  # a bad one ends here
   with tempfile.TemporaryDirectory() as programs:
     result = {'cold': start(programs), 'warm': start(programs)}
   result |= {'host': waiting(), 'machine': machine.describe()}

@@ -8,7 +8,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 from absl import app, flags, logging
@@ -19,6 +19,7 @@ from hetlora_jax import config as config_lib
 from hetlora_jax import experiment
 from hetlora_jax.methods import registry
 from hetlora_jax.models.pretrained import sources
+from launch import errors
 
 CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -37,7 +38,6 @@ LIST_METHODS = flags.DEFINE_bool(
 )
 VERBOSE = flags.DEFINE_bool('verbose', False, 'Show libraries\' messages and the tracebacks of errors.')  # fmt: skip
 
-_BAD_INPUT = 2
 _INTERRUPTED = 130  # as a shell reports Ctrl-C
 
 
@@ -74,24 +74,6 @@ def _keep_programs() -> None:
     jax.config.update('jax_compilation_cache_dir', str(programs))
 
 
-def _fail(message: object) -> None:
-  print(f'Error: {" ".join(str(message).split())}', file=sys.stderr)
-  sys.exit(_BAD_INPUT)
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-  """Parses flags; a bad one is an error of one line."""
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    # ml_collections puts the repr of one error into another.
-    text = str(e).replace('\\n', ' ').replace('\\', '').strip('"\'')
-    _fail(f'{text} (--print_config shows every field)')
-  except OSError as error:
-    _fail(f'--config: {error}')
-  raise AssertionError('unreachable')
-
-
 def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
   """Runs a program on the resolved config and the workdir."""
 
@@ -99,25 +81,25 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
     # First of all: checking the config already starts jax.
     logging.set_verbosity(logging.INFO if VERBOSE.value else logging.WARNING)
     if len(argv) > 1:
-      _fail(f'unexpected argument {argv[1]!r}: flags start with --')
+      errors.fail(f'unexpected argument {argv[1]!r}: flags start with --')
     if LIST_METHODS.value:
       print(registry.table())
       return
     if CONFIG.value is None:
-      _fail('--config is missing: try --config=configs/tiny.py')
+      errors.fail('--config is missing: try --config=configs/tiny.py')
     try:
       config = config_lib.resolve(CONFIG.value)
       if PRINT_CONFIG.value:
         print(explain(config))
         return
       if not WORKDIR.value:
-        _fail('--workdir is missing: name a folder for the results')
+        errors.fail('--workdir is missing: name a folder for the results')
       _keep_programs()
       program(config, pathlib.Path(WORKDIR.value))
     except (config_lib.ConfigError, ValueError, OSError) as error:
       if VERBOSE.value:
         raise
-      _fail(error)
+      errors.fail(error)
     except experiment.Interrupted as error:
       print(f'{error} The state is saved; to go on:\n  {command()}')
       sys.exit(_INTERRUPTED)
@@ -131,4 +113,4 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
     about = f'{program_module.__doc__}\nFields and defaults:\n{fields}\n'
     program_module.__doc__ = about
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  app.run(main, flags_parser=_parse)
+  app.run(main, flags_parser=errors.parse)
