@@ -70,10 +70,10 @@ _GROW = {
 
 def _populated(state, population: int):
   """Gives a state the memory of a larger population."""
-  groups = state.memory.rank.shape[1]
+  shape = (1, population, state.memory.rank.shape[2])
   memory = Memory(
-    rank=jnp.full((population, groups), 4, jnp.int32),
-    tail_norm=jnp.zeros((population, groups)),
+    rank=jnp.full(shape, 4, jnp.int32),
+    tail_norm=jnp.zeros(shape),
     personal=state.memory.personal,
   )
   return dataclasses.replace(state, memory=memory)
@@ -86,22 +86,24 @@ def measure(point: dict) -> dict:
   raw = tiny.get_config()
   raw.update_from_flattened_dict(_BASE | point)
   x = experiment.prepare(config.resolve(raw))
-  state, cohort = x.initial_state, experiment.make_cohort(x, 0)
+  state, cohorts = x.initial_state, experiment.make_cohorts(x, 0)
   if population:
     state = _populated(state, population)
-    state = jax.device_put(state, sharding.by_name(x.mesh, state))
-  run_round = build.make_round(x.rules, x.mesh, state)
+    state = sharding.place(state, sharding.by_name(x.mesh, state, points=True))
+  run_rounds = build.make_rounds(x.rules, x.mesh, state)
   start = time.perf_counter()
   memory = (
-    run_round.lower(x.base, state, cohort, x.hyper).compile().memory_analysis()
+    run_rounds.lower(x.base, state, cohorts, x.hyper)
+    .compile()
+    .memory_analysis()
   )
   compile_s = time.perf_counter() - start
   state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   times = []
   for i in range(_REPEATS.value + 1):
-    cohort = experiment.make_cohort(x, i)
+    cohorts = experiment.make_cohorts(x, i)
     start = time.perf_counter()
-    state, out = run_round(x.base, state, cohort, x.hyper)
+    state, out = run_rounds(x.base, state, cohorts, x.hyper)
     jax.block_until_ready(out)
     times.append(time.perf_counter() - start)
   return {
@@ -109,7 +111,7 @@ def measure(point: dict) -> dict:
     'temporary_mb': memory.temp_size_in_bytes / 1e6,
     'state_mb': state_bytes / 1e6,
     'compile_s': compile_s,
-    'programs': run_round._cache_size(),
+    'programs': run_rounds._cache_size(),
   }
 
 

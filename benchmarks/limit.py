@@ -77,19 +77,20 @@ def main() -> None:
   x = experiment.prepare(config.resolve(_CONFIG.value))
   c, f = x.config, x.config.federated
   model, dtype = base_model.load(c, x.mesh).config, base_model.compute_dtype(c)
-  cohort = experiment.make_cohort(x, 0)
-  rank_N = np.asarray(x.initial_state.memory.rank).mean(1).round().astype(int)
-  work = count.held(jax.device_get(cohort), rank_N)
+  cohorts = experiment.make_cohorts(x, 0)
+  cohort = jax.tree.map(lambda leaf: np.asarray(leaf[0, 0]), cohorts)
+  rank_N = x.initial_rank[0]
+  work = count.held(cohort, rank_N)
   counted = count.needed(model, x.dims, work)
   _, _, rows, length = cohort.batches.tokens.shape
   at_once = f.clients_at_once or f.clients_per_round
   targets = at_once * cohort.batches.target.shape[-1]
   rate = Rate(shapes(model, at_once * rows * length, targets), dtype)
-  state, _ = x.run_round(x.base, x.initial_state, cohort, x.hyper)  # compiles
+  state, _ = x.run_rounds(x.base, x.initial_state, cohorts, x.hyper)  # compiles
   times, rates = [], [rate()]
   for _ in range(_REPEATS.value):
     start = time.perf_counter()
-    state, out = x.run_round(x.base, state, cohort, x.hyper)
+    state, out = x.run_rounds(x.base, state, cohorts, x.hyper)
     jax.block_until_ready(out)
     times.append(time.perf_counter() - start)
     rates.append(rate())

@@ -77,6 +77,12 @@ def workload(cohort: Cohort, rank_N) -> list[dict]:
   return clients
 
 
+def chat_cohort(x: experiment.Experiment) -> Cohort:
+  """Returns the cohort of round 0, in numpy."""
+  cohorts = experiment.make_cohorts(x, 0)
+  return jax.tree.map(lambda leaf: np.asarray(leaf[0, 0]), cohorts)
+
+
 def dense_cohort(x: experiment.Experiment, vocabulary: int) -> Cohort:
   """Returns a cohort whose rows are full and bear loss at every position."""
   f, rng = x.config.federated, np.random.default_rng(0)
@@ -89,7 +95,7 @@ def dense_cohort(x: experiment.Experiment, vocabulary: int) -> Cohort:
     )  # fmt: skip
 
   stack = lambda many: jax.tree.map(lambda *x: np.stack(x), *many)  # noqa: E731
-  cohort = experiment.make_cohort(x, 0)
+  cohort = chat_cohort(x)
   clients = len(cohort.client_id)
   return Cohort(
     client_id=np.asarray(cohort.client_id),
@@ -110,10 +116,13 @@ class Ours:
     """Times a round, of round 0's cohort built anew if none is given."""
     x, start = self.x, time.perf_counter()
     if cohort is None:
-      cohort = experiment.make_cohort(x, 0)
+      cohorts = experiment.make_cohorts(x, 0)
     else:
-      cohort = jax.device_put(cohort, sharding.over_clients(x.mesh))
-    self.state, out = x.run_round(x.base, self.state, cohort, x.hyper)
+      cohorts = sharding.place(
+        jax.tree.map(lambda leaf: leaf[None, None], cohort),
+        sharding.over_clients(x.mesh),
+      )
+    self.state, out = x.run_rounds(x.base, self.state, cohorts, x.hyper)
     out = jax.device_get(out)
     return {
       'seconds': time.perf_counter() - start,
@@ -273,8 +282,7 @@ def main() -> None:
   )
   x = experiment.prepare(config.resolve(raw))
   c, model = x.config, base_model.load(x.config, x.mesh)
-  rank_N = np.asarray(x.initial_state.memory.rank)[:, 0]
-  chats = jax.device_get(experiment.make_cohort(x, 0))
+  rank_N, chats = x.initial_rank[0], chat_cohort(x)
   dense = dense_cohort(x, model.config.vocab_size)
   work = {
     'gguf': str(sources.resolve(c.model.source).path.resolve()),

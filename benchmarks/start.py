@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from benchmarks import machine
-from hetlora_jax import config, experiment
+from hetlora_jax import config, experiment, training
 
 _CONFIG = machine.define_config()
 _ROUNDS = flags.DEFINE_integer('rounds', 4, 'Rounds of the run.')
@@ -39,14 +39,14 @@ def child() -> dict[str, float]:
   """Prepares, compiles and runs one round; returns when each was done."""
   done = {'imported': _age()}
   x = experiment.prepare(config.resolve(_CONFIG.value))
-  cohort = experiment.make_cohort(x, 0)
+  cohorts = experiment.make_cohorts(x, 0)
   done['prepared'] = _age()
-  lowered = x.run_round.lower(x.base, x.initial_state, cohort, x.hyper)
+  lowered = x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper)
   done['traced'] = _age()
   lowered.compile()
   done['compiled'] = _age()
   # The program is in the cache now; calling finds it there.
-  jax.block_until_ready(x.run_round(x.base, x.initial_state, cohort, x.hyper))
+  jax.block_until_ready(x.run_rounds(x.base, x.initial_state, cohorts, x.hyper))
   done['first round'] = _age()
   return done | {'peak MB': machine.peak_mb()}
 
@@ -68,7 +68,7 @@ def waiting() -> dict:
   raw.federated.num_rounds = _ROUNDS.value
   with tempfile.TemporaryDirectory() as folder:
     began = time.perf_counter()
-    experiment.run(config.resolve(raw), pathlib.Path(folder, 'run'))
+    training.run(config.resolve(raw), pathlib.Path(folder, 'run'))
     seconds = time.perf_counter() - began
     rows = (pathlib.Path(folder, 'run', 'metrics.jsonl')).read_text()
   rows = [json.loads(line) for line in rows.splitlines()]

@@ -40,8 +40,11 @@ def get_config() -> ml_collections.ConfigDict:
   f.tail_penalty = 0.1
   # Mu, the weight of ||theta - theta_received||^2 / 2 ('proximal').
   f.proximal = 0.01
-  # Clients trained at once, the memory dial; 0 is all of the round's.
+  # Clients a device trains at once, the memory dial; 0 is all of its own.
   f.clients_at_once = 0
+  # Rounds in one call of the compiled program; evaluations, checkpoints and
+  # Ctrl-C wait for its end.
+  f.rounds_per_call = 1
 
   r = c.ranks = ml_collections.ConfigDict()
   # Who gets which rank: 'uniform', 'power_law', 'normal', 'explicit', 'tiers'.
@@ -129,6 +132,8 @@ def get_config() -> ml_collections.ConfigDict:
   m.remat = False
   # Shape of a 'random' model, of the Gemma 3 family.
   x = m.random = ml_collections.ConfigDict()
+  # Seed of its parameters.
+  x.seed = 0
   # Width of the residual stream.
   x.width = 64
   # Number of layers.
@@ -183,6 +188,8 @@ def get_config() -> ml_collections.ConfigDict:
   w.wire_dtype = 'float32'
 
   x = c.mesh = ml_collections.ConfigDict()
+  # Devices along which the points of a sweep are spread.
+  x.sweep = 1
   # Devices along which clients are spread.
   x.clients = 1
   # Devices along which the base model is split.

@@ -37,7 +37,7 @@ def load(config: Config, mesh: Mesh) -> pretrained.Pretrained:
   c, dtype = config.model, compute_dtype(config)
   if c.source != 'random':
     return _load(c.source, dtype, mesh)
-  return _draw(c.random, config.data.name, config.seed, dtype, mesh)
+  return _draw(c.random, config.data.name, dtype, mesh)
 
 
 @functools.lru_cache(1)
@@ -47,18 +47,18 @@ def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> pretrained.Pretrained:
 
 @functools.lru_cache(1)
 def _draw(
-  c: RandomModel, data: str, seed: int, dtype: jnp.dtype, mesh: Mesh
+  c: RandomModel, data: str, dtype: jnp.dtype, mesh: Mesh
 ) -> pretrained.Pretrained:
   tokenizer = Tokenizer.train(people.corpus(data), c.vocab_size)
   shape = _random_shape(c, tokenizer.vocab_size)
-  params = decoder.init_params(shape, prng.stream(seed, 'base'), dtype)
-  model = pretrained.Pretrained(shape, params, f'random-{seed}', tokenizer)
+  params = decoder.init_params(shape, prng.stream(c.seed, 'base'), dtype)
+  model = pretrained.Pretrained(shape, params, f'random-{c.seed}', tokenizer)
   return _place(model, mesh)
 
 
 def _place(model: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained:
   where = sharding.by_name(mesh, model.params)
-  placed = jax.block_until_ready(jax.device_put(model.params, where))
+  placed = jax.block_until_ready(sharding.place(model.params, where))
   return dataclasses.replace(model, params=placed)
 
 

@@ -73,6 +73,18 @@ def _scale_carriers(config: Config) -> tuple[float, float]:
   return power_a, 1 - power_a
 
 
+def clients_at_once(config: Config) -> tuple[int, int]:
+  """Returns how many clients all devices train at once, and a round's in all.
+
+  The second includes padding. A client that trains the base is a copy of it, so
+  a device trains one at a time unless told otherwise.
+  """
+  f, names = config.federated, rule_names(config)
+  clients = 1 if names['cohort'] == 'pooled' else f.clients_per_round
+  at_once = f.clients_at_once or int(names['trainable'] == 'base')
+  return sharding.chunks(clients, at_once, config.mesh.clients)
+
+
 def make_rules(config: Config, loss: Loss) -> Rules:
   """Binds every static choice of the round."""
   names, m = rule_names(config), config.methods
@@ -88,6 +100,7 @@ def make_rules(config: Config, loss: Loss) -> Rules:
     if callable(ROLES[role][name])
   }
   o, trains_base = config.client_optimizer, names['trainable'] == 'base'
+  at_once, clients = clients_at_once(config)
 
   def client_optimizer(hyper: Hyperparameters):
     rate = (
@@ -114,8 +127,7 @@ def make_rules(config: Config, loss: Loss) -> Rules:
     aggregate=rule['aggregation'],
     redistribute=rule['redistribution'],
     server_optimizer=_SERVER_OPTIMIZERS[config.server_optimizer.name],
-    # A client that trains the base is a copy of it.
-    clients_at_once=config.federated.clients_at_once or int(trains_base),
+    clients_at_once=0 if at_once == clients else at_once,
   )
 
 
@@ -214,14 +226,36 @@ def init_state(
   return dataclasses.replace(state, opt_state=optimizer.init(moved))
 
 
-def make_round(rules: Rules, mesh, state: ServerState):
-  """Jits the round on a mesh, donating the state; of it only shapes are read."""
+def make_rounds(rules: Rules, mesh, state: ServerState):
+  """Jits many rounds of many points on a mesh, donating the state.
+
+  Args:
+    rules: the method's.
+    mesh: the devices.
+    state: of all points, leaves [K, ...]; only shapes are read.
+
+  Returns:
+    (base, state, cohorts, hyper) -> (state, metrics), where the leaves of
+    `state` and `hyper` are [K, ...], of `cohorts` [rounds, K, C, ...] and of
+    the metrics [rounds, K, ...].
+  """
   everywhere = sharding.replicated(mesh)
-  state_sharding = sharding.by_name(mesh, state)
+  state_sharding = sharding.by_name(mesh, state, points=True)
+  one_round = sharding.each_point(
+    mesh, functools.partial(rounds.federated_round, rules), (None, 0, 0, 0)
+  )
+
+  def many_rounds(base, state, cohorts, hyper):
+    def step(state, cohort):
+      return one_round(base, state, cohort, hyper)
+
+    return jax.lax.scan(step, state, cohorts)
+
   return jax.jit(
-    functools.partial(rounds.federated_round, rules),
+    many_rounds,
     in_shardings=(
-      None, state_sharding, sharding.over_clients(mesh), everywhere
+      None, state_sharding, sharding.over_clients(mesh),
+      sharding.over_points(mesh),
     ),
     out_shardings=(state_sharding, everywhere),
     donate_argnums=(1,),

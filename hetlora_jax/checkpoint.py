@@ -1,48 +1,59 @@
-"""Saving and restoring the server's state with Orbax."""
+"""Saving and restoring servers' states with Orbax."""
 
 import pathlib
+from collections.abc import Iterable, Sequence
 
-import jax
 import orbax.checkpoint as ocp
 
 from hetlora_jax.types import ServerState
 
 
 class Checkpoints:
-  """The checkpoints of one run; a step is the number of rounds done."""
+  """The checkpoints of points that run together, each in a folder of its own.
 
-  def __init__(self, directory: pathlib.Path, keep: int):
+  A step is the number of rounds done.
+  """
+
+  def __init__(self, folders: Sequence[pathlib.Path], keep: int):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+    self._managers = [
+      ocp.CheckpointManager(folder.resolve(), options=options)
+      for folder in folders
+    ]
 
-  def save(self, state: ServerState) -> None:
+  def newest(self) -> int | None:
+    """Returns the newest step that all points have, or None."""
+    return max(
+      set.intersection(*[set(m.all_steps()) for m in self._managers]),
+      default=None,
+    )
+
+  def save(self, step: int, states: Iterable[ServerState]) -> None:
     """Starts to save; the arrays are copied before this returns."""
-    step = int(state.round)
-    if step not in self._manager.all_steps():
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+    for manager, state in zip(self._managers, states, strict=False):
+      if step not in manager.all_steps():
+        manager.save(step, args=ocp.args.StandardSave(state))
 
-  def restore(self, like: ServerState) -> ServerState | None:
-    """Returns the newest state, laid out as `like`, or None if there is none.
+  def restore(self, step: int, like: ServerState) -> list[ServerState]:
+    """Returns the points' states, laid out as `like`.
 
     Raises:
-      ValueError: the checkpoint has other shapes than the configuration.
+      ValueError: a checkpoint has other shapes than the configuration.
     """
-    step = self._manager.latest_step()
-    if step is None:
-      return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return [self._restore(m, step, like) for m in self._managers]
+
+  def _restore(self, manager, step: int, like: ServerState) -> ServerState:
     try:
-      return self._manager.restore(
-        step, args=ocp.args.StandardRestore(abstract)
-      )
+      return manager.restore(step, args=ocp.args.StandardRestore(like))
     except (ValueError, KeyError) as error:
       raise ValueError(
-        f'{self._manager.directory}/{step} does not fit this configuration '
+        f'{manager.directory}/{step} does not fit this configuration '
         f'(population, ranks, targets or optimizer differ): use another '
         f'--workdir. ({error})'.splitlines()[0]
       ) from error
 
   def close(self) -> None:
     """Waits for the last save."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    for manager in self._managers:
+      manager.wait_until_finished()
+      manager.close()

@@ -42,7 +42,7 @@ _CHOICES = {
 }
 _AT_LEAST = {
   0: (
-    'seed lora.scale federated.min_local_steps federated.dropout '
+    'seed model.random.seed lora.scale federated.min_local_steps federated.dropout '
     'federated.tail_penalty federated.proximal federated.clients_at_once '
     'ranks.exponent methods.energy client_optimizer.learning_rate '
     'client_optimizer.full_learning_rate client_optimizer.weight_decay '
@@ -53,7 +53,8 @@ _AT_LEAST = {
     'federated.local_batch federated.r_min federated.r_max data.min_examples '
     'data.context_turns data.row_tokens data.tokens_per_example '
     'data.targets_per_example eval.num_people eval.examples_per_person '
-    'checkpoint.every checkpoint.keep mesh.clients mesh.model model.random.width model.random.num_layers '
+    'checkpoint.every checkpoint.keep mesh.sweep mesh.clients mesh.model '
+    'federated.rounds_per_call model.random.width model.random.num_layers '
     'model.random.num_heads model.random.head_dim model.random.mlp_width '
     'model.random.vocab_size'
   ),
@@ -103,6 +104,15 @@ def _conditions(c) -> Iterator[tuple[str, Any, bool, str]]:
     'federated.r_min', f.r_min, f.r_min <= f.r_max,
     f'it exceeds federated.r_max={f.r_max}; lower it or raise r_max',
   )  # fmt: skip
+  for name, rounds in (
+    ('federated.num_rounds', f.num_rounds),
+    ('eval.every', c.eval.every),
+    ('checkpoint.every', c.checkpoint.every),
+  ):
+    yield (
+      name, rounds, rounds % f.rounds_per_call == 0,
+      f'it is no multiple of federated.rounds_per_call={f.rounds_per_call}',
+    )  # fmt: skip
   yield 'federated.gamma', f.gamma, 0 < f.gamma <= 1, 'it must be in (0, 1]'
   yield 'federated.dropout', f.dropout, f.dropout < 1, 'it must be in [0, 1)'
   yield (

@@ -35,6 +35,7 @@ class Federated:
   tail_penalty: float
   proximal: float
   clients_at_once: int
+  rounds_per_call: int
 
 
 @_record
@@ -92,6 +93,7 @@ class ServerOptimizer:
 
 @_record
 class RandomModel:
+  seed: int
   width: int
   num_layers: int
   num_heads: int
@@ -142,6 +144,7 @@ class Communication:
 
 @_record
 class Mesh:
+  sweep: int
   clients: int
   model: int
 

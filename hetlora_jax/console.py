@@ -7,13 +7,17 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+import jax
+import numpy as np
 import tqdm
 
 from hetlora_jax import metrics
 
 
 def say(text: str) -> None:
-  """Prints a line, above the bar if there is one."""
+  """Prints a line, above the bar if there is one; one process speaks for all."""
+  if jax.process_index():
+    return
   tqdm.tqdm.write(text, file=sys.stdout)
   sys.stdout.flush()
 
@@ -55,6 +59,13 @@ def background() -> Iterator[Callable]:
     yield lambda function, *args: pool.submit(function, *args).result()
 
 
+def _span(rows: list[metrics.Row], name: str, digits: int) -> str:
+  """Renders the value of one run, or the least and most of several."""
+  least, most = (f(r[name] for r in rows) for f in (min, max))
+  texts = dict.fromkeys(f'{value:.{digits}f}' for value in (least, most))
+  return '..'.join(texts)
+
+
 class Progress:
   """A bar on a terminal, plain lines elsewhere."""
 
@@ -63,15 +74,17 @@ class Progress:
       initial=first,
       total=last,
       unit='round',
-      disable=not sys.stderr.isatty(),
+      disable=not sys.stderr.isatty() or jax.process_index() > 0,
       dynamic_ncols=True,
     )
     self._last, self._perplexity = last, {}
 
-  def update(self, row: metrics.Row) -> None:
+  def update(self, rows: list[metrics.Row]) -> None:
+    """Shows a round of one run, or of several that run together."""
+    row = rows[0]
     for who in ('seen', 'unseen'):
       if f'eval/{who}/perplexity' in row:
-        self._perplexity[who] = f'{row[f"eval/{who}/perplexity"]:.2f}'
+        self._perplexity[who] = _span(rows, f'eval/{who}/perplexity', 2)
     if 'train/loss' not in row:
       text = ', '.join(f'{k} {v}' for k, v in self._perplexity.items())
       when = (
@@ -80,9 +93,9 @@ class Progress:
       say(f'perplexity {when}: {text}')
       return
     shown = {
-      'loss': f'{row["train/loss"]:.3f}',
-      'rank': f'{row["rank/mean"]:.1f}',
-      'tok/s': f'{row["time/tokens_per_s"]:.0f}',
+      'loss': _span(rows, 'train/loss', 3),
+      'rank': _span(rows, 'rank/mean', 1),
+      'tok/s': f'{np.mean([r["time/tokens_per_s"] for r in rows]):.0f}',
       **{f'ppl {k}': v for k, v in self._perplexity.items()},
     }
     self._bar.set_postfix(shown, refresh=False)
@@ -92,7 +105,7 @@ class Progress:
       text = '  '.join(
         f'{k} {v}' for k, v in shown.items() if not (stale and 'ppl' in k)
       )
-      seconds = row['time/round_s']
+      seconds = sum(r['time/round_s'] for r in rows)
       say(f'round {row["round"]}/{self._last}  {text}  {seconds:.1f} s')
 
   def close(self) -> None:

@@ -1,63 +1,76 @@
-"""The host's side of a run: restore, run rounds, evaluate, log, save."""
+"""An experiment, built and checked: models, people, cohorts, evaluation.
+
+One or several points of a sweep, which differ in what one program may vary
+(`VARIES`), are one experiment; its states have a leading axis of points, K.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
+import functools
 import math
-import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from hetlora_jax import (
-  base_model,
-  build,
-  checkpoint,
-  communication,
-  console,
-  metrics,
-  results,
-  sharding,
-)
+from hetlora_jax import base_model, build, communication, metrics, sharding
 from hetlora_jax.config import Config, ConfigError, flat, to_dict
 from hetlora_jax.data import cohorts, people
 from hetlora_jax.evaluation import perplexity
 from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.models import decoder
-from hetlora_jax.types import Cohort, PyTree, Rules, ServerState
+from hetlora_jax.types import (
+  Cohort,
+  Hyperparameters,
+  PyTree,
+  Rules,
+  ServerState,
+)
 
-# A run may be continued with other values of these.
-_MAY_CHANGE = (
-  'federated.num_rounds', 'federated.clients_at_once', 'eval.', 'checkpoint.',
-  'mesh.',
+# Fields that are data to the compiled program, and so may differ between the
+# points of one experiment: `types.Hyperparameters`, and who gets which rank.
+VARIES = (
+  'seed', 'client_optimizer.learning_rate',
+  'client_optimizer.full_learning_rate', 'server_optimizer.learning_rate',
+  'federated.dropout', 'federated.tail_penalty', 'federated.gamma',
+  'federated.r_min', 'federated.proximal', 'methods.energy', 'lora.scale',
+  'ranks.distribution', 'ranks.exponent', 'ranks.explicit', 'ranks.tiers',
+  'ranks.tier_fractions', 'ranks.data_correlation',
 )  # fmt: skip
-
-
-class Interrupted(Exception):
-  """Somebody asked the run to stop; its state has been saved."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
   """Everything a run needs, built and checked; nothing written yet."""
 
-  config: Config
+  points: tuple[Config, ...]  # K, those that fill up `sweep` included
   people: people.People
   base: PyTree
   dims: dict[str, tuple[int, int, int]]
   evaluation: dict[str, Cohort]  # name -> evaluation set
-  hyper: Any
-  initial_state: ServerState
+  hyper: Hyperparameters  # leaves [K]
+  initial_state: ServerState  # leaves [K, ...]
+  initial_rank: np.ndarray  # [K, N]
   rules: Rules
-  run_round: Callable
-  evaluate: dict[str, Callable]  # name -> (base, state, cohort, hyper) -> loss
+  run_rounds: Callable  # see build.make_rounds
+  evaluate: dict[str, Callable]  # name -> see perplexity.make_evaluate
   mesh: jax.sharding.Mesh
   description: dict[str, Any]
+
+  @property
+  def config(self) -> Config:
+    """What all points have in common, read from the first."""
+    return self.points[0]
+
+
+def program_of(config: Config) -> tuple:
+  """Returns what two points must share to be one experiment, hashable."""
+  fields = flat(to_dict(config)).items()
+  return tuple((name, x) for name, x in fields if name not in VARIES)
 
 
 def _packing(config: Config, examples: int) -> dict[str, int]:
@@ -105,39 +118,69 @@ def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
       num_people=min(e.num_people, len(crowd.groups[kind].ids)),
       examples_per_person=e.examples_per_person,
       **_packing(config, e.examples_per_person),
+      multiple_of=config.mesh.clients,
     )
   return out
 
 
-def prepare(config: Config) -> Experiment:
+def _stack(trees: Sequence[PyTree]) -> PyTree:
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def _fill_up(points: Sequence[Config]) -> tuple[Config, ...]:
+  """Repeats the last point until `sweep` divides their number."""
+  c, count = points[0], len(points)
+  if any(program_of(p) != program_of(c) for p in points):
+    raise ValueError('points that differ in their program cannot run together')
+  if count < c.mesh.sweep:
+    raise ConfigError(
+      f'config.mesh.sweep={c.mesh.sweep} exceeds the {count} point(s) that run '
+      'together: lower it (launch.sweep runs several in one program).'
+    )
+  return (*points, *[points[-1]] * (-count % c.mesh.sweep))
+
+
+def prepare(*points: Config) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing."""
-  mesh = sharding.make_mesh(config.mesh.clients, config.mesh.model)
+  points = _fill_up(points)
+  config = points[0]
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
   model = base_model.load(config, mesh)
   crowd = _load_people(config, model.tokenizer)
   dtype = base_model.compute_dtype(config)
   dims = decoder.adapter_dims(model.config, config.lora.targets)
   loss = decoder.make_loss(model.config, dtype, config.model.remat)
   rules = build.make_rules(config, loss)
-  rank_N = build.draw_ranks(config, crowd.num_examples)
-  state = build.init_state(config, dims, model.params, rank_N, rules)
-  everywhere = sharding.replicated(mesh)
+  rank_KN = np.stack([build.draw_ranks(p, crowd.num_examples) for p in points])
+  state = _stack(
+    [
+      build.init_state(p, dims, model.params, rank_N, rules)
+      for p, rank_N in zip(points, rank_KN, strict=True)
+    ]
+  )
+  hyper = _stack([build.make_hyperparameters(p) for p in points])
   evaluate = dict.fromkeys(
-    ('seen', 'unseen'), perplexity.make_evaluate(rules, own=False)
+    ('seen', 'unseen'), perplexity.make_evaluate(rules, mesh, own=False)
   )
   if rules.personal:
-    evaluate['seen'] = perplexity.make_evaluate(rules, own=True)
+    evaluate['seen'] = perplexity.make_evaluate(rules, mesh, own=True)
   elif config.eval.own_rank:
-    evaluate['seen_own'] = perplexity.make_evaluate(rules, own=True)
+    evaluate['seen_own'] = perplexity.make_evaluate(rules, mesh, own=True)
   return Experiment(
-    config=config,
+    points=points,
     people=crowd,
     base=model.params,
     dims=dims,
-    evaluation=jax.device_put(_evaluation_sets(config, crowd), everywhere),
-    hyper=jax.device_put(build.make_hyperparameters(config), everywhere),
-    initial_state=jax.device_put(state, sharding.by_name(mesh, state)),
+    evaluation=sharding.place(
+      _evaluation_sets(config, crowd), sharding.over_people(mesh)
+    ),
+    hyper=sharding.place(hyper, sharding.over_points(mesh)),
+    initial_state=sharding.place(
+      state, sharding.by_name(mesh, state, points=True)
+    ),
+    initial_rank=rank_KN,
     rules=rules,
-    run_round=build.make_round(rules, mesh, state),
+    run_rounds=build.make_rounds(rules, mesh, state),
     evaluate=evaluate,
     mesh=mesh,
     description={
@@ -154,184 +197,107 @@ def prepare(config: Config) -> Experiment:
   )
 
 
-def make_cohort(x: Experiment, round_number: int) -> Cohort:
-  """Builds and places the cohort of a round: a function of (seed, round)."""
-  f, m = x.config.federated, x.config.methods
-  pooled = rule_names(x.config)['cohort'] == 'pooled'
-  multiple = math.lcm(x.config.mesh.clients, f.clients_at_once or 1)
-  clients = 1 if pooled else f.clients_per_round
-  cohort = cohorts.make_cohort(
+def _cohort(x: Experiment, seed: int, round_number: int, only: slice) -> Cohort:
+  """Builds some clients of the cohort of a round, in numpy."""
+  f = x.config.federated
+  return cohorts.make_cohort(
     x.people,
-    seed=x.config.seed,
+    seed=seed,
     round=round_number,
     clients_per_round=f.clients_per_round,
     local_steps=f.local_steps,
     local_batch=f.local_batch,
     sampling=f.sampling,
     min_steps=f.min_local_steps or f.local_steps,
-    count=m.count_examples,
-    pooled=pooled,
-    pad_to=math.ceil(clients / multiple) * multiple,
+    count=x.config.methods.count_examples,
+    pooled=rule_names(x.config)['cohort'] == 'pooled',
+    pad_to=build.clients_at_once(x.config)[1],
     **_packing(x.config, f.local_batch),
+    only=only,
   )
-  return jax.device_put(cohort, sharding.over_clients(x.mesh))
 
 
-def _cohorts_ahead(x: Experiment, first: int, last: int) -> Iterator[Cohort]:
-  """Builds the next round's cohort while this round runs."""
-  if first >= last:
-    return
+def make_cohorts(x: Experiment, first: int) -> Cohort:
+  """Builds and places the cohorts of a call: [rounds, K, C, ...].
+
+  A cohort is a function of (seed, round); each process builds only what its
+  own devices hold.
+  """
+  rounds, points = x.config.federated.rounds_per_call, len(x.points)
+  shape = (rounds, points, build.clients_at_once(x.config)[1])
+  where = sharding.over_clients(x.mesh)
+  _, own_points, own_clients = sharding.own_part(where, shape)
+  # Points of one seed share their cohorts.
+  build_once = functools.cache(
+    lambda seed, i: _cohort(x, seed, i, only=own_clients)
+  )
+  own = _stack(
+    [
+      _stack([build_once(p.seed, first + i) for p in x.points[own_points]])
+      for i in range(rounds)
+    ]
+  )
+  return sharding.place_own(own, where, shape)
+
+
+def cohorts_ahead(x: Experiment, first: int, last: int) -> Iterator[Cohort]:
+  """Builds the next call's cohorts while this call runs."""
+  starts = range(first, last, x.config.federated.rounds_per_call)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    coming = pool.submit(make_cohort, x, first)
-    for round_number in range(first + 1, last + 1):
-      ready = coming.result()
-      if round_number < last:
-        coming = pool.submit(make_cohort, x, round_number)
+    coming = [pool.submit(make_cohorts, x, start) for start in starts[:1]]
+    for start in starts[1:]:
+      ready = coming.pop().result()
+      coming.append(pool.submit(make_cohorts, x, start))
       yield ready
+    for last_one in coming:
+      yield last_one.result()
 
 
-def evaluate(x: Experiment, state: ServerState) -> metrics.Row:
-  """Returns loss and perplexity of seen and unseen people."""
-  row = {}
+def evaluate(x: Experiment, state: ServerState) -> list[metrics.Row]:
+  """Returns every point's loss and perplexity of seen and unseen people."""
+  rows = [{} for _ in x.points]
   for name, function in x.evaluate.items():
     cohort = x.evaluation[name.removesuffix('_own')]
-    loss = float(function(x.base, state, cohort, x.hyper))
-    row[f'eval/{name}/loss'] = loss
-    row[f'eval/{name}/perplexity'] = math.exp(min(loss, 700.0))
-  return row
+    loss_K = jax.device_get(function(x.base, state, cohort, x.hyper))
+    for row, loss in zip(rows, loss_K.tolist(), strict=True):
+      row[f'eval/{name}/loss'] = loss
+      row[f'eval/{name}/perplexity'] = math.exp(min(loss, 700.0))
+  return rows
 
 
-def check_workdir(config: Config, workdir: pathlib.Path) -> None:
-  """Raises if the run in `workdir` was made with another configuration."""
-  path = workdir / 'config.json'
-  if workdir.exists() and not workdir.is_dir():
-    raise ConfigError(f'--workdir={workdir} is a file: name a folder.')
-  if not path.exists():
-    return
-  try:
-    old = flat(json.loads(path.read_text()))
-  except ValueError as error:
-    raise ConfigError(
-      f'{path} is damaged ({error}): use another --workdir.'
-    ) from error
-  new = flat(json.loads(json.dumps(to_dict(config))))
-  for name in sorted(set(old) | set(new)):
-    if old.get(name) != new.get(name) and not name.startswith(_MAY_CHANGE):
-      raise ConfigError(
-        f'--workdir={workdir} holds a run with config.{name}='
-        f'{old.get(name)!r}, not {new.get(name)!r}: use another --workdir, or '
-        'the old value to continue it.'
-      )
-
-
-def run(config: Config, workdir: pathlib.Path, command: str = '') -> dict:
-  """Runs or continues an experiment and returns its summary.
-
-  Args:
-    config: what to run.
-    workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/,
-      summary.json and curves.png; an earlier run in it is continued.
-    command: how to repeat it, for the summary.
-
-  Raises:
-    ConfigError: the experiment cannot run; nothing has been written.
-    Interrupted: Ctrl-C or SIGTERM; the state has been saved.
-  """
-  check_workdir(config, workdir)
-  started = time.time()
-  console.say(
-    f'Loading {config.model.source} and {config.data.name}; the first time '
-    'takes a while.'
+def shape_of_one(x: Experiment) -> ServerState:
+  """Returns shapes, types and places of one point's state."""
+  one = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
+    x.initial_state,
   )
-  x = prepare(config)
-  console.say(_introduction(x))
-  workdir.mkdir(parents=True, exist_ok=True)
-  metrics.write_json(workdir / 'config.json', to_dict(config))
-  checkpoints = checkpoint.Checkpoints(
-    workdir / 'checkpoints', config.checkpoint.keep
-  )
-  try:
-    state = checkpoints.restore(x.initial_state)
-    first = 0 if state is None else int(state.round)
-    state = x.initial_state if state is None else state
-    if first:
-      console.say(f'Continuing after round {first} of {workdir}.')
-    # Rows up to the restored round were written before its checkpoint.
-    writer = metrics.Writer(workdir, first + 1 if first else 0)
-    try:
-      state = _run_rounds(x, state, first, writer, checkpoints)
-    finally:
-      writer.close()
-  finally:
-    checkpoints.close()
-  summary = results.summarise(x, writer.rows, time.time() - started, command)
-  metrics.write_json(workdir / 'summary.json', summary)
-  title = f'{config.method}: {config.model.source} on {config.data.name}'
-  metrics.plot(writer.rows, workdir / 'curves.png', title)
-  return summary
-
-
-def evaluate_checkpoint(config: Config, workdir: pathlib.Path) -> metrics.Row:
-  """Evaluates the newest checkpoint of a run."""
-  if not (workdir / 'checkpoints').is_dir():
-    raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
-  check_workdir(config, workdir)
-  x = prepare(config)
-  checkpoints = checkpoint.Checkpoints(
-    workdir / 'checkpoints', config.checkpoint.keep
-  )
-  state = checkpoints.restore(x.initial_state)
-  checkpoints.close()
-  if state is None:
-    raise ConfigError(f'{workdir}/checkpoints is empty: train first.')
-  return {'round': int(state.round), **evaluate(x, state)}
-
-
-def _introduction(x: Experiment) -> str:
-  rank_N, d = np.asarray(x.initial_state.memory.rank), x.description
-  they = f'of rank {rank_N.min()} to {rank_N.max()} (mean {rank_N.mean():.1f})'
-  if not rank_N.any():
-    they = f'who train all {d["base_parameters"]:,} parameters'
-  return (
-    f'{x.config.method} on {x.config.data.name}: {d["training_people"]} people '
-    f'{they}, '
-    f'{d["unseen_people"]} more never trained on; {d["model"]} in {d["dtype"]} '
-    f'on {x.mesh.size} {jax.default_backend()} device(s). The first evaluation '
-    'and round include compiling.'
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    one,
+    sharding.by_name(x.mesh, one),
   )
 
 
-def _run_rounds(x, state, first: int, writer, checkpoints) -> ServerState:
-  """Runs the rounds that remain."""
-  last, every = x.config.federated.num_rounds, x.config.eval.every
-  progress = console.Progress(min(first, last), last)
-  with console.StopSignal() as stop, console.background() as in_background:
-    if not any('eval/seen/loss' in row for row in writer.rows):
-      row = {'round': first, **evaluate(x, state)}
-      writer.write(row)
-      progress.update(row)
-    free = time.perf_counter()  # when the devices had last finished
-    for done, cohort in enumerate(_cohorts_ahead(x, first, last), first + 1):
-      start = time.perf_counter()
-      state, out = in_background(
-        lambda s, c: jax.block_until_ready(x.run_round(x.base, s, c, x.hyper)),
-        state,
-        cohort,
-      )
-      waited, free = start - free, time.perf_counter()
-      out = jax.device_get(out)
-      row = results.round_row(x, done, out, free - start, waited)
-      results.cumulate(row, writer.rows)
-      if done == last or (every and done % every == 0):
-        row |= evaluate(x, state)
-        free = time.perf_counter()
-      writer.write(row)
-      progress.update(row)
-      due = done == last or done % x.config.checkpoint.every == 0
-      if due or stop.received:
-        checkpoints.save(state)
-      if stop.received and done < last:
-        progress.close()
-        raise Interrupted(f'Stopped after round {done} of {last}.')
-  progress.close()
-  return state
+def split(x: Experiment, state: ServerState) -> Iterator[ServerState]:
+  """Yields every point's own state."""
+  where = sharding.by_name(x.mesh, shape_of_one(x))
+
+  @functools.partial(jax.jit, out_shardings=where)
+  def take(state, k):
+    return jax.tree.map(lambda leaf: leaf[k], state)
+
+  for k in range(len(x.points)):
+    yield take(state, k)
+
+
+def join(x: Experiment, states: Sequence[ServerState]) -> ServerState:
+  """Stacks the states of the first points; others get the last one's."""
+  states = [*states, *[states[-1]] * (len(x.points) - len(states))]
+  where = sharding.by_name(x.mesh, x.initial_state, points=True)
+  stack = jax.jit(
+    lambda *s: jax.tree.map(lambda *leaves: jnp.stack(leaves), *s),
+    out_shardings=where,
+  )
+  return stack(*states)

@@ -34,15 +34,22 @@ def read_rows(path: pathlib.Path) -> list[Row]:
 
 
 class Writer:
-  """Appends one object a round, from the round that was restored on."""
+  """Appends one object a round, from the round that was restored on.
 
-  def __init__(self, workdir: pathlib.Path, first_round: int):
+  With `writes` False, as in all processes but the first, it only remembers.
+  """
+
+  def __init__(
+    self, workdir: pathlib.Path, first_round: int, writes: bool = True
+  ):
     path = workdir / 'metrics.jsonl'
     kept = [r for r in read_rows(path) if r['round'] < first_round]
+    self.rows, self._writes = kept, writes
+    if not writes:
+      return
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(''.join(json.dumps(r) + '\n' for r in kept))
     os.replace(temporary, path)
-    self.rows = kept
     self._file = path.open('a')
     self._board = tensorboardX.SummaryWriter(
       str(workdir / 'tensorboard'), purge_step=first_round
@@ -51,6 +58,8 @@ class Writer:
   def write(self, row: Row) -> None:
     """Writes a row and makes sure that it has left this process."""
     self.rows.append(row)
+    if not self._writes:
+      return
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
     for name, value in row.items():
@@ -58,8 +67,9 @@ class Writer:
         self._board.add_scalar(name, value, row['round'])
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    if self._writes:
+      self._file.close()
+      self._board.close()
 
 
 def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:

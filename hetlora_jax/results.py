@@ -14,8 +14,10 @@ from hetlora_jax.checks import WIRE_DTYPES
 from hetlora_jax.methods.registry import rule_names
 
 
-def round_row(x, done: int, out: dict, seconds: float, waited: float):
-  """Returns a finished round's line of metrics.jsonl."""
+def round_row(
+  x, config, done: int, out: dict, seconds: float, waited: float
+) -> metrics.Row:
+  """Returns a point's line of metrics.jsonl for a finished round."""
   present, reports = out['present'], out['reports']
   sent, kept = out['sent_rank'], out['rank']
   traffic = communication.of_round(
@@ -31,7 +33,7 @@ def round_row(x, done: int, out: dict, seconds: float, waited: float):
     'train/tokens': int(tokens),
     'train/parameters': traffic.trained / max(int(present.sum()), 1),
     'train/reports': int(reports.sum()),
-    **diagnostics.row(out, x.config.federated.r_min),
+    **diagnostics.row(out, config.federated.r_min),
     'rank/pruned': int((kept < sent)[reports].any(1).sum()),
     'comm/up_bytes': wire * traffic.up,
     'comm/down_bytes': wire * traffic.down,

@@ -1,14 +1,22 @@
-"""The device mesh (clients, model) and where each pytree lives on it.
+"""The device mesh (sweep, clients, model) and where each pytree lives on it.
 
-Clients of a round are spread over `clients`; the base is split over `model`;
-the server's state is everywhere. XLA inserts all collectives.
+Points of a sweep are spread over `sweep` and never talk to each other; clients
+of a round over `clients`; the base is split over `model`; a server's state is
+everywhere within its point. XLA inserts all collectives.
 """
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hetlora_jax.types import PyTree
+
+AXES = ('sweep', 'clients', 'model')
 
 # Which axis of a base parameter is split over `model`. Stacked layers come
 # first in all but the embeddings.
@@ -20,47 +28,168 @@ _BASE_RULES = {
 }  # fmt: skip
 
 
-def make_mesh(clients: int, model: int) -> Mesh:
-  """Lays the devices out; raises if there are too few of them."""
-  available = jax.device_count()
-  if clients * model > available:
-    raise ValueError(
-      f'config.mesh.clients={clients} x config.mesh.model={model} needs '
-      f'{clients * model} devices, and there are {available}: lower one.'
-    )
-  devices = np.asarray(jax.devices()[: clients * model])
-  return Mesh(
-    devices.reshape(clients, model),
-    ('clients', 'model'),
-    axis_types=(AxisType.Auto,) * 2,
+def make_mesh(
+  sweep: int = 1,
+  clients: int = 1,
+  model: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Lays the devices out, a process's beside each other.
+
+  Raises:
+    ValueError: there are too few devices; several processes leave one out, or
+      the devices of a process are no block of the mesh.
+  """
+  sizes = (sweep, clients, model)
+  found = sorted(
+    devices or jax.devices(), key=lambda d: (d.process_index, d.id)
   )
+  needed, processes = math.prod(sizes), found[-1].process_index + 1
+  asked = ' x '.join(
+    f'config.mesh.{axis}={size}' for axis, size in zip(AXES, sizes, strict=True)
+  )
+  if needed > len(found):
+    raise ValueError(
+      f'{asked} needs {needed} devices, and there are {len(found)}: lower one.'
+    )
+  if processes > 1 and needed < len(found):
+    raise ValueError(
+      f'{asked} uses {needed} of {len(found)} devices: {processes} processes '
+      'take part only with all of theirs; raise one.'
+    )
+  grid = np.asarray(found[:needed]).reshape(sizes)
+  for process in range(processes):
+    place = np.argwhere(
+      [[[d.process_index == process for d in y] for y in x] for x in grid]
+    )
+    box = np.ptp(place, axis=0) + 1
+    if math.prod(box) != len(place):
+      raise ValueError(
+        f'{asked} gives process {process} devices that are no block of the '
+        'mesh: make config.mesh.model times a part of config.mesh.clients the '
+        'number of devices of a process, or the other way round.'
+      )
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Everywhere whole: the server's state and the hyper-parameters."""
+  """Everywhere whole: what a call reports, and evaluation sets."""
   return NamedSharding(mesh, PartitionSpec())
 
 
+def over_points(mesh: Mesh) -> NamedSharding:
+  """[K, ...], K over `sweep`: hyper-parameters."""
+  return NamedSharding(mesh, PartitionSpec('sweep'))
+
+
 def over_clients(mesh: Mesh) -> NamedSharding:
-  """The leading axis over `clients`: cohorts."""
+  """[rounds, K, C, ...], K over `sweep` and C over `clients`: cohorts."""
+  return NamedSharding(mesh, PartitionSpec(None, 'sweep', 'clients'))
+
+
+def over_people(mesh: Mesh) -> NamedSharding:
+  """[E, ...], E over `clients`: evaluation sets."""
   return NamedSharding(mesh, PartitionSpec('clients'))
 
 
-def by_name(mesh: Mesh, tree: PyTree) -> PyTree:
+def by_name(mesh: Mesh, tree: PyTree, points: bool = False) -> PyTree:
   """Returns where each leaf lives: as the base parameter whose name it has.
 
   So do changes of the base, and their moments. Everything else, and a
   parameter whose axis `model` does not divide, is whole everywhere.
+
+  Args:
+    mesh: the devices.
+    tree: arrays or their shapes.
+    points: whether every leaf has a leading axis of points.
   """
+  lead = ('sweep',) if points else ()
 
   def place(path, leaf):
-    name = str(getattr(path[-1], 'key', ''))
-    spec = _BASE_RULES.get(name, PartitionSpec())
+    name = str(getattr(path[-1], 'key', '')) if path else ''
+    spec, shape = _BASE_RULES.get(name, ()), leaf.shape[len(lead) :]
     sizes = [mesh.shape[a] if a else 1 for a in spec]
-    if len(spec) > leaf.ndim or any(
-      n % k for n, k in zip(leaf.shape, sizes, strict=False)
+    if len(spec) > len(shape) or any(
+      n % k for n, k in zip(shape, sizes, strict=False)
     ):
-      spec = PartitionSpec()
-    return NamedSharding(mesh, spec)
+      spec = ()
+    return NamedSharding(mesh, PartitionSpec(*lead, *spec))
 
   return jax.tree.map_with_path(place, tree)
+
+
+def place(tree: PyTree, where: PyTree) -> PyTree:
+  """Puts host arrays, the same in every process, where they live."""
+  if isinstance(where, NamedSharding):
+    where = jax.tree.map(lambda _: where, tree)
+
+  def put(leaf, sharding):
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i])
+
+  return jax.tree.map(put, tree, where)
+
+
+def own_part(sharding: NamedSharding, shape: Sequence[int]) -> tuple:
+  """Returns the block of an array that this process's devices hold: slices."""
+  parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
+  starts_stops = [
+    [s.indices(n)[:2] for s, n in zip(part, shape, strict=True)]
+    for part in parts
+  ]
+  low, high = np.min(starts_stops, axis=0)[:, 0], np.max(starts_stops, axis=0)
+  return tuple(
+    slice(int(a), int(b)) for a, b in zip(low, high[:, 1], strict=True)
+  )
+
+
+def place_own(tree: PyTree, sharding: NamedSharding, shape: Sequence[int]):
+  """Puts the own parts of arrays whose first axes are `shape` in place."""
+
+  def put(leaf):
+    whole = (*shape, *leaf.shape[len(shape) :])
+    return jax.make_array_from_process_local_data(sharding, leaf, whole)
+
+  return jax.tree.map(put, tree)
+
+
+def each_point(mesh: Mesh, function: Callable, in_axes: Sequence) -> Callable:
+  """Maps a function over points: vmapped on a device, spread over `sweep`.
+
+  Points need nothing of each other, so that axis is cut by hand (`shard_map`)
+  and what follows is compiled for one device's points; the other axes are
+  left to XLA.
+
+  Args:
+    mesh: the devices.
+    function: of one point.
+    in_axes: 0 for each argument that every point has its own of, else None.
+  """
+  return jax.shard_map(
+    jax.vmap(function, in_axes),
+    mesh=mesh,
+    in_specs=tuple(
+      PartitionSpec('sweep') if a == 0 else PartitionSpec() for a in in_axes
+    ),
+    out_specs=PartitionSpec('sweep'),
+    axis_names={'sweep'},
+    check_vma=False,
+  )
+
+
+def chunks(clients: int, at_once: int, devices: int) -> tuple[int, int]:
+  """Divides a round's clients into chunks that all devices work on.
+
+  Args:
+    clients: of the round.
+    at_once: how many a device trains at a time; 0 is all of its own.
+    devices: along `clients`.
+
+  Returns:
+    The clients of a chunk, and of all chunks: as many as there are, and
+    padding.
+  """
+  each = -(-clients // devices)
+  count = -(-each // (at_once or each))
+  chunk = -(-each // count) * devices
+  return chunk, chunk * count

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from configs import default
 from hetlora_jax import config as config_lib
-from hetlora_jax import experiment
+from hetlora_jax import training
 from hetlora_jax.methods import registry
 from hetlora_jax.models.pretrained import sources
 from launch import errors
@@ -100,7 +100,7 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
       if VERBOSE.value:
         raise
       errors.fail(error)
-    except experiment.Interrupted as error:
+    except training.Interrupted as error:
       print(f'{error} The state is saved; to go on:\n  {command()}')
       sys.exit(_INTERRUPTED)
     except KeyboardInterrupt:

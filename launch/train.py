@@ -3,13 +3,13 @@
 import pathlib
 
 from hetlora_jax import config as config_lib
-from hetlora_jax import experiment, results
+from hetlora_jax import results, training
 from launch import flags
 
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Runs or continues the experiment and prints perplexity before and after."""
-  summary = experiment.run(config, workdir, flags.command())
+  summary = training.run(config, workdir, flags.command())
   print(f'\n{results.table(summary)}\n\nResults are in {workdir}/')
 
 

@@ -210,7 +210,7 @@ def test_devices_share_the_work_without_changing_it():
       (0, None, 0),
     )
   )
-  spread = sharding.over_clients(mesh)
+  spread = sharding.over_people(mesh)
   got = step(
     jax.device_put(stacked, spread),
     jax.device_put(params, sharding.by_name(mesh, params)),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from hetlora_jax import checkpoint, config, experiment, metrics
+from hetlora_jax import checkpoint, config, experiment, metrics, training
 from hetlora_jax.data import people
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,11 +48,17 @@ def small_config(**overrides):
 
 def _state(c, workdir):
   """Returns the newest checkpoint as numpy."""
-  like = experiment.prepare(c).initial_state
-  checkpoints = checkpoint.Checkpoints(workdir / 'checkpoints', 2)
-  state = jax.device_get(checkpoints.restore(like))
+  like = experiment.shape_of_one(experiment.prepare(c))
+  checkpoints = checkpoint.Checkpoints([workdir / 'checkpoints'], 2)
+  (state,) = checkpoints.restore(checkpoints.newest(), like)
   checkpoints.close()
-  return state
+  return jax.device_get(state)
+
+
+def _cohort(c):
+  """Returns the cohort of round 0."""
+  cohorts = experiment.make_cohorts(experiment.prepare(c), 0)
+  return jax.tree.map(lambda x: np.asarray(x[0, 0]), cohorts)
 
 
 def timeless(workdir):
@@ -66,7 +72,7 @@ def timeless(workdir):
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('unbroken')
-  experiment.run(small_config(), workdir)
+  training.run(small_config(), workdir)
   return workdir
 
 
@@ -92,8 +98,8 @@ def test_a_run_leaves_what_it_promises(unbroken):
 
 
 def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
-  experiment.run(small_config(federated__num_rounds=2), tmp_path)
-  experiment.run(small_config(), tmp_path)
+  training.run(small_config(federated__num_rounds=2), tmp_path)
+  training.run(small_config(), tmp_path)
   jax.tree.map(
     np.testing.assert_array_equal,
     _state(small_config(), tmp_path),
@@ -115,9 +121,9 @@ def test_every_kind_of_state_continues_to_the_bit(method, tmp_path):
   short = small_config(
     method=method, server_optimizer__name='momentum', federated__num_rounds=2
   )
-  experiment.run(c, tmp_path / 'whole')
-  experiment.run(short, tmp_path / 'broken')
-  experiment.run(c, tmp_path / 'broken')
+  training.run(c, tmp_path / 'whole')
+  training.run(short, tmp_path / 'broken')
+  training.run(c, tmp_path / 'broken')
   one, other = (_state(c, tmp_path / name) for name in ('whole', 'broken'))
   jax.tree.map(np.testing.assert_array_equal, one, other)
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'broken')
@@ -128,10 +134,9 @@ def test_every_kind_of_state_continues_to_the_bit(method, tmp_path):
 
 
 def test_pooled_data_trains_one_client_on_everybodys():
-  x = experiment.prepare(small_config(method='centralized'))
-  cohort = experiment.make_cohort(x, 0)
+  cohort = _cohort(small_config(method='centralized'))
   assert cohort.client_id.shape == (1,)
-  apart = experiment.make_cohort(experiment.prepare(small_config()), 0)
+  apart = _cohort(small_config())
   assert cohort.num_examples[0] == apart.num_examples.sum()
   # Three clients' two steps become six of one.
   assert cohort.batches.weight.shape[:2] == (1, 6)
@@ -207,8 +212,8 @@ def test_a_run_on_a_mesh_equals_a_run_on_one_device(tmp_path):
     'client_optimizer__name': 'sgd', 'client_optimizer__learning_rate': 0.05
   }  # fmt: skip
   spread = small_config(mesh__clients=4, mesh__model=2, **sgd)
-  experiment.run(small_config(**sgd), tmp_path / 'one')
-  experiment.run(spread, tmp_path / 'eight')
+  training.run(small_config(**sgd), tmp_path / 'one')
+  training.run(spread, tmp_path / 'eight')
   one = _state(small_config(**sgd), tmp_path / 'one')
   eight = _state(spread, tmp_path / 'eight')
   np.testing.assert_array_equal(one.memory.rank, eight.memory.rank)
@@ -223,31 +228,31 @@ def test_lost_metrics_and_damaged_config(unbroken, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(unbroken, workdir)
   (workdir / 'metrics.jsonl').unlink()
-  summary = experiment.run(small_config(), workdir)
+  summary = training.run(small_config(), workdir)
   assert summary['first']['round'] == summary['last']['round'] == 4
   (workdir / 'config.json').write_text('{"seed": 0, "fed')
   with pytest.raises(config.ConfigError, match='config.json is damaged'):
-    experiment.run(small_config(), workdir)
+    training.run(small_config(), workdir)
 
 
 def test_another_configuration_is_refused(unbroken):
   with pytest.raises(config.ConfigError, match='seed=0, not 3'):
-    experiment.run(small_config(seed=3), unbroken)
+    training.run(small_config(seed=3), unbroken)
   with pytest.raises(config.ConfigError, match='is a file'):
-    experiment.run(small_config(), unbroken / 'config.json')
+    training.run(small_config(), unbroken / 'config.json')
 
 
 def test_evaluation_of_a_checkpoint_equals_the_runs_last(unbroken):
-  got = experiment.evaluate_checkpoint(small_config(), unbroken)
+  got = training.evaluate_checkpoint(small_config(), unbroken)
   last = metrics.read_rows(unbroken / 'metrics.jsonl')[-1]
   assert got == {k: last[k] for k in got}
   with pytest.raises(config.ConfigError, match='train first'):
-    experiment.evaluate_checkpoint(small_config(), unbroken / 'nowhere')
+    training.evaluate_checkpoint(small_config(), unbroken / 'nowhere')
 
 
 def test_two_seeds_differ_in_everything_random():
   a, b = (experiment.prepare(small_config(seed=s)) for s in (0, 1))
-  first, second = experiment.make_cohort(a, 0), experiment.make_cohort(b, 0)
+  first, second = _cohort(a.config), _cohort(b.config)
   assert not np.array_equal(first.client_id, second.client_id)
   assert not np.array_equal(
     a.initial_state.memory.rank, b.initial_state.memory.rank
@@ -263,7 +268,7 @@ def test_two_seeds_differ_in_everything_random():
 
 def test_own_rank_is_evaluated_on_request():
   x = experiment.prepare(small_config(eval__own_rank=True))
-  row = experiment.evaluate(x, x.initial_state)
+  (row,) = experiment.evaluate(x, x.initial_state)
   # B is zero at the start, so every truncation is the base itself.
   assert row['eval/seen_own/loss'] == pytest.approx(row['eval/seen/loss'])
 
@@ -271,7 +276,7 @@ def test_own_rank_is_evaluated_on_request():
 def test_tiny_beats_the_unigram_entropy_of_its_data(tmp_path):
   c = config.resolve(tiny.get_config())
   x = experiment.prepare(c)
-  summary = experiment.run(c, tmp_path)
+  summary = training.run(c, tmp_path)
   for name, cohort in x.evaluation.items():
     batches = cohort.batches
     targets = np.asarray(batches.target)[np.asarray(batches.weight) > 0]

@@ -8,15 +8,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A module may import from groups before its own, and from its own.
 ORDER = [
-  ['types'],
+  ['types', 'hlo'],
   ['prng', 'lora'],
   ['ranks', 'models', 'methods', 'data.tokenizer'],
   ['client', 'server', 'diagnostics'],
   ['rounds'],
-  ['sharding', 'data', 'evaluation', 'communication', 'checkpoint', 'metrics', 'checks'],
+  ['sharding'],
+  ['data', 'evaluation', 'communication', 'checkpoint', 'metrics', 'checks', 'console'],
   ['config', 'results'],
-  ['build', 'base_model', 'console'],
+  ['build', 'base_model'],
   ['experiment'],
+  ['training'],
   ['sweep'],
 ]  # fmt: skip
 FILES = sorted((ROOT / 'hetlora_jax').rglob('*.py'))

@@ -4,7 +4,7 @@ import json
 import pathlib
 import tempfile
 
-from hetlora_jax import config, experiment, metrics
+from hetlora_jax import config, metrics, training
 from tests import experiment_test
 
 PATH = pathlib.Path(__file__).parent / 'golden' / 'tiny.json'
@@ -20,7 +20,7 @@ def golden_config() -> config.Config:
 def golden_rows() -> list[metrics.Row]:
   """Returns what a run must always log, times left out."""
   with tempfile.TemporaryDirectory() as workdir:
-    experiment.run(golden_config(), pathlib.Path(workdir))
+    training.run(golden_config(), pathlib.Path(workdir))
     return [
       _flat(row) for row in experiment_test.timeless(pathlib.Path(workdir))
     ]

@@ -36,6 +36,11 @@ def loss(base, adapters, scale, batch):
   return total, batch['weight'].sum()
 
 
+def stack(trees):
+  """Stacks pytrees on a new first axis, in numpy."""
+  return jax.tree.map(lambda *x: np.stack(x), *trees)
+
+
 def make_base(rng):
   """Draws the frozen matrices."""
   return {

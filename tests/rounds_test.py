@@ -70,12 +70,12 @@ def test_donated_state_is_gone():
   from hetlora_jax import build
 
   run = quadratic.make_run(RANKS)
-  mesh = sharding.make_mesh(1, 1)
-  step = build.make_round(run.rules, mesh, run.state)
-  state = jax.device_put(run.state, sharding.replicated(mesh))
+  mesh, one = sharding.make_mesh(), lambda tree: quadratic.stack([tree])
+  step = build.make_rounds(run.rules, mesh, one(run.state))
+  state = sharding.place(one(run.state), sharding.over_points(mesh))
   rng = np.random.default_rng(0)
-  cohort = quadratic.make_cohort(rng)
-  step(quadratic.make_base(rng), state, cohort, run.hyper)
+  cohort = one(one(quadratic.make_cohort(rng)))
+  step(quadratic.make_base(rng), state, cohort, one(run.hyper))
   assert state.memory.rank.is_deleted()
 
 
@@ -133,55 +133,30 @@ def test_chunks_of_clients_change_nothing(chunk):
   _assert_close(whole, chunked)
 
 
-def test_scan_over_rounds_equals_the_loop_to_the_bit():
-  run = quadratic.make_run(RANKS)
-  base, state, _, cohorts = _run(run, 4)
-  stacked = jax.tree.map(lambda *x: np.stack(x), *cohorts)
-
-  @jax.jit
-  def scanned(base, state, cohorts):
-    return jax.lax.scan(lambda s, c: run.step(base, s, c), state, cohorts)[0]
-
-  jax.tree.map(
-    np.testing.assert_array_equal, state, scanned(base, run.state, stacked)
-  )
-
-
-@pytest.mark.parametrize(
-  'shape, method',
-  [
-    ((8, 1), 'hetlora'),
-    ((4, 2), 'hetlora'),
-    ((2, 4), 'hetlora'),
-    ((4, 2), 'flexlora'),
-    ((4, 2), 'full_finetuning'),
-  ],
-)
-def test_eight_devices_equal_one(shape, method):
+def test_many_rounds_of_many_points_equal_each_alone():
   from hetlora_jax import build
 
-  # Two chunks of four or one of eight: the devices share every chunk.
-  run = quadratic.make_run(
-    RANKS, method=method, federated__clients_at_once=max(shape[0], 4)
-  )
-  rng = np.random.default_rng(5)
-  base = quadratic.make_base(rng)
-  cohorts = [
-    quadratic.make_cohort(rng, (3, 18, 7, 11, 0, 2, 5, 0)) for _ in range(3)
+  runs = [
+    quadratic.make_run(RANKS, seed=seed, federated__tail_penalty=penalty)
+    for seed, penalty in ((0, 8.0), (1, 8.0), (1, 0.0))
   ]
-  alone = run.state
-  mesh = sharding.make_mesh(*shape)
-  spread = jax.device_put(run.state, sharding.by_name(mesh, run.state))
-  step = build.make_round(run.rules, mesh, run.state)
-  placed = jax.device_put(base, sharding.by_name(mesh, base))
-  for cohort in cohorts:
-    alone, _ = run.step(base, alone, cohort)
-    cohort = jax.device_put(cohort, sharding.over_clients(mesh))
-    spread, _ = step(placed, spread, cohort, run.hyper)
-  np.testing.assert_array_equal(alone.memory.rank, spread.memory.rank)
-  _assert_close(alone.adapters, spread.adapters)
-  _assert_close(alone.residual, spread.residual)
-  _assert_close(alone.memory, spread.memory)
+  rng = np.random.default_rng(1)
+  base = quadratic.make_base(rng)
+  cohorts = [[quadratic.make_cohort(rng) for _ in runs] for _ in range(4)]
+  stack = quadratic.stack
+  state = stack([run.state for run in runs])
+  step = build.make_rounds(runs[0].rules, sharding.make_mesh(), state)
+  together, out = step(
+    base, state, stack([stack(row) for row in cohorts]),
+    stack([run.hyper for run in runs]),
+  )  # fmt: skip
+  assert out['rank'].shape[:3] == (4, 3, quadratic.CLIENTS)
+  for k, run in enumerate(runs):
+    alone = run.state
+    for row in cohorts:
+      alone, _ = run.step(base, alone, row[k])
+    _assert_close(alone, jax.tree.map(lambda x: x[k], together))  # noqa: B023
+  assert not np.array_equal(*np.asarray(together.memory.rank[1:]))
 
 
 OPEN_CHOICES = [

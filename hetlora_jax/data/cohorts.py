@@ -237,11 +237,13 @@ def evaluation_set(
   rows: int,
   row_tokens: int,
   num_targets: int,
+  multiple_of: int = 1,
 ) -> Cohort:
   """Packs one batch a person, of people and turns spread evenly over all.
 
   The same for every seed. Leaves of `batches` are [E, 1, ...]; `client_id` is
-  N for the unseen, who have no place among the clients.
+  N for the unseen, who have no place among the clients. People without any
+  target fill up to a multiple of `multiple_of`.
   """
   group = people.groups[kind]
   if not 0 < num_people <= len(group.ids):
@@ -257,9 +259,14 @@ def evaluation_set(
     return _Share(len(examples), examples)
 
   population = len(people.client_ids)
+  padding = -num_people % multiple_of
+  client_E = np.full(num_people + padding, population)
+  if kind != 'unseen':
+    client_E[:num_people] = person_E
+  nobody = [_Share(0, [])] * padding
   return _cohort(
-    np.full_like(person_E, population) if kind == 'unseen' else person_E,
-    [share(int(person)) for person in person_E],
+    client_E,
+    [*[share(int(person)) for person in person_E], *nobody],
     steps=1,
     batch=examples_per_person,
     shape=dict(rows=rows, row_tokens=row_tokens, num_targets=num_targets),

@@ -2,25 +2,27 @@
 
 import jax
 
-from hetlora_jax import client, lora, prng
+from hetlora_jax import client, lora, prng, sharding
 from hetlora_jax.types import Array, Cohort, Hyperparameters, Rules, ServerState
 
 
-def person_losses(
+def summed_loss(
   rules: Rules,
   own: bool,
+  at_once: int,
   base,
   state: ServerState,
   cohort: Cohort,
   hyper: Hyperparameters,
 ) -> tuple[Array, Array]:
-  """Returns summed losses and token counts of each person: [E], [E].
+  """Returns the summed loss of all people, and their token count.
 
   Args:
     rules: the method's.
     own: whether each person gets what a round would send to them, with the
       factors that they keep to themselves (rather than the server's adapters,
       whole).
+    at_once: how many people are evaluated at once, a divisor of E.
     base: frozen parameters.
     state: the server's.
     cohort: an evaluation set; `batches` [E, 1, ...].
@@ -29,28 +31,32 @@ def person_losses(
   base = lora.fold(base, state.residual)
   server = client.global_adapters(rules, state, hyper)
 
-  def one_person(person):
-    client_id, batches = person
+  def one_person(person: Cohort):
     adapters, scale = server
     if own:
       memory = jax.tree.map(
-        lambda x: x.at[client_id].get(mode='clip'), state.memory
+        lambda x: x.at[person.client_id].get(mode='clip'), state.memory
       )
-      key = prng.stream(hyper.seed, 'client', state.round, client_id)
+      key = prng.stream(hyper.seed, 'client', state.round, person.client_id)
       view, _ = client.receive(rules, server, memory, hyper, key)
       adapters, scale = view.adapters, view.scale
-    batch = jax.tree.map(lambda x: x[0], batches)
-    return rules.loss(base, adapters, scale, batch)
+    batch = jax.tree.map(lambda x: x[0], person.batches)
+    return rules.loss(base, adapters, scale, batch), ()
 
-  return jax.lax.map(one_person, (cohort.client_id, cohort.batches))
+  (total, count), _ = client.each(one_person, cohort, at_once)
+  return total, count
 
 
-def make_evaluate(rules: Rules, own: bool):
-  """Returns (base, state, cohort, hyper) -> mean loss a token, jitted."""
+def make_evaluate(rules: Rules, mesh, own: bool):
+  """Returns (base, state, cohort, hyper) -> mean losses a token, jitted.
 
-  @jax.jit
+  State and hyper-parameters are of K points, and so are the losses: [K].
+  """
+
   def evaluate(base, state, cohort, hyper):
-    total_E, count_E = person_losses(rules, own, base, state, cohort, hyper)
-    return total_E.sum() / count_E.sum()
+    at_once = mesh.shape['clients']
+    total, count = summed_loss(rules, own, at_once, base, state, cohort, hyper)
+    return total / count
 
-  return evaluate
+  points = sharding.each_point(mesh, evaluate, (None, 0, None, 0))
+  return jax.jit(points, out_shardings=sharding.replicated(mesh))

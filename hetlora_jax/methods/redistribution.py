@@ -5,8 +5,6 @@ is Adapters or Deltas, `error` what averaging the factors loses of the mean
 product, and `server` has the adapters of before. The only place with an SVD.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -40,15 +38,20 @@ def _products(aggregate: Adapters | Deltas, scale: Array) -> Deltas:
   }
 
 
-def _svd(delta: Array) -> tuple[Array, Array, Array]:
-  """Decomposes [L, d_in, d_out]; the largest entry of each u is positive.
+@jax.custom_batching.sequential_vmap
+def _svd_of_one(matrix: Array) -> tuple[Array, Array, Array]:
+  """Decomposes [d_in, d_out], one matrix after the other, vmapped or not.
 
-  One layer after the other: on CPUs, jaxlib 0.10.2 hands the layers of a batch
-  to the threads that run the program, and two such calls wait for each other.
+  On CPUs, jaxlib 0.10.2 hands the matrices of a batch to the threads that run
+  the program, and two such calls wait for each other.
   """
-  u, sigma, v = jax.lax.map(
-    functools.partial(jnp.linalg.svd, full_matrices=False), delta
-  )
+  u, sigma, v = jnp.linalg.svd(matrix, full_matrices=False)
+  return u, sigma, v
+
+
+def _svd(delta: Array) -> tuple[Array, Array, Array]:
+  """Decomposes [L, d_in, d_out]; the largest entry of each u is positive."""
+  u, sigma, v = jax.lax.map(_svd_of_one, delta)
   place = jnp.abs(u).argmax(-2, keepdims=True)
   sign = jnp.sign(jnp.take_along_axis(u, place, -2))
   return u * sign, sigma, v * sign.mT
