@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import count, machine
-from hetlora_jax import base_model, config, experiment
+from benchmarks import machine
+from hetlora_jax import base_model, config, experiment, flops
 from hetlora_jax.models import decoder, kernels
 
 _CONFIG = machine.define_config()
@@ -80,8 +80,8 @@ def main() -> None:
   cohorts = experiment.make_cohorts(x, 0)
   cohort = jax.tree.map(lambda leaf: np.asarray(leaf[0, 0]), cohorts)
   rank_N = x.initial_rank[0]
-  work = count.held(cohort, rank_N)
-  counted = count.needed(model, x.dims, work)
+  work = flops.held(cohort, rank_N)
+  counted = flops.needed(model, x.dims, work)
   _, _, rows, length = cohort.batches.tokens.shape
   at_once = f.clients_at_once or f.clients_per_round
   targets = at_once * cohort.batches.target.shape[-1]
@@ -113,8 +113,8 @@ def main() -> None:
     'machine': machine.describe(),
   }  # fmt: skip
   machine.write(_OUT.value, result)
-  for kind, flops in counted.items():
-    print(f'{kind:<12}{flops / 1e9:>10.1f} GFLOP a round')
+  for kind, operations in counted.items():
+    print(f'{kind:<12}{operations / 1e9:>10.1f} GFLOP a round')
   print(f'{"round":<12}{statistics.median(times):>10.2f} s')
   print(f'{"products":<12}{statistics.median(rates) / 1e9:>10.0f} GFLOP/s')
   print(f'{"fraction":<12}{result["fraction_of_matmul_rate"]:>10.2f}')

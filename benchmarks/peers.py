@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import count, machine
-from hetlora_jax import base_model, config, experiment, sharding
+from benchmarks import machine
+from hetlora_jax import base_model, config, experiment, flops, sharding
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
 from hetlora_jax.models import decoder
@@ -216,19 +216,19 @@ def arithmetic(
     for step in steps
     if step
   )
-  held = count.held(cohort, np.ones(1, int))
+  held = flops.held(cohort, np.ones(1, int))
   slots = held._replace(
     tokens=cohort.batches.tokens.size, targets=cohort.batches.target.size
   )
 
-  def flops(work: count.Work) -> float:
-    by_kind = count.needed(model, {}, work)
+  def operations(work: flops.Work) -> float:
+    by_kind = flops.needed(model, {}, work)
     return by_kind['frozen'] + by_kind['head']
 
   return {
-    'peft': flops(held._replace(tokens=padded, targets=padded)),
-    'ours_with_padding': flops(slots),
-    'needed': flops(held),
+    'peft': operations(held._replace(tokens=padded, targets=padded)),
+    'ours_with_padding': operations(slots),
+    'needed': operations(held),
   }
 
 

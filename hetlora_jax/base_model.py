@@ -50,7 +50,7 @@ def _draw(
   c: RandomModel, data: str, dtype: jnp.dtype, mesh: Mesh
 ) -> pretrained.Pretrained:
   tokenizer = Tokenizer.train(people.corpus(data), c.vocab_size)
-  shape = _random_shape(c, tokenizer.vocab_size)
+  shape = random_shape(c, tokenizer.vocab_size)
   params = decoder.init_params(shape, prng.stream(c.seed, 'base'), dtype)
   model = pretrained.Pretrained(shape, params, f'random-{c.seed}', tokenizer)
   return _place(model, mesh)
@@ -62,7 +62,7 @@ def _place(model: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained:
   return dataclasses.replace(model, params=placed)
 
 
-def _random_shape(c: RandomModel, vocab_size: int) -> decoder.DecoderConfig:
+def random_shape(c: RandomModel, vocab_size: int) -> decoder.DecoderConfig:
   return decoder.DecoderConfig(
     family='gemma3',
     vocab_size=vocab_size,

@@ -8,6 +8,11 @@ import orbax.checkpoint as ocp
 from hetlora_jax.types import ServerState
 
 
+def steps(folder: pathlib.Path) -> set[int]:
+  """Returns the steps saved in a folder, which need not exist."""
+  return {int(path.name) for path in folder.glob('*') if path.name.isdigit()}
+
+
 class Checkpoints:
   """The checkpoints of points that run together, each in a folder of its own.
 

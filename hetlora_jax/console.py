@@ -4,7 +4,9 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,6 +22,44 @@ def say(text: str) -> None:
     return
   tqdm.tqdm.write(text, file=sys.stdout)
   sys.stdout.flush()
+
+
+INTERRUPTED = 130  # exit code, as a shell reports Ctrl-C
+
+
+class PassSignals:
+  """Passes Ctrl-C and SIGTERM on to processes, which end by themselves."""
+
+  def __init__(self):
+    self.processes: list[subprocess.Popen] = []
+    self.received = None
+
+  def __enter__(self):
+    self._before = {
+      number: signal.signal(number, self._pass)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def _pass(self, number, frame):
+    del frame
+    self.received = number
+    for process in self.processes:
+      process.send_signal(number)
+
+  def __exit__(self, *exc):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+  """Ends this process at once when the one that holds its stdin has ended."""
+
+  def wait():
+    sys.stdin.buffer.read()
+    os._exit(INTERRUPTED)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 class StopSignal:

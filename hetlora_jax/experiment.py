@@ -73,7 +73,7 @@ def program_of(config: Config) -> tuple:
   return tuple((name, x) for name, x in fields if name not in VARIES)
 
 
-def _packing(config: Config, examples: int) -> dict[str, int]:
+def packing(config: Config, examples: int) -> dict[str, int]:
   """Returns the shape of a batch of so many examples."""
   d = config.data
   room = examples * d.tokens_per_example
@@ -117,7 +117,7 @@ def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
       kind,
       num_people=min(e.num_people, len(crowd.groups[kind].ids)),
       examples_per_person=e.examples_per_person,
-      **_packing(config, e.examples_per_person),
+      **packing(config, e.examples_per_person),
       multiple_of=config.mesh.clients,
     )
   return out
@@ -212,7 +212,7 @@ def _cohort(x: Experiment, seed: int, round_number: int, only: slice) -> Cohort:
     count=x.config.methods.count_examples,
     pooled=rule_names(x.config)['cohort'] == 'pooled',
     pad_to=build.clients_at_once(x.config)[1],
-    **_packing(x.config, f.local_batch),
+    **packing(x.config, f.local_batch),
     only=only,
   )
 

@@ -1,23 +1,48 @@
-"""Many runs of one experiment, a point each, and the table that compares them."""
+"""Many runs of one experiment: points, the programs they need, their table.
+
+Points that differ only in what a compiled program takes as data
+(`experiment.VARIES`) run together in one program; every program is a process.
+"""
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
+import os
 import pathlib
+import re
 import runpy
 import shlex
-from typing import Any
+import statistics
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib.figure
 import ml_collections
+import numpy as np
 
-from hetlora_jax import console, experiment, metrics
-from hetlora_jax.config import Config, ConfigError, resolve, to_dict
+from hetlora_jax import checkpoint, console, experiment, metrics, training
+from hetlora_jax.config import Config, ConfigError, flat, resolve, to_dict
 
-Point = dict[str, Any]  # field -> value
+CHILD = 'HETLORA_JAX_CHILD'  # in the environment of a process started here
+
+Fields = dict[str, Any]  # what a point changes: field -> value
 
 
-def load(spec: str) -> list[Point]:
+class Run(NamedTuple):
+  """One point of a sweep; without a config it cannot run."""
+
+  name: str
+  fields: Fields
+  config: Config | None
+  workdir: pathlib.Path
+  command: str  # that would run it alone
+  error: str = ''
+
+
+def load(spec: str) -> list[Fields]:
   """Loads the sweep NAME of a FILE, given as 'FILE:NAME'."""
   path, _, name = spec.partition(':')
   if not pathlib.Path(path).is_file() or not name:
@@ -31,67 +56,179 @@ def load(spec: str) -> list[Point]:
     raise ConfigError(f'--sweep={spec}: {error}') from error
 
 
-def name_of(point: Point) -> str:
+def parse_grid(text: str, config: Config) -> list[Fields]:
+  """Returns every combination of 'field=[a, b] x field=[c, d]'."""
+  known, axes = flat(to_dict(config)), {}
+  for part in re.split(r'\s+x\s+', text.strip()):
+    name, _, values = part.partition('=')
+    try:
+      parsed = ast.literal_eval(values)
+    except (SyntaxError, ValueError):
+      parsed = None
+    if not isinstance(parsed, list) or not parsed:
+      raise ConfigError(
+        f'--grid: {part!r} must be FIELD=[VALUE, ...], axes joined by " x ", '
+        "e.g. 'federated.gamma=[0.85,0.99] x seed=[0,1]'."
+      )
+    if name not in known:
+      raise ConfigError(
+        f'--grid: config.{name} does not exist (--print_config shows all).'
+      )
+    axes[name] = parsed
+  return [
+    dict(zip(axes, values, strict=True))
+    for values in itertools.product(*axes.values())
+  ]
+
+
+def name_of(fields: Fields) -> str:
   """Returns a folder's name for a point, e.g. 'method=fedit,r_max=50'."""
-  parts = [f'{k.rpartition(".")[2]}={v}' for k, v in point.items()]
+  parts = [f'{k.rpartition(".")[2]}={v}' for k, v in fields.items()]
   return ','.join(parts).replace('/', '_') or 'default'
 
 
-def with_point(config: Config, point: Point) -> Config:
+def with_fields(config: Config, fields: Fields) -> Config:
   """Returns the configuration of a point; raises ConfigError as usual."""
   raw = ml_collections.ConfigDict(to_dict(config))
   try:
-    raw.update_from_flattened_dict(point)
+    raw.update_from_flattened_dict(fields)
   except (KeyError, TypeError) as error:
-    raise ConfigError(f'{name_of(point)}: {error}') from error
+    raise ConfigError(f'{name_of(fields)}: {error}') from error
   return resolve(raw)
 
 
-def _finished(config: Config, workdir: pathlib.Path) -> dict | None:
-  """Returns the summary of a run that has done all its rounds."""
-  experiment.check_workdir(config, workdir)
-  path = workdir / 'summary.json'
-  summary = json.loads(path.read_text()) if path.exists() else {}
-  done = summary.get('last', {}).get('round') == config.federated.num_rounds
-  return summary if done else None
-
-
-def run(
-  config: Config, points: list[Point], workdir: pathlib.Path, program: str
-) -> list[dict]:
-  """Runs every point in a folder of its own and returns their summaries.
-
-  Finished points are not run again; interrupted ones are continued. One that
-  cannot run is reported and the others go on.
+def plan(
+  config: Config, points: Sequence[Fields], workdir: pathlib.Path, program: str
+) -> list[Run]:
+  """Gives every point its configuration, folder and command.
 
   Args:
     config: what the points change.
     points: the fields that each changes.
-    workdir: the points' folders, sweep.json and sweep.png go here.
+    workdir: gets a folder a point.
     program: the command line of one run, without fields and workdir.
   """
-  results = []
-  for i, point in enumerate(points, 1):
-    name, fields = (
-      name_of(point),
-      [f'--config.{k}={v}' for k, v in point.items()],
+  runs = []
+  for fields in points:
+    name = name_of(fields)
+    words = [f'--config.{k}={v}' for k, v in fields.items()]
+    words.append(f'--workdir={workdir / name}')
+    run = Run(
+      name, fields, None, workdir / name, f'{program} {shlex.join(words)}'
     )
-    place = workdir / name
-    command = f'{program} {shlex.join([*fields, f"--workdir={place}"])}'
-    console.say(f'\n[{i}/{len(points)}] {name}')
     try:
-      point_config = with_point(config, point)
-      summary = _finished(point_config, place)
-      if summary is None:
-        summary = experiment.run(point_config, place, command)
-      results.append({'name': name, 'command': command, **summary})
+      run = run._replace(config=with_fields(config, fields))
+      training.check_workdir(run.config, run.workdir)
     except (ValueError, OSError) as error:
-      console.say(f'{name} failed: {error}')
-      results.append({'name': name, 'command': command, 'error': str(error)})
+      run = run._replace(config=None, error=str(error))
+    runs.append(run)
+  return runs
+
+
+def programs(runs: Sequence[Run], together: int = 0) -> list[list[Run]]:
+  """Groups the runs that share a program, at most so many; 0 is no limit."""
+  groups: dict[tuple, list[Run]] = {}
+  for run in runs:
+    if run.config:
+      groups.setdefault(experiment.program_of(run.config), []).append(run)
+  return [
+    group[i : i + (together or len(group))]
+    for group in groups.values()
+    for i in range(0, len(group), together or len(group))
+  ]
+
+
+def summary_of(run: Run) -> dict | None:
+  """Returns the summary of a run that has done all its rounds."""
+  path = run.workdir / 'summary.json'
+  summary = json.loads(path.read_text()) if path.exists() else {}
+  done = summary.get('last', {}).get('round')
+  return summary if done == run.config.federated.num_rounds else None
+
+
+def _in_step(runs: Sequence[Run]) -> list[list[Run]]:
+  """Divides runs into those that can go on from a round all have saved."""
+  saved = [checkpoint.steps(run.workdir / 'checkpoints') for run in runs]
+  if set.intersection(*saved) or not set.union(*saved):
+    return [list(runs)]
+  by_step: dict[int, list[Run]] = {}
+  for run, steps in zip(runs, saved, strict=True):
+    by_step.setdefault(max(steps, default=0), []).append(run)
+  return list(by_step.values())
+
+
+def run_program(runs: Sequence[Run]) -> None:
+  """Runs what is not finished of a program's points, in this process."""
+  left = [run for run in runs if summary_of(run) is None]
+  for batch in _in_step(left) if left else ():
+    training.run_points(
+      [training.Point(r.config, r.workdir, r.command) for r in batch]
+    )
+
+
+def start_all(
+  commands: dict[str, list[str]], logs: pathlib.Path, parallel: int
+) -> bool:
+  """Runs commands, some at a time; returns False if they were interrupted.
+
+  With several at a time each writes to a file of its own in `logs`. Signals
+  are passed on; after one, and after a run that was interrupted, no other is
+  started. A process that loses its parent ends (`console.end_with_parent`).
+  """
+  waiting, running, interrupted = dict(commands), {}, False
+  with console.PassSignals() as signals:
+    while running or (waiting and not signals.received):
+      while waiting and len(running) < parallel and not signals.received:
+        name = next(iter(waiting))
+        number = len(commands) - len(waiting) + 1
+        console.say(f'\n[{number}/{len(commands)}] {name}')
+        running[name] = _start(waiting.pop(name), logs, name, parallel > 1)
+        signals.processes.append(running[name])
+      for name, process in list(running.items()):
+        try:
+          code = process.wait(0.2)
+        except subprocess.TimeoutExpired:
+          continue
+        del running[name]
+        signals.processes.remove(process)
+        if code == console.INTERRUPTED:
+          interrupted = True
+          waiting.clear()
+        elif code:
+          console.say(f'{name} failed: exit code {code}')
+  return not (interrupted or signals.received)
+
+
+def _start(command, logs: pathlib.Path, name: str, to_file: bool):
+  out = None
+  if to_file:
+    logs.mkdir(parents=True, exist_ok=True)
+    path = logs / f'{name.replace(" ", "-")}.log'
+    console.say(f'writes to {path}')
+    out = path.open('w')
+  return subprocess.Popen(
+    command, stdin=subprocess.PIPE, stdout=out, stderr=out,
+    env=os.environ | {CHILD: '1'}, start_new_session=True,
+  )  # fmt: skip
+
+
+def results(runs: Sequence[Run]) -> list[dict]:
+  """Returns every run's summary, or its error."""
+  out = []
+  for run in runs:
+    about = {'name': run.name, 'fields': run.fields, 'command': run.command}
+    summary = run.config and summary_of(run)
+    error = {'error': run.error or 'not finished: see what its program wrote'}
+    out.append(about | (summary or error))
+  return out
+
+
+def report(found: list[dict], workdir: pathlib.Path) -> str:
+  """Writes sweep.json and sweep.png, and returns the table."""
   workdir.mkdir(parents=True, exist_ok=True)
-  metrics.write_json(workdir / 'sweep.json', results)
-  _plot(results, workdir)
-  return results
+  metrics.write_json(workdir / 'sweep.json', found)
+  _plot(found, workdir)
+  return table(found)
 
 
 def _size(count: float) -> str:
@@ -100,21 +237,50 @@ def _size(count: float) -> str:
   return f'{count / 1000**power:.3g}{" kMGT"[power]}'.replace(' ', '')
 
 
-def table(results: list[dict]) -> str:
-  """Returns a Markdown table: losses, bytes, parameters and time of each."""
+def _over_seeds(found: Sequence[dict]) -> dict[str, list[dict]]:
+  """Groups results that differ in the seed alone."""
+  groups: dict[str, list[dict]] = {}
+  for result in found:
+    fields = {k: v for k, v in result['fields'].items() if k != 'seed'}
+    groups.setdefault(name_of(fields), []).append(result)
+  return groups
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+  """Renders a mean and, of several, their standard deviation."""
+  text = f'{statistics.mean(values):.{digits}f}'
+  if len(values) > 1:
+    text += f' ± {statistics.stdev(values):.{digits}f}'
+  return text
+
+
+def _cells(name: str, seeds: list[dict]) -> Iterator[str]:
+  good = [r for r in seeds if 'error' not in r]
+  missing = len(seeds) - len(good)
+  yield name
+  if not good:
+    yield from ('failed', *[''] * 6)
+    return
+  mean = lambda field: statistics.mean(r[field] for r in good)  # noqa: E731
+  for who in ('seen', 'unseen'):
+    text = _spread([r['last'][f'eval/{who}/loss'] for r in good], 3)
+    yield f'{text} ({missing} failed)' if missing else text
+  yield _size(mean('comm/up_bytes'))
+  yield _size(mean('comm/down_bytes'))
+  yield _size(mean('train/parameters'))
+  yield f'{mean("aggregation/error"):.3f}'
+  yield f'{mean("time/this_call_s"):.0f}'
+
+
+def table(found: Sequence[dict]) -> str:
+  """Returns a Markdown table: losses, bytes, parameters and time of each.
+
+  Points that differ in the seed alone are one row, of mean and deviation.
+  """
   heads = ('', 'loss seen', 'loss unseen', 'bytes up', 'bytes down',
            'trained', 'aggregation error', 'seconds')  # fmt: skip
   rows = [heads, ('---', *('---:',) * (len(heads) - 1))]
-  for r in results:
-    if 'error' in r:
-      rows.append((r['name'], 'failed', *('',) * (len(heads) - 2)))
-      continue
-    rows.append((
-      r['name'], f'{r["last"]["eval/seen/loss"]:.3f}',
-      f'{r["last"]["eval/unseen/loss"]:.3f}', _size(r['comm/up_bytes']),
-      _size(r['comm/down_bytes']), _size(r['train/parameters']),
-      f'{r["aggregation/error"]:.3f}', f'{r["time/this_call_s"]:.0f}',
-    ))  # fmt: skip
+  rows += [tuple(_cells(*group)) for group in _over_seeds(found).items()]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join(
     f'| {" | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True))} |'
@@ -122,21 +288,39 @@ def table(results: list[dict]) -> str:
   )
 
 
-def _plot(results: list[dict], workdir: pathlib.Path) -> None:
-  """Draws every point's held-out loss against rounds and bytes."""
-  figure = matplotlib.figure.Figure((13, 5.5), layout='constrained')
-  by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-  for i, result in enumerate(r for r in results if 'error' not in r):
+def _curves(seeds: list[dict], workdir: pathlib.Path):
+  """Returns rounds, megabytes until then and the losses of each seed."""
+  losses, megabytes = [], []
+  for result in seeds:
     rows = metrics.read_rows(workdir / result['name'] / 'metrics.jsonl')
-    style = {'color': f'C{i % 10}', 'ls': ('-', '--', ':', '-.')[i // 10 % 4]}
-    loss = dict(zip(*metrics.series(rows, 'eval/seen/loss'), strict=True))
-    traffic = {0: 0} | {
-      r['round']: r['comm/total_up_bytes'] + r['comm/total_down_bytes']
+    rounds, loss = metrics.series(rows, 'eval/seen/loss')
+    traffic = {0: 0.0} | {
+      r['round']: (r['comm/total_up_bytes'] + r['comm/total_down_bytes']) / 1e6
       for r in rows
       if 'train/loss' in r
     }
-    by_round.plot(loss.keys(), loss.values(), label=result['name'], **style)
-    by_bytes.plot([traffic[r] / 1e6 for r in loss], loss.values(), **style)
+    losses.append(loss)
+    megabytes.append([traffic[r] for r in rounds])
+  return rounds, np.mean(megabytes, axis=0), np.array(losses)
+
+
+def _plot(found: Sequence[dict], workdir: pathlib.Path) -> None:
+  """Draws every point's held-out loss against rounds and bytes.
+
+  Of several seeds the mean, and one standard deviation to either side.
+  """
+  figure = matplotlib.figure.Figure((13, 5.5), layout='constrained')
+  by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+  good = _over_seeds([r for r in found if 'error' not in r])
+  for i, (name, seeds) in enumerate(good.items()):
+    style = {'color': f'C{i % 10}', 'ls': ('-', '--', ':', '-.')[i // 10 % 4]}
+    rounds, megabytes, losses = _curves(seeds, workdir)
+    mean, deviation = losses.mean(0), losses.std(0, ddof=len(losses) > 1)
+    for axis, x in ((by_round, rounds), (by_bytes, megabytes)):
+      axis.plot(x, mean, label=name if axis is by_round else None, **style)
+      if len(seeds) > 1:
+        low, high = mean - deviation, mean + deviation
+        axis.fill_between(x, low, high, color=style['color'], alpha=0.15, lw=0)
   by_round.set(xlabel='round', ylabel='held-out loss of seen people (nats)')
   by_bytes.set(xlabel='megabytes sent up and down', xscale='symlog')
   for axis in (by_round, by_bytes):

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from configs import default
 from hetlora_jax import config as config_lib
-from hetlora_jax import training
+from hetlora_jax import console, dryrun, training
 from hetlora_jax.methods import registry
 from hetlora_jax.models.pretrained import sources
 from launch import errors
@@ -38,7 +38,30 @@ LIST_METHODS = flags.DEFINE_bool(
 )
 VERBOSE = flags.DEFINE_bool('verbose', False, 'Show libraries\' messages and the tracebacks of errors.')  # fmt: skip
 
-_INTERRUPTED = 130  # as a shell reports Ctrl-C
+DRY_RUN = flags.DEFINE_bool(
+  'dry_run',
+  False,
+  'Compile for the devices of config.mesh without having them, nor weights nor '
+  'data; print what a device would hold, and exit.',
+)
+CHIP = flags.DEFINE_enum(
+  'chip', 'v5e', list(dryrun.CHIPS), 'Accelerator that --dry_run asks about.'
+)
+DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'Join the other processes of this job: Slurm, Open MPI, Kubernetes and TPU '
+  'pods are detected; elsewhere name them with the flags below.',
+)
+COORDINATOR = flags.DEFINE_string(
+  'coordinator_address', None, 'HOST:PORT of the first process (--distributed).'
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Processes of the job (--distributed).'
+)
+PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Number of this process, from 0 (--distributed).'
+)
 
 
 def explain(config: config_lib.Config) -> str:
@@ -74,8 +97,50 @@ def _keep_programs() -> None:
     jax.config.update('jax_compilation_cache_dir', str(programs))
 
 
-def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
-  """Runs a program on the resolved config and the workdir."""
+def _join_processes() -> None:
+  """Makes this process one of several; must come before any use of devices."""
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  try:
+    jax.distributed.initialize(
+      COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    )
+  except (ValueError, RuntimeError) as error:
+    errors.fail(
+      f'--distributed: {error} Where no Slurm, Open MPI, Kubernetes or TPU pod '
+      'is detected, give --coordinator_address, --num_processes, --process_id.'
+    )
+
+
+def _choose_devices(mesh, needed: bool) -> None:
+  """Decides on devices before checking the config starts jax."""
+  if DRY_RUN.value or not needed:
+    jax.config.update('jax_platforms', 'cpu')
+  if DRY_RUN.value:
+    count = max(1, mesh.sweep * mesh.clients * mesh.model)
+    jax.config.update('jax_num_cpu_devices', count)
+  elif DISTRIBUTED.value and needed:
+    _join_processes()
+
+
+def dry_run(*points: config_lib.Config) -> None:
+  """Prints what a program of some points would need."""
+  report = dryrun.compile_for(points, CHIP.value)
+  print(dryrun.render(report, CHIP.value))
+
+
+def run(
+  program: Callable[[config_lib.Config, pathlib.Path], None],
+  dry_run: Callable[[config_lib.Config], None] = dry_run,
+  needs_devices: Callable[[], bool] = lambda: True,
+) -> None:
+  """Runs a program on the resolved config and the workdir.
+
+  Args:
+    program: what to do.
+    dry_run: what to do instead with --dry_run.
+    needs_devices: asked once flags are parsed; a program that only starts
+      others leaves the devices to them.
+  """
 
   def main(argv):
     # First of all: checking the config already starts jax.
@@ -87,10 +152,14 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
       return
     if CONFIG.value is None:
       errors.fail('--config is missing: try --config=configs/tiny.py')
+    _choose_devices(CONFIG.value.mesh, needs_devices())
     try:
       config = config_lib.resolve(CONFIG.value)
       if PRINT_CONFIG.value:
         print(explain(config))
+        return
+      if DRY_RUN.value:
+        dry_run(config)
         return
       if not WORKDIR.value:
         errors.fail('--workdir is missing: name a folder for the results')
@@ -102,10 +171,10 @@ def run(program: Callable[[config_lib.Config, pathlib.Path], None]) -> None:
       errors.fail(error)
     except training.Interrupted as error:
       print(f'{error} The state is saved; to go on:\n  {command()}')
-      sys.exit(_INTERRUPTED)
+      sys.exit(console.INTERRUPTED)
     except KeyboardInterrupt:
       print('\nStopped before the first round; there was nothing to save.')
-      sys.exit(_INTERRUPTED)
+      sys.exit(console.INTERRUPTED)
 
   if '--helpfull' in sys.argv:
     fields = explain(config_lib.resolve(default.get_config()))

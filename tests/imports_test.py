@@ -13,12 +13,12 @@ ORDER = [
   ['ranks', 'models', 'methods', 'data.tokenizer'],
   ['client', 'server', 'diagnostics'],
   ['rounds'],
-  ['sharding'],
+  ['sharding', 'flops'],
   ['data', 'evaluation', 'communication', 'checkpoint', 'metrics', 'checks', 'console'],
   ['config', 'results'],
   ['build', 'base_model'],
   ['experiment'],
-  ['training'],
+  ['training', 'dryrun'],
   ['sweep'],
 ]  # fmt: skip
 FILES = sorted((ROOT / 'hetlora_jax').rglob('*.py'))

@@ -246,8 +246,13 @@ def make_hidden(config: DecoderConfig, dtype, remat: bool):
   return hidden
 
 
-def make_loss(config: DecoderConfig, dtype, remat: bool) -> Loss:
-  """Returns the task: the summed loss at target positions, and their count."""
+def make_loss(
+  config: DecoderConfig, dtype, remat: bool, words: int = 0
+) -> Loss:
+  """Returns the task: the summed loss at target positions, and their count.
+
+  `words` are those of `kernels.linear_cross_entropy`.
+  """
   hidden = make_hidden(config, dtype, remat)
 
   def loss(base, adapters, scale, batch: Batch):
@@ -257,7 +262,7 @@ def make_loss(config: DecoderConfig, dtype, remat: bool) -> Loss:
     h_MD = h.reshape(-1, h.shape[-1])[batch.target_index]
     embed = head(config, base).astype(dtype)
     total = kernels.linear_cross_entropy(
-      h_MD, embed, batch.target, batch.weight
+      h_MD, embed, batch.target, batch.weight, words
     )
     return total, batch.weight.sum()
 

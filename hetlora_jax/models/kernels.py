@@ -67,6 +67,9 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
   )  # fmt: skip
 
 
+WORDS_ON_ACCELERATORS = 32768
+
+
 def words_at_once() -> int:
   """Returns how many words' logits exist at a time.
 
@@ -74,7 +77,8 @@ def words_at_once() -> int:
   made the loss 1.3 to 1.9 times as fast as all words at once (WORKSPACE_NOTES);
   accelerators want few, large products.
   """
-  return 2048 if jax.default_backend() == 'cpu' else 32768
+  on_cpu = jax.default_backend() == 'cpu'
+  return 2048 if on_cpu else WORDS_ON_ACCELERATORS
 
 
 def _deal(embed: Array, words: int) -> Array:

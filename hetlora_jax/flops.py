@@ -31,13 +31,16 @@ def held(cohort: Cohort, rank_N: np.ndarray) -> Work:
   )
 
 
-def needed(c: decoder.DecoderConfig, dims: dict, work: Work) -> dict:
+def needed(
+  c: decoder.DecoderConfig, dims: dict, work: Work, trains_base: bool = False
+) -> dict[str, float]:
   """Counts the floating-point operations of a round, by kind.
 
   Args:
     c: the model.
     dims: target -> (num_layers, d_in, d_out) of the adapters.
     work: what the round's batches hold.
+    trains_base: whether the base has gradients too (full fine-tuning).
   """
   matrices = decoder.matrix_dims(c).items()
   forward = c.num_layers * sum(d_in * d_out for _, (d_in, d_out) in matrices)
@@ -46,10 +49,14 @@ def needed(c: decoder.DecoderConfig, dims: dict, work: Work) -> dict:
   slots = sum(layers * (a + b) for layers, a, b in dims.values())
   # Scores and mixing, each once forward and twice back.
   attention = 6 * c.num_layers * c.num_heads * c.head_dim
+  if trains_base:
+    backward = 2 * forward
+  # Logits and their mean of the words; for gradients of the words both again.
+  passes = 8.0 if trains_base else 4.0
   return {
     'frozen': 2.0 * work.tokens * (forward + backward),
     # x A and (x A) B, and two gradients of each.
     'lora': 6.0 * work.tokens_times_rank * slots,
     'attention': 2.0 * work.pairs * attention,
-    'head': 4.0 * work.targets * c.width * c.vocab_size,
+    'head': passes * work.targets * c.width * c.vocab_size,
   }

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import count
-from hetlora_jax import base_model, lora
+from hetlora_jax import base_model, flops, lora
 from hetlora_jax.config import RandomModel
 from hetlora_jax.models import decoder
 from hetlora_jax.types import Batch, Cohort
@@ -46,7 +45,7 @@ def _executed(program: str) -> int:
 
 
 def test_counted_operations_are_those_of_the_compiled_step():
-  shape = base_model._random_shape(
+  shape = base_model.random_shape(
     RandomModel(
       width=128, num_layers=1, num_heads=4, head_dim=32, mlp_width=512,
       vocab_size=WORDS,
@@ -60,9 +59,9 @@ def test_counted_operations_are_those_of_the_compiled_step():
     num_examples=np.ones(1, np.float32),
     batches=jax.tree.map(lambda x: x[None, None], batch),
   )
-  work = count.held(cohort, np.array([SLOTS]))
+  work = flops.held(cohort, np.array([SLOTS]))
   assert work == (TOKENS, TOKENS * SLOTS, TOKENS * (TOKENS + 1) // 2, TOKENS)
-  counted = count.needed(shape, dims, work)
+  counted = flops.needed(shape, dims, work)
 
   base = decoder.init_params(shape, jax.random.key(0), jnp.float32)
   adapters = lora.init(jax.random.key(1), dims, SLOTS, 'gaussian')

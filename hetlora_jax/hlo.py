@@ -1,0 +1,121 @@
+"""What a compiled program says of itself: its collectives, and their bytes."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_KINDS = (
+  'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
+  'collective-permute',
+)  # fmt: skip
+_BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'c64': 64, 'c128': 128}
+# `%name = shape kind(operands), attributes`; a shape may be a tuple of shapes.
+_INSTRUCTION = re.compile(
+  r'^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)(?= [a-z])|\S+) '
+  r'(?P<kind>[\w-]+)\((?P<rest>.*)$'
+)
+_ARRAY = re.compile(r'\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]')
+_CALLED = re.compile(
+  r'(?:body|condition|calls|to_apply|true_computation|false_computation)='
+  r'%?([\w.-]+)|branch_computations=\{([^}]*)\}'
+)
+
+
+class Collective(NamedTuple):
+  """One collective instruction."""
+
+  kind: str  # one of those above
+  shape: tuple[tuple[int, ...], ...]  # results on a device
+  bytes: int  # of these, once
+  times: int  # how often a call of the program executes it
+  groups: str  # who takes part, as XLA writes it
+  name: str  # where in the source it comes from, if XLA knows
+
+
+def _arrays(shape: str) -> Iterator[tuple[tuple[int, ...], int]]:
+  """Yields the dimensions and bytes of the arrays in a shape."""
+  for kind, dims in _ARRAY.findall(shape):
+    bits = _BITS.get(kind) or int((re.search(r'\d+', kind) or ['8'])[0])
+    sizes = tuple(int(n) for n in dims.split(',') if n)
+    yield sizes, math.prod(sizes) * bits // 8
+
+
+def _computations(text: str) -> tuple[dict[str, list[re.Match]], str]:
+  """Splits a module into computations; returns them and the entry's name."""
+  found: dict[str, list[re.Match]] = {}
+  entry = current = ''
+  for line in text.splitlines():
+    head = re.match(r'^(ENTRY )?%?([\w.-]+) .*\{\s*$', line)
+    if head and not line.startswith(('HloModule', ' ')):
+      current = head[2]
+      found[current] = []
+      entry = current if head[1] else entry
+    elif match := _INSTRUCTION.match(line):
+      found[current].append(match)
+  return found, entry
+
+
+def _executions(found: dict[str, list[re.Match]], entry: str) -> dict[str, int]:
+  """Counts how often each computation runs in a call of the program."""
+  times: dict[str, int] = collections.Counter()
+
+  def visit(name: str, count: int) -> None:
+    times[name] += count
+    for match in found.get(name, ()):
+      rest = match['rest']
+      trips = 1
+      if match['kind'] == 'while':
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+        trips = int(known[1]) if known else 1
+      for one, several in _CALLED.findall(rest):
+        for called in re.findall(r'[\w.-]+', one or several):
+          visit(called, count * trips)
+
+  visit(entry, 1)
+  return times
+
+
+def collectives(text: str) -> list[Collective]:
+  """Lists the collectives of an optimised, partitioned program.
+
+  A loop of unknown length counts once; of an asynchronous pair the start does,
+  with the larger of what it holds: its result.
+
+  Args:
+    text: `compiled.as_text()`.
+  """
+  found, entry = _computations(text)
+  times, out = _executions(found, entry), []
+  for computation, matches in found.items():
+    for match in matches:
+      kind = match['kind'].removesuffix('-start')
+      if kind not in _KINDS or not times[computation]:
+        continue
+      arrays = list(_arrays(match['shape']))
+      if match['kind'].endswith('-start'):
+        arrays = [max(arrays, key=lambda x: x[1])]
+      groups = re.search(r'replica_groups=(.*?)(?:, [a-z_]+=|$)', match['rest'])
+      name = re.search(r'op_name="([^"]*)"', match['rest'])
+      out.append(
+        Collective(
+          kind,
+          tuple(dims for dims, _ in arrays),
+          sum(n for _, n in arrays),
+          times[computation],
+          groups[1] if groups else '',
+          name[1] if name else match['name'],
+        )
+      )
+  return out
+
+
+def moved(found: list[Collective]) -> dict[str, int]:
+  """Adds up the bytes of each kind that a device gets in a call."""
+  total: dict[str, int] = collections.Counter()
+  for x in found:
+    total[x.kind] += x.bytes * x.times
+  return dict(total)

