@@ -18,12 +18,13 @@ from hetlora_jax.types import PyTree
 
 AXES = ('sweep', 'clients', 'model')
 
-# Which axis of a base parameter is split over `model`. Stacked layers come
-# first in all but the embeddings.
+# Which axis of a base parameter is split over `model`: words, heads or hidden
+# units. Stacked layers come first in all but the embeddings. Keys and values
+# have few heads, which seldom divide, and few parameters: whole everywhere.
 _BASE_RULES = {
   'embed': PartitionSpec('model', None),
   'head': PartitionSpec('model', None),
-  **dict.fromkeys(('q', 'k', 'v', 'gate', 'up'), PartitionSpec(None, None, 'model')),
+  **dict.fromkeys(('q', 'gate', 'up'), PartitionSpec(None, None, 'model')),
   **dict.fromkeys(('o', 'down'), PartitionSpec(None, 'model', None)),
 }  # fmt: skip
 
