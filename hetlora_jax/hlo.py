@@ -59,6 +59,23 @@ def _computations(text: str) -> tuple[dict[str, list[re.Match]], str]:
   return found, entry
 
 
+def _trips(loop: str, found: dict[str, list[re.Match]]) -> int:
+  """Returns how often a loop runs: as XLA says, or the limit it compares with.
+
+  The loops of a scan count up from 0. Where neither is to be seen it is 1.
+  """
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
+  if known:
+    return int(known[1])
+  condition = re.search(r'condition=%?([\w.-]+)', loop)
+  limits = [
+    int(match['rest'].partition(')')[0])
+    for match in found.get(condition[1] if condition else '', ())
+    if match['kind'] == 'constant' and match['shape'].startswith('s32[]')
+  ]
+  return limits[0] if len(limits) == 1 else 1
+
+
 def _executions(found: dict[str, list[re.Match]], entry: str) -> dict[str, int]:
   """Counts how often each computation runs in a call of the program."""
   times: dict[str, int] = collections.Counter()
@@ -67,10 +84,7 @@ def _executions(found: dict[str, list[re.Match]], entry: str) -> dict[str, int]:
     times[name] += count
     for match in found.get(name, ()):
       rest = match['rest']
-      trips = 1
-      if match['kind'] == 'while':
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-        trips = int(known[1]) if known else 1
+      trips = _trips(rest, found) if match['kind'] == 'while' else 1
       for one, several in _CALLED.findall(rest):
         for called in re.findall(r'[\w.-]+', one or several):
           visit(called, count * trips)
@@ -82,35 +96,41 @@ def _executions(found: dict[str, list[re.Match]], entry: str) -> dict[str, int]:
 def collectives(text: str) -> list[Collective]:
   """Lists the collectives of an optimised, partitioned program.
 
-  A loop of unknown length counts once; of an asynchronous pair the start does,
-  with the larger of what it holds: its result.
+  Of an asynchronous pair the start counts, with the larger of what it holds:
+  its result. A TPU may do one in steps between the turns of a later loop; they
+  have one channel and are one.
 
   Args:
     text: `compiled.as_text()`.
   """
   found, entry = _computations(text)
-  times, out = _executions(found, entry), []
+  times = _executions(found, entry)
+  out: dict[str, Collective] = {}
   for computation, matches in found.items():
     for match in matches:
       kind = match['kind'].removesuffix('-start')
-      if kind not in _KINDS or not times[computation]:
-        continue
-      arrays = list(_arrays(match['shape']))
-      if match['kind'].endswith('-start'):
-        arrays = [max(arrays, key=lambda x: x[1])]
-      groups = re.search(r'replica_groups=(.*?)(?:, [a-z_]+=|$)', match['rest'])
-      name = re.search(r'op_name="([^"]*)"', match['rest'])
-      out.append(
-        Collective(
-          kind,
-          tuple(dims for dims, _ in arrays),
-          sum(n for _, n in arrays),
-          times[computation],
-          groups[1] if groups else '',
-          name[1] if name else match['name'],
-        )
-      )
-  return out
+      if kind in _KINDS and times[computation]:
+        channel = re.search(r'channel_id=\d+', match['rest'])
+        one = _collective(kind, match, times[computation])
+        key = channel[0] if channel else match['name']
+        out[key] = min(one, out.get(key, one), key=lambda x: x.times)
+  return list(out.values())
+
+
+def _collective(kind: str, match: re.Match, times: int) -> Collective:
+  arrays = list(_arrays(match['shape']))
+  if match['kind'].endswith('-start'):
+    arrays = [max(arrays, key=lambda x: x[1])]
+  groups = re.search(r'replica_groups=(.*?)(?:, [a-z_]+=|$)', match['rest'])
+  name = re.search(r'op_name="([^"]*)"', match['rest'])
+  return Collective(
+    kind,
+    tuple(dims for dims, _ in arrays),
+    sum(size for _, size in arrays),
+    times,
+    groups[1] if groups else '',
+    name[1] if name else match['name'],
+  )
 
 
 def moved(found: list[Collective]) -> dict[str, int]:

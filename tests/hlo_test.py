@@ -1,0 +1,108 @@
+"""Collectives read from compiled programs, against what must be there."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from hetlora_jax import hlo
+
+
+def _array(shape, *spec):
+  mesh = jax.make_mesh((4, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+  where = NamedSharding(mesh, PartitionSpec(*spec))
+  return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+
+
+def _collectives(function, *arrays, out=()):
+  mesh = arrays[0].sharding.mesh
+  where = NamedSharding(mesh, PartitionSpec(*out))
+  program = jax.jit(function, out_shardings=where).lower(*arrays).compile()
+  return hlo.collectives(program.as_text())
+
+
+def test_a_product_over_a_split_axis_is_summed():
+  (found,) = _collectives(
+    jnp.matmul, _array((8, 16), None, 'a'), _array((16, 6), 'a', None)
+  )
+  assert found[:4] == ('all-reduce', ((8, 6),), 8 * 6 * 4, 1)
+
+
+def test_a_split_array_that_is_wanted_whole_is_gathered():
+  (found,) = _collectives(lambda x: x * 2, _array((16, 6), 'a'))
+  assert found[:4] == ('all-gather', ((16, 6),), 16 * 6 * 4, 1)
+  assert hlo.moved([found, found]) == {'all-gather': 2 * 16 * 6 * 4}
+
+
+def test_what_stays_where_it_is_needs_nothing():
+  assert not _collectives(jnp.sin, _array((16, 6), 'a'), out=('a',))
+
+
+def test_loops_within_loops_multiply():
+  def inner(carry, _):
+    return jnp.tanh(carry @ carry), None
+
+  def outer(carry, _):
+    return jax.lax.scan(inner, carry, None, length=4)[0].T, None
+
+  found = _collectives(
+    lambda x: jax.lax.scan(outer, x, None, length=3)[0],
+    _array((16, 16), 'a'), out=('a',),
+  )  # fmt: skip
+  gather = next(x for x in found if x.kind == 'all-gather')
+  assert (gather.bytes, gather.times) == (16 * 16 * 4, 12)
+  turned = next(x for x in found if x.kind == 'all-to-all')
+  assert (turned.bytes, turned.times) == (16 * 16 * 4 // 4, 3)
+
+
+def test_a_branch_counts():
+  def step(x, y):
+    return jax.lax.cond(y.sum() > 0, lambda: x @ x, lambda: x)
+
+  found = _collectives(
+    step, _array((16, 16), 'a'), _array((2,)), out=('a',)
+  )  # fmt: skip
+  assert [x.kind for x in found] == ['all-gather']
+
+
+# As the TPU compiler writes: layouts with tiles, a pair of start and done, a
+# loop whose length only its condition shows, one collective in two steps.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %p = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %start = (bf16[2,4]{1,0:T(8,128)(2,1)}, bf16[8,4]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %done = bf16[8,4]{1,0} all-gather-done(%start)
+  %step = f32[9]{0} all-reduce(%x), channel_id=2, to_apply=%sum
+  ROOT %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%x, %x)
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %first = f32[9]{0} all-reduce(%a), channel_id=2, to_apply=%sum
+  %w = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%a), condition=%cond, body=%body, metadata={op_name="jit(f)/while"}
+  ROOT %r = f32[8,4]{1,0:T(8,128)} get-tuple-element(%w), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(
+  'want',
+  [
+    hlo.Collective(
+      'all-gather', ((8, 4),), 64, 5, '[2,4]<=[8]', 'start'
+    ),
+    hlo.Collective('all-reduce', ((9,),), 36, 1, '', 'first'),
+  ],
+)  # fmt: skip
+def test_programs_of_tpus_are_read(want):
+  found = hlo.collectives(TPU)
+  assert len(found) == 2 and want in found
