@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hetlora_jax import prng, sharding
-from hetlora_jax.config import Config, RandomModel
+from hetlora_jax.config import Config, ConfigError, RandomModel
 from hetlora_jax.data import people
 from hetlora_jax.data.tokenizer import Tokenizer
 from hetlora_jax.models import decoder, pretrained
@@ -35,9 +35,21 @@ def load(config: Config, mesh: Mesh) -> pretrained.Pretrained:
   The last one is kept, and only there: the points of a sweep share it.
   """
   c, dtype = config.model, compute_dtype(config)
-  if c.source != 'random':
-    return _load(c.source, dtype, mesh)
-  return _draw(c.random, config.data.name, dtype, mesh)
+  if c.source == 'random':
+    model = _draw(c.random, config.data.name, dtype, mesh)
+  else:
+    model = _load(c.source, dtype, mesh)
+  check_split(config, model.config)
+  return model
+
+
+def check_split(config: Config, shape: decoder.DecoderConfig) -> None:
+  """Raises ConfigError if devices would have to share a head."""
+  if shape.num_heads % config.mesh.model:
+    raise ConfigError(
+      f'config.mesh.model={config.mesh.model} does not divide the '
+      f'{shape.num_heads} heads of {config.model.source}: take a divisor.'
+    )
 
 
 @functools.lru_cache(1)

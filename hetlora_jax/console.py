@@ -56,7 +56,8 @@ def end_with_parent() -> None:
   """Ends this process at once when the one that holds its stdin has ended."""
 
   def wait():
-    sys.stdin.buffer.read()
+    while os.read(0, 1):
+      pass
     os._exit(INTERRUPTED)
 
   threading.Thread(target=wait, daemon=True).start()

@@ -190,6 +190,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
   config, count = points[0], len(points)
   rounds = config.federated.rounds_per_call
   shape, start = model_shape(config), time.perf_counter()
+  base_model.check_split(config, shape)
   dtype = jnp.dtype(
     'bfloat16' if config.model.dtype == 'auto' else config.model.dtype
   )

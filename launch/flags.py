@@ -152,8 +152,8 @@ def run(
       return
     if CONFIG.value is None:
       errors.fail('--config is missing: try --config=configs/tiny.py')
-    _choose_devices(CONFIG.value.mesh, needs_devices())
     try:
+      _choose_devices(CONFIG.value.mesh, needs_devices())
       config = config_lib.resolve(CONFIG.value)
       if PRINT_CONFIG.value:
         print(explain(config))

@@ -46,7 +46,7 @@ def small_config(**overrides):
   return config.resolve(raw)
 
 
-def _state(c, workdir):
+def newest_state(c, workdir):
   """Returns the newest checkpoint as numpy."""
   like = experiment.shape_of_one(experiment.prepare(c))
   checkpoints = checkpoint.Checkpoints([workdir / 'checkpoints'], 2)
@@ -102,8 +102,8 @@ def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
   training.run(small_config(), tmp_path)
   jax.tree.map(
     np.testing.assert_array_equal,
-    _state(small_config(), tmp_path),
-    _state(small_config(), unbroken),
+    newest_state(small_config(), tmp_path),
+    newest_state(small_config(), unbroken),
   )
   assert timeless(tmp_path) == timeless(unbroken)
 
@@ -124,7 +124,9 @@ def test_every_kind_of_state_continues_to_the_bit(method, tmp_path):
   training.run(c, tmp_path / 'whole')
   training.run(short, tmp_path / 'broken')
   training.run(c, tmp_path / 'broken')
-  one, other = (_state(c, tmp_path / name) for name in ('whole', 'broken'))
+  one, other = (
+    newest_state(c, tmp_path / name) for name in ('whole', 'broken')
+  )
   jax.tree.map(np.testing.assert_array_equal, one, other)
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'broken')
   if method == 'fedsa_lora':  # who never took part has a B of zero
@@ -173,8 +175,8 @@ def test_killed_and_continued_equals_unbroken(unbroken, tmp_path):
   assert again.returncode == 0
   jax.tree.map(
     np.testing.assert_array_equal,
-    _state(small_config(), tmp_path),
-    _state(small_config(), unbroken),
+    newest_state(small_config(), tmp_path),
+    newest_state(small_config(), unbroken),
   )
   assert timeless(tmp_path) == timeless(unbroken)
 
@@ -184,7 +186,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
   code, rest = _signal_after(_launch(tmp_path, *many), 'round 2', signal.SIGINT)
   assert code == 130
   assert f'--workdir={tmp_path}' in rest and 'to go on' in rest
-  assert int(_state(small_config(), tmp_path).round) >= 2
+  assert int(newest_state(small_config(), tmp_path).round) >= 2
 
 
 def test_a_second_ctrl_c_stops_within_the_round(tmp_path):
@@ -214,8 +216,8 @@ def test_a_run_on_a_mesh_equals_a_run_on_one_device(tmp_path):
   spread = small_config(mesh__clients=4, mesh__model=2, **sgd)
   training.run(small_config(**sgd), tmp_path / 'one')
   training.run(spread, tmp_path / 'eight')
-  one = _state(small_config(**sgd), tmp_path / 'one')
-  eight = _state(spread, tmp_path / 'eight')
+  one = newest_state(small_config(**sgd), tmp_path / 'one')
+  eight = newest_state(spread, tmp_path / 'eight')
   np.testing.assert_array_equal(one.memory.rank, eight.memory.rank)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-5),

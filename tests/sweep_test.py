@@ -1,12 +1,29 @@
 """Many points: folders, skipping, failures, the table."""
 
 import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
-from experiment_test import small_config
+from experiment_test import SMALL, small_config, timeless
 
 from configs import ablations
-from hetlora_jax import config, console, metrics, sweep
+from hetlora_jax import (
+  build,
+  config,
+  console,
+  experiment,
+  metrics,
+  sweep,
+  training,
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 POINTS = [
   {'method': 'full_finetuning'},
@@ -15,11 +32,19 @@ POINTS = [
 ]
 
 
+def _run_all(runs):
+  """Runs every program in this process and returns the results."""
+  for program in sweep.programs(runs):
+    sweep.run_program(program)
+  return sweep.results(runs)
+
+
 @pytest.fixture(scope='module')
 def swept(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('sweep')
   c = small_config(federated__num_rounds=2)
-  return workdir, c, sweep.run(c, POINTS, workdir, 'train --config=x')
+  runs = sweep.plan(c, POINTS, workdir, 'train --config=x')
+  return workdir, runs, _run_all(runs)
 
 
 def test_every_point_has_a_folder_and_a_command(swept):
@@ -35,26 +60,206 @@ def test_every_point_has_a_folder_and_a_command(swept):
     'train --config=x --config.method=flora --config.federated.r_max=3 '
     f"'--workdir={workdir}/method=flora,r_max=3'"
   ).replace("'", '')
+  sweep.report(results, workdir)
   assert json.loads((workdir / 'sweep.json').read_text()) == results
   assert (workdir / 'sweep.png').stat().st_size > 10_000
 
 
 def test_a_point_that_cannot_run_is_named_and_the_others_go_on(swept):
-  _, _, results = swept
+  _, runs, results = swept
   assert 'config.methods.redistribution' in results[2]['error']
   assert all('error' not in r for r in results[:2])
+  assert [len(program) for program in sweep.programs(runs)] == [1, 1]
   lines = sweep.table(results).splitlines()
   assert len(lines) == 5 and 'failed' in lines[-1]
   assert len({len(line) for line in lines}) == 1
 
 
 def test_finished_points_are_not_run_again(swept, monkeypatch):
-  workdir, c, results = swept
+  _, runs, results = swept
   said = []
   monkeypatch.setattr(console, 'say', said.append)
-  again = sweep.run(c, POINTS, workdir, 'train --config=x')
-  assert again == results
-  assert not any('Loading' in line for line in said)
+  assert _run_all(runs) == results
+  assert not said
+
+
+GRID = 'federated.tail_penalty=[0.0,5.0] x seed=[0,1]'
+
+
+def _grid(workdir, rounds=4):
+  c = small_config(federated__num_rounds=rounds)
+  return sweep.plan(c, sweep.parse_grid(GRID, c), workdir, 'train')
+
+
+@pytest.fixture(scope='module')
+def together(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('grid')
+  return _grid(workdir), _run_all(_grid(workdir))
+
+
+def test_points_of_one_program_get_the_numbers_of_their_own_runs(
+  together, tmp_path
+):
+  runs, results = together
+  assert [r['points_together'] for r in results] == [4] * 4
+  for run, result in list(zip(runs, results, strict=True))[1:3]:
+    alone = training.run(run.config, tmp_path / run.name)
+    for place in (tmp_path / run.name, run.workdir):
+      assert (place / 'checkpoints' / '4').is_dir()
+      assert (place / 'curves.png').exists()
+    assert result['last'] == pytest.approx(alone['last'], rel=1e-5)
+    rows, want = timeless(run.workdir), timeless(tmp_path / run.name)
+    for row, other in zip(rows, want, strict=True):
+      assert row.get('rank/histogram') == other.get('rank/histogram')
+      assert row.get('train/loss', 0) == pytest.approx(
+        other.get('train/loss', 0), rel=1e-5
+      )
+  losses = {r['last']['eval/seen/loss'] for r in results}
+  assert len(losses) == 4
+  assert len({r['model_fingerprint'] for r in results}) == 1
+
+
+def test_a_grid_is_one_compilation(tmp_path, monkeypatch):
+  prepared, prepare = [], experiment.prepare
+
+  def remember(*points):
+    prepared.append(prepare(*points))
+    return prepared[-1]
+
+  monkeypatch.setattr(experiment, 'prepare', remember)
+  _run_all(_grid(tmp_path))
+  assert [len(x.points) for x in prepared] == [4]
+  assert prepared[0].run_rounds._cache_size() == 1
+
+
+def test_an_interrupted_grid_ends_with_the_same_numbers(together, tmp_path):
+  _, want = together
+  runs = _grid(tmp_path)
+  short = _grid(tmp_path, rounds=2)
+  sweep.run_program(short)
+  # As if the machine had died while the points were being saved.
+  shutil.rmtree(tmp_path / runs[0].name / 'checkpoints' / '2')
+  got = _run_all(runs)
+  for result, other in zip(got, want, strict=True):
+    assert result['last'] == other['last']
+    assert result['comm/up_bytes'] == other['comm/up_bytes']
+
+
+def test_a_new_point_starts_beside_those_that_go_on(together, tmp_path):
+  runs, want = together
+  shutil.copytree(runs[0].workdir.parent, tmp_path, dirs_exist_ok=True)
+  runs = _grid(tmp_path)
+  for run in runs:
+    (run.workdir / 'summary.json').unlink()
+    shutil.rmtree(run.workdir / 'checkpoints' / '4')
+  shutil.rmtree(runs[3].workdir)
+  assert [len(batch) for batch in sweep._in_step(runs)] == [3, 1]
+  for result, other in zip(_run_all(runs), want, strict=True):
+    assert result['last'] == pytest.approx(other['last'], rel=1e-5)
+
+
+def test_seeds_become_one_row_with_their_spread(together):
+  _, results = together
+  losses = [r['last']['eval/seen/loss'] for r in results]
+  lines = sweep.table(results).splitlines()
+  assert len(lines) == 4
+  for line, (a, b) in zip(lines[2:], (losses[:2], losses[2:]), strict=True):
+    assert f'| {(a + b) / 2:.3f} ± {abs(a - b) / 2**0.5:.3f} ' in line
+  failed = [results[0], {**results[1], 'error': 'x'}]
+  assert f'{losses[0]:.3f} (1 failed)' in sweep.table(failed)
+
+
+def test_programs_hold_as_many_points_as_asked(tmp_path):
+  runs = _grid(tmp_path)
+  sizes = lambda n: [len(p) for p in sweep.programs(runs, n)]  # noqa: E731
+  assert (sizes(0), sizes(3), sizes(1)) == ([4], [3, 1], [1] * 4)
+
+
+@pytest.mark.parametrize('field', experiment.VARIES)
+def test_every_varying_field_is_data_to_the_program(field):
+  c = small_config()
+  value = config.flat(config.to_dict(c))[field]
+  other = {
+    'seed': 7, 'federated.r_min': 1, 'methods.energy': 0.5,
+    'federated.dropout': 0.25, 'federated.gamma': 0.9,
+    'ranks.distribution': 'uniform', 'ranks.explicit': (2, 3),
+    'ranks.tiers': (1, 2, 3), 'ranks.tier_fractions': (0.2, 0.3, 0.5),
+    'ranks.data_correlation': 0.5,
+  }.get(field, 2 * value if isinstance(value, float) else None)  # fmt: skip
+  assert other is not None and other != value
+  changed = sweep.with_fields(c, {field: other})
+  assert experiment.program_of(changed) == experiment.program_of(c)
+  if field.startswith('ranks.'):
+    return  # seen in everybody's rank, which is part of the state
+  before, after = (build.make_hyperparameters(p) for p in (c, changed))
+  assert before != after
+
+
+def test_other_fields_are_the_programs_own():
+  c = small_config()
+  for field, value in (
+    ('method', 'fedit'),
+    ('federated.r_max', 7),
+    ('federated.local_batch', 3),
+    ('server_optimizer.name', 'adam'),
+  ):
+    changed = sweep.with_fields(c, {field: value})
+    assert experiment.program_of(changed) != experiment.program_of(c)
+
+
+@pytest.mark.parametrize(
+  'grid, message',
+  [
+    ('federated.gama=[1]', 'federated.gama does not exist'),
+    ('seed=0', "'seed=0' must be FIELD="),
+    ('seed=[0] x', "'seed=.0. x' must be FIELD="),
+    ('seed=[]', 'must be FIELD='),
+  ],
+)
+def test_a_bad_grid_is_named(grid, message):
+  with pytest.raises(config.ConfigError, match=message):
+    sweep.parse_grid(grid, small_config())
+
+
+def _sweep(workdir, *more):
+  given = [f'--config.{k}={v}' for k, v in SMALL.items()]
+  return [
+    sys.executable, '-m', 'launch.sweep', '--config=configs/tiny.py', *given,
+    f'--workdir={workdir}', f'--grid={GRID} x method=["hetlora","fedit"]',
+    *more,
+  ]  # fmt: skip
+
+
+def test_a_killed_sweep_ends_with_the_same_table(tmp_path):
+  def tables(workdir, kill):
+    env = os.environ | {'PYTHONWARNINGS': 'ignore'}
+    with subprocess.Popen(
+      _sweep(workdir), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    ) as process:
+      lines = []
+      for line in process.stdout:
+        lines.append(line)
+        if kill and line.startswith('round 2/4'):
+          process.kill()
+    rows = [line.split('|')[1:-2] for line in lines if line.startswith('|')]
+    return process.returncode, rows  # all columns but the seconds
+
+  code, rows = tables(tmp_path / 'killed', kill=True)
+  assert code == -signal.SIGKILL and not rows
+  code, rows = tables(tmp_path / 'killed', kill=False)
+  assert code == 0 and len(rows) == 6
+  assert (code, rows) == tables(tmp_path / 'whole', kill=False)
+
+
+def test_commands_are_printed_one_a_program(tmp_path):
+  out = subprocess.run(
+    _sweep(tmp_path / 'nowhere', '--print'), cwd=ROOT, check=True,
+    capture_output=True, text=True,
+  )  # fmt: skip
+  lines = [shlex.split(line) for line in out.stdout.splitlines()]
+  assert [line[-1] for line in lines] == ['--group=0', '--group=1']
+  assert all('--print' not in line and '-m' in line for line in lines)
+  assert not (tmp_path / 'nowhere').exists()
 
 
 def test_bytes_add_up_over_the_rounds(swept):
@@ -73,7 +278,7 @@ def test_every_point_of_the_papers_sweeps_resolves(name):
   names = {sweep.name_of(point) for point in points}
   assert len(names) == len(points) >= 2
   for point in points:
-    sweep.with_point(c, point)
+    sweep.with_fields(c, point)
 
 
 @pytest.mark.parametrize('spec', ['configs/ablations.py', 'x.py:a', 'configs/ablations.py:gama'])  # fmt: skip
