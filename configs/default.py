@@ -154,6 +154,9 @@ def get_config() -> ml_collections.ConfigDict:
   d.min_examples = 20
   # People who may be trained on, the same for every seed; 0 is all.
   d.num_people = 0
+  # Clients that each of them stands for, with the same turns, but ranks and
+  # draws of their own: a population larger than the data set.
+  d.copies = 1
   # Share of the people that is never trained on.
   d.unseen_fraction = 0.2
   # Share of a person's examples, the latest, kept for evaluation.

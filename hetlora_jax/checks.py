@@ -53,7 +53,7 @@ _AT_LEAST = {
     'federated.local_batch federated.r_min federated.r_max data.min_examples '
     'data.context_turns data.row_tokens data.tokens_per_example '
     'data.targets_per_example eval.num_people eval.examples_per_person '
-    'checkpoint.every checkpoint.keep mesh.sweep mesh.clients mesh.model '
+    'data.copies checkpoint.every checkpoint.keep mesh.sweep mesh.clients mesh.model '
     'federated.rounds_per_call model.random.width model.random.num_layers '
     'model.random.num_heads model.random.head_dim model.random.mlp_width '
     'model.random.vocab_size'

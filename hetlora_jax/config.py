@@ -115,6 +115,7 @@ class Data:
   name: str
   min_examples: int
   num_people: int
+  copies: int
   unseen_fraction: float
   heldout_fraction: float
   context_turns: int

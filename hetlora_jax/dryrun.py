@@ -96,10 +96,8 @@ def model_shape(config: Config) -> decoder.DecoderConfig:
 def _grid(family: str, count: int) -> str:
   """Returns the roundest topology of so many chips, e.g. 'v5e:8x16'."""
   sides = [1, 1, 1] if family == 'v5p' else [1, 1]
-  rest = count
   for prime in sorted(_factors(count), reverse=True):
     sides[sides.index(min(sides))] *= prime
-    rest //= prime
   return f'{family}:{"x".join(map(str, sorted(sides)))}'
 
 
@@ -110,20 +108,25 @@ def _factors(n: int) -> list[int]:
   return [n] if n > 1 else []
 
 
+def compiler_of(chip: str) -> str:
+  """Returns whose compiler answers for a chip: a TPU family's, or 'cpu'."""
+  has_libtpu = importlib.util.find_spec('libtpu') is not None
+  return (has_libtpu and CHIPS[chip].topology) or 'cpu'
+
+
 def _devices(chip: str, count: int) -> tuple[Sequence, str]:
-  """Returns the devices to compile for, and whose compiler it is."""
-  family = CHIPS[chip].topology
-  if family and importlib.util.find_spec('libtpu'):
-    name = _grid(family, count)
-    try:
-      found = topologies.get_topology_desc(name, 'tpu').devices
-      return found, f'{found[0].device_kind} {name}'
-    except Exception as error:  # jaxlib raises whatever libtpu says
-      raise ConfigError(
-        f'config.mesh needs {count} devices, and there is no topology {name}: '
-        f'{str(error).splitlines()[0]}'
-      ) from error
-  return jax.devices(), 'cpu'
+  """Returns the devices to compile for, and what they are."""
+  if compiler_of(chip) == 'cpu':
+    return jax.devices(), 'cpu'
+  name = _grid(CHIPS[chip].topology, count)
+  try:
+    found = topologies.get_topology_desc(name, 'tpu').devices
+  except Exception as error:  # jaxlib raises whatever libtpu says
+    raise ConfigError(
+      f'config.mesh needs {count} devices, and there is no topology {name}: '
+      f'{str(error).splitlines()[0]}'
+    ) from error
+  return found, f'{found[0].device_kind} {name}'
 
 
 def _placed(tree: PyTree, where: PyTree) -> PyTree:
@@ -205,8 +208,8 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
     shape, dtype, config.model.remat, kernels.WORDS_ON_ACCELERATORS
   )
   rules = build.make_rules(config, loss)
-  population = config.data.num_people or max(
-    _POPULATION, config.federated.clients_per_round
+  population = config.data.copies * max(
+    config.data.num_people or _POPULATION, config.federated.clients_per_round
   )
   rank_N = build.draw_ranks(config, np.ones(population))
 

@@ -96,6 +96,7 @@ def _load_people(config: Config, words) -> people.People:
       heldout_fraction=d.heldout_fraction,
       max_context_turns=d.context_turns,
       num_people=d.num_people,
+      copies=d.copies,
     )
   except ValueError as error:
     raise ConfigError(f'config.data: {error}') from error
@@ -104,7 +105,7 @@ def _load_people(config: Config, words) -> people.People:
     raise ConfigError(
       f'config.federated.clients_per_round={wanted} exceeds the {population} '
       f'people of {d.name!r} with data.min_examples={d.min_examples} and '
-      f'data.num_people={d.num_people}: lower it.'
+      f'data.num_people={d.num_people}: lower it, or raise data.copies.'
     )
   return crowd
 

@@ -5,6 +5,7 @@ The functions take an `experiment.Experiment`.
 
 import os
 import platform
+import resource
 import time
 
 import jax
@@ -71,6 +72,9 @@ def summarise(x, rows: list[metrics.Row], seconds, command):
     'finished': time.strftime('%Y-%m-%d %H:%M:%S'),
     'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
     f'{jax.device_count()} {jax.default_backend()} device(s)',
+    # Of this process on its host, in 10^6 bytes; Linux counts in kibibytes.
+    'memory/host_peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    * 1.024e-3,
     'versions': {'python': platform.python_version(), 'jax': jax.__version__},
     **x.description,
     'first': only_evaluations[0],

@@ -87,6 +87,21 @@ def test_the_unseen_are_these_people(load):
   assert unseen == ('person-005', 'person-014', 'person-038', 'person-054')
 
 
+def test_a_person_can_stand_for_several_clients(load):
+  one, three = load(num_people=7), load(num_people=7, copies=3)
+  assert three.client_ids == one.client_ids * 3
+  np.testing.assert_array_equal(
+    three.num_examples, np.tile(one.num_examples, 3)
+  )
+  for client in (0, 6):
+    for i in (0, 3):
+      again = three.example('train', client + 14, i)
+      np.testing.assert_array_equal(
+        again.tokens, one.example('train', client, i).tokens
+      )
+  assert three.groups['heldout'].ids == one.groups['heldout'].ids
+
+
 def test_so_many_people_are_kept_in_their_order(load):
   whole, some = load(), load(num_people=7)
   ids = some.client_ids

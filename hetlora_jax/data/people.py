@@ -52,7 +52,8 @@ class Group:
 class People:
   """The population: one group of people a kind of example.
 
-  'train' and 'heldout' are earlier and later turns of the same N people.
+  'train' and 'heldout' are earlier and later turns of the same people; 'train'
+  repeats them all in their order if each stands for several clients.
   """
 
   groups: dict[Kind, Group]
@@ -219,12 +220,15 @@ def load(
   heldout_fraction: float,
   max_context_turns: int = conversations.MAX_CONTEXT_TURNS,
   num_people: int = 0,
+  copies: int = 1,
 ) -> People:
   """Splits a data set's people, preparing it first if it never was.
 
   People with fewer than `min_examples` are left out. The latest
   `heldout_fraction` of everyone else's turns, one at least, is held out. Of
   those trained on, `num_people` are kept, by a hash of their id; 0 keeps all.
+  Each of them stands for `copies` clients, who have the same turns and whatever
+  else is a client's (ranks, draws) for themselves.
   """
   most_turns = conversations.MAX_CONTEXT_TURNS
   _check('min_examples', min_examples, 2, np.inf)
@@ -242,6 +246,12 @@ def load(
     )
   if num_people:
     groups = _keep(groups, num_people)
+  train = groups['train']
+  groups['train'] = Group(
+    ids=train.ids * copies,
+    first=np.tile(train.first, copies),
+    count=np.tile(train.count, copies),
+  )
   return People(
     groups=groups, read=_reader(prepared, tokenizer, max_context_turns)
   )

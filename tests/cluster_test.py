@@ -1,0 +1,153 @@
+"""The templates for clusters: parsed, consistent, and their command accepted."""
+
+import math
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from experiment_test import SMALL
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDER = ROOT / 'launch' / 'cluster'
+SHELL = ('slurm_multinode.sbatch', 'slurm_array.sbatch', 'tpu_vm.sh')
+JOBSETS = ('gke_jobset_tpu.yaml', 'gke_jobset_gpu.yaml')
+# What the cluster or the user sets.
+GIVEN = {
+  'CONFIG': 'configs/tiny.py', 'WORKDIR': '/runs/x', 'PROJECT': 'p',
+  'REPOSITORY': 'r', 'SLURM_ARRAY_TASK_ID': '0', 'JOB_COMPLETION_INDEX': '1',
+}  # fmt: skip
+# Instead of running a program, say its words.
+STUBS = """
+say() { printf '%s\\n' "$@"; }
+srun() { while [ "$1" != python ]; do shift; done; say "$@"; }
+gcloud() { for word; do case $word in
+  --command=*launch.train*) eval "${word#*activate && }";; esac; done; }
+python() { say python "$@"; }
+exec() { "$@"; }
+"""
+
+
+def _pod(name):
+  """Returns a JobSet's only kind of job and its container."""
+  (jobset,) = yaml.safe_load_all((FOLDER / name).read_text())
+  assert (jobset['apiVersion'], jobset['kind']) == (
+    'jobset.x-k8s.io/v1alpha2', 'JobSet',
+  )  # fmt: skip
+  assert jobset['spec']['failurePolicy']['maxRestarts'] > 0
+  (group,) = jobset['spec']['replicatedJobs']
+  job = group['template']['spec']
+  (container,) = job['template']['spec']['containers']
+  return jobset, job, container
+
+
+def _script(name):
+  """Returns what a shell runs, and the environment that the template sets."""
+  if name in SHELL:
+    return (FOLDER / name).read_text(), {}
+  _, _, container = _pod(name)
+  assert container['command'] == ['bash', '-c']
+  (script,) = container['args']
+  return script, {x['name']: x['value'] for x in container['env']}
+
+
+def words(name, **given):
+  """Returns the words of the command that a template runs."""
+  script, env = _script(name)
+  done = subprocess.run(
+    ['bash', '-c', STUBS + script],
+    env={'PATH': os.environ['PATH'], **env, **GIVEN, **given},
+    check=True, capture_output=True, text=True,
+  )  # fmt: skip
+  out = done.stdout.splitlines()
+  assert out[:2] == ['python', '-m'] and out[2].startswith('launch.'), out
+  return out[1:]
+
+
+def _mesh(command):
+  """Returns how many devices a command's mesh has."""
+  sizes = re.findall(r'--config\.mesh\.\w+=(\d+)', ' '.join(command))
+  return math.prod(map(int, sizes))
+
+
+@pytest.mark.parametrize('name', SHELL)
+def test_scripts_are_bash(name):
+  subprocess.run(['bash', '-n', str(FOLDER / name)], check=True)
+  assert 'set -euo pipefail' in (FOLDER / name).read_text()
+
+
+def test_every_template_is_tested():
+  found = {path.name for path in FOLDER.iterdir()}
+  assert found == {*SHELL, *JOBSETS}
+
+
+@pytest.mark.parametrize('name', JOBSETS)
+def test_a_jobsets_mesh_has_all_its_chips(name):
+  jobset, job, container = _pod(name)
+  (chips,) = container['resources']['limits'].values()
+  assert job['completions'] == job['parallelism']
+  assert job['completions'] * chips == _mesh(words(name))
+  assert job['template']['spec']['terminationGracePeriodSeconds'] >= 120
+  mounted = {mount['name'] for mount in container['volumeMounts']}
+  assert mounted == {v['name'] for v in job['template']['spec']['volumes']}
+  if 'gpu' in name:
+    env = {x['name']: x['value'] for x in container['env']}
+    assert int(env['PROCESSES']) == job['completions']
+    first = f'{jobset["metadata"]["name"]}-workers-0-0'
+    assert env['COORDINATOR'].startswith(
+      f'{first}.{jobset["metadata"]["name"]}:'
+    )
+  else:
+    topology = job['template']['spec']['nodeSelector'][
+      'cloud.google.com/gke-tpu-topology'
+    ]
+    assert math.prod(map(int, topology.split('x'))) == _mesh(words(name))
+
+
+def _sbatch(name):
+  """Returns the options of a batch script."""
+  text = (FOLDER / name).read_text()
+  return dict(re.findall(r'^#SBATCH --([\w-]+)(?:=(\S+))?$', text, re.M))
+
+
+def test_the_multinode_mesh_has_all_gpus_and_time_to_save():
+  options = _sbatch('slurm_multinode.sbatch')
+  per_node = int(options['ntasks-per-node'])
+  assert per_node == int(options['gpus-per-node'])
+  assert int(options['nodes']) * per_node == _mesh(
+    words('slurm_multinode.sbatch')
+  )
+  assert options['signal'] == 'TERM@120' and 'requeue' in options
+
+
+def test_the_array_has_a_task_for_every_program():
+  command = [
+    word
+    for word in words('slurm_array.sbatch')
+    if not word.startswith('--group')
+  ]
+  done = subprocess.run(
+    [sys.executable, *command, '--print'],
+    cwd=ROOT, check=True, capture_output=True, text=True,
+  )  # fmt: skip
+  last = len(done.stdout.splitlines()) - 1
+  assert _sbatch('slurm_array.sbatch')['array'] == f'0-{last}'
+
+
+@pytest.mark.parametrize('name', [*SHELL, *JOBSETS])
+def test_the_command_is_accepted(name):
+  command = words(name)
+  small = [f'--config.{k}={v}' for k, v in SMALL.items() if 'clients' not in k]
+  env = os.environ | {
+    'XLA_FLAGS': re.sub(r'--\S*device_count=8', '', os.environ['XLA_FLAGS'])
+  }
+  done = subprocess.run(
+    [sys.executable, *command, *small, '--dry_run'],
+    cwd=ROOT, env=env, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, (shlex.join(command), done.stderr)
+  assert f'= {_mesh(command)} devices' in done.stdout
