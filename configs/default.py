@@ -191,6 +191,9 @@ def get_config() -> ml_collections.ConfigDict:
   w.wire_dtype = 'float32'
 
   x = c.mesh = ml_collections.ConfigDict()
+  # Points of a sweep that a device trains at once, the others wait; 0 is all of
+  # its own. 1 needs the memory of one run and gives each point its very numbers.
+  x.points_at_once = 1
   # Devices along which the points of a sweep are spread.
   x.sweep = 1
   # Devices along which clients are spread.

@@ -226,13 +226,14 @@ def init_state(
   return dataclasses.replace(state, opt_state=optimizer.init(moved))
 
 
-def make_rounds(rules: Rules, mesh, state: ServerState):
+def make_rounds(rules: Rules, mesh, state: ServerState, points_at_once=1):
   """Jits many rounds of many points on a mesh, donating the state.
 
   Args:
     rules: the method's.
     mesh: the devices.
     state: of all points, leaves [K, ...]; only shapes are read.
+    points_at_once: how many points a device vmaps; 0 is all of its own.
 
   Returns:
     (base, state, cohorts, hyper) -> (state, metrics), where the leaves of
@@ -242,7 +243,10 @@ def make_rounds(rules: Rules, mesh, state: ServerState):
   everywhere = sharding.replicated(mesh)
   state_sharding = sharding.by_name(mesh, state, points=True)
   one_round = sharding.each_point(
-    mesh, functools.partial(rounds.federated_round, rules), (None, 0, 0, 0)
+    mesh,
+    functools.partial(rounds.federated_round, rules),
+    (None, 0, 0, 0),
+    points_at_once,
   )
 
   def many_rounds(base, state, cohorts, hyper):

@@ -43,7 +43,7 @@ _CHOICES = {
 _AT_LEAST = {
   0: (
     'seed model.random.seed lora.scale federated.min_local_steps federated.dropout '
-    'federated.tail_penalty federated.proximal federated.clients_at_once '
+    'federated.tail_penalty federated.proximal federated.clients_at_once mesh.points_at_once '
     'ranks.exponent methods.energy client_optimizer.learning_rate '
     'client_optimizer.full_learning_rate client_optimizer.weight_decay '
     'server_optimizer.learning_rate data.num_people eval.every'

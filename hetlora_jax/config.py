@@ -145,6 +145,7 @@ class Communication:
 
 @_record
 class Mesh:
+  points_at_once: int
   sweep: int
   clients: int
   model: int

@@ -7,7 +7,6 @@ then answers.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import time
@@ -197,7 +196,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
   dtype = jnp.dtype(
     'bfloat16' if config.model.dtype == 'auto' else config.model.dtype
   )
-  sizes = dataclasses.asdict(config.mesh)
+  sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
   devices, compiler = _devices(chip, math.prod(sizes.values()))
   mesh = sharding.make_mesh(**sizes, devices=devices)
   base = jax.eval_shape(
@@ -226,7 +225,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
   cohorts = _placed(_cohorts(config, count), sharding.over_clients(mesh))
   base = _placed(base, sharding.by_name(mesh, base))
   program = (
-    build.make_rounds(rules, mesh, state)
+    build.make_rounds(rules, mesh, state, config.mesh.points_at_once)
     .lower(base, state, cohorts, hyper)
     .compile()
   )

@@ -145,13 +145,13 @@ def prepare(*points: Config) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing."""
   points = _fill_up(points)
   config = points[0]
-  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+  mesh = sharding.make_mesh(*[getattr(config.mesh, a) for a in sharding.AXES])
   model = base_model.load(config, mesh)
   crowd = _load_people(config, model.tokenizer)
   dtype = base_model.compute_dtype(config)
   dims = decoder.adapter_dims(model.config, config.lora.targets)
   loss = decoder.make_loss(model.config, dtype, config.model.remat)
-  rules = build.make_rules(config, loss)
+  rules, at_once = build.make_rules(config, loss), config.mesh.points_at_once
   rank_KN = np.stack([build.draw_ranks(p, crowd.num_examples) for p in points])
   state = _stack(
     [
@@ -161,12 +161,13 @@ def prepare(*points: Config) -> Experiment:
   )
   hyper = _stack([build.make_hyperparameters(p) for p in points])
   evaluate = dict.fromkeys(
-    ('seen', 'unseen'), perplexity.make_evaluate(rules, mesh, own=False)
+    ('seen', 'unseen'),
+    perplexity.make_evaluate(rules, mesh, False, at_once),
   )
   if rules.personal:
-    evaluate['seen'] = perplexity.make_evaluate(rules, mesh, own=True)
+    evaluate['seen'] = perplexity.make_evaluate(rules, mesh, True, at_once)
   elif config.eval.own_rank:
-    evaluate['seen_own'] = perplexity.make_evaluate(rules, mesh, own=True)
+    evaluate['seen_own'] = perplexity.make_evaluate(rules, mesh, True, at_once)
   return Experiment(
     points=points,
     people=crowd,
@@ -181,7 +182,7 @@ def prepare(*points: Config) -> Experiment:
     ),
     initial_rank=rank_KN,
     rules=rules,
-    run_rounds=build.make_rounds(rules, mesh, state),
+    run_rounds=build.make_rounds(rules, mesh, state, at_once),
     evaluate=evaluate,
     mesh=mesh,
     description={

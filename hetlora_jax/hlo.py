@@ -19,6 +19,12 @@ _INSTRUCTION = re.compile(
   r'(?P<kind>[\w-]+)\((?P<rest>.*)$'
 )
 _ARRAY = re.compile(r'\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]')
+# `(operands, results, ...)`, of a shape without layouts.
+_ITEM = r'(?:\([^()]*\)|\w+\[[\d,]*\])'
+_STARTED = re.compile(rf'\({_ITEM}, ({_ITEM})')
+_CHAIN = re.compile(r'channel_id=(\d+),.*\bchain_id="(\d+)"')
+# The groups of a mesh name its axes after the devices' order.
+_GROUPS = re.compile(r'replica_groups=(.*?)(?:, (?!device_ids)[a-z_]+=|$)')
 _CALLED = re.compile(
   r'(?:body|condition|calls|to_apply|true_computation|false_computation)='
   r'%?([\w.-]+)|branch_computations=\{([^}]*)\}'
@@ -62,7 +68,8 @@ def _computations(text: str) -> tuple[dict[str, list[re.Match]], str]:
 def _trips(loop: str, found: dict[str, list[re.Match]]) -> int:
   """Returns how often a loop runs: as XLA says, or the limit it compares with.
 
-  The loops of a scan count up from 0. Where neither is to be seen it is 1.
+  The loops of a scan count up from 0. Where neither is to be seen it is 1, as
+  for a limit below: such a loop counts down.
   """
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
   if known:
@@ -73,7 +80,7 @@ def _trips(loop: str, found: dict[str, list[re.Match]]) -> int:
     for match in found.get(condition[1] if condition else '', ())
     if match['kind'] == 'constant' and match['shape'].startswith('s32[]')
   ]
-  return limits[0] if len(limits) == 1 else 1
+  return max(limits[0], 1) if len(limits) == 1 else 1
 
 
 def _executions(found: dict[str, list[re.Match]], entry: str) -> dict[str, int]:
@@ -84,6 +91,8 @@ def _executions(found: dict[str, list[re.Match]], entry: str) -> dict[str, int]:
     times[name] += count
     for match in found.get(name, ()):
       rest = match['rest']
+      if match['kind'].endswith(('-update', '-done')):
+        continue  # may name what its start has called
       trips = _trips(rest, found) if match['kind'] == 'while' else 1
       for one, several in _CALLED.findall(rest):
         for called in re.findall(r'[\w.-]+', one or several):
@@ -96,32 +105,38 @@ def _executions(found: dict[str, list[re.Match]], entry: str) -> dict[str, int]:
 def collectives(text: str) -> list[Collective]:
   """Lists the collectives of an optimised, partitioned program.
 
-  Of an asynchronous pair the start counts, with the larger of what it holds:
-  its result. A TPU may do one in steps between the turns of a later loop; they
-  have one channel and are one.
+  Of an asynchronous pair the start counts, with its results only. A TPU may do
+  one in steps between the turns of a later loop; they have one chain and are
+  one. Channels do not tell: all of a `shard_map` have the same. Of a
+  conditional every branch counts.
 
   Args:
     text: `compiled.as_text()`.
   """
   found, entry = _computations(text)
   times = _executions(found, entry)
-  out: dict[str, Collective] = {}
+  out: dict[str | tuple[str, ...], Collective] = {}
   for computation, matches in found.items():
     for match in matches:
       kind = match['kind'].removesuffix('-start')
       if kind in _KINDS and times[computation]:
-        channel = re.search(r'channel_id=\d+', match['rest'])
         one = _collective(kind, match, times[computation])
-        key = channel[0] if channel else match['name']
+        chain = _CHAIN.search(match['rest'])
+        key = chain.groups() if chain else match['name']
         out[key] = min(one, out.get(key, one), key=lambda x: x.times)
   return list(out.values())
 
 
 def _collective(kind: str, match: re.Match, times: int) -> Collective:
-  arrays = list(_arrays(match['shape']))
+  """Reads one: of a start the results, which for an all-reduce are all of it."""
+  shape = match['shape']
   if match['kind'].endswith('-start'):
-    arrays = [max(arrays, key=lambda x: x[1])]
-  groups = re.search(r'replica_groups=(.*?)(?:, [a-z_]+=|$)', match['rest'])
+    plain = re.sub(r'\{.*?\}|/\*.*?\*/', '', shape)
+    started = _STARTED.match(plain)
+    if started and (kind != 'all-reduce' or plain.startswith('((')):
+      shape = started[1]
+  arrays = list(_arrays(shape))
+  groups = _GROUPS.search(match['rest'])
   name = re.search(r'op_name="([^"]*)"', match['rest'])
   return Collective(
     kind,

@@ -154,8 +154,10 @@ def place_own(tree: PyTree, sharding: NamedSharding, shape: Sequence[int]):
   return jax.tree.map(put, tree)
 
 
-def each_point(mesh: Mesh, function: Callable, in_axes: Sequence) -> Callable:
-  """Maps a function over points: vmapped on a device, spread over `sweep`.
+def each_point(
+  mesh: Mesh, function: Callable, in_axes: Sequence, at_once: int
+) -> Callable:
+  """Maps a function over points: spread over `sweep`, vmapped on a device.
 
   Points need nothing of each other, so that axis is cut by hand (`shard_map`)
   and what follows is compiled for one device's points; the other axes are
@@ -165,9 +167,27 @@ def each_point(mesh: Mesh, function: Callable, in_axes: Sequence) -> Callable:
     mesh: the devices.
     function: of one point.
     in_axes: 0 for each argument that every point has its own of, else None.
+    at_once: how many points a device vmaps, the others wait; 0 is all of its
+      own.
   """
+
+  def own_points(*args):
+    owned = [x for x, axis in zip(args, in_axes, strict=True) if axis == 0]
+
+    def one(owned):
+      rest = iter(owned)
+      return function(
+        *[
+          next(rest) if axis == 0 else x
+          for x, axis in zip(args, in_axes, strict=True)
+        ]
+      )
+
+    count = jax.tree.leaves(owned)[0].shape[0]
+    return jax.lax.map(one, owned, batch_size=min(at_once or count, count))
+
   return jax.shard_map(
-    jax.vmap(function, in_axes),
+    own_points,
     mesh=mesh,
     in_specs=tuple(
       PartitionSpec('sweep') if a == 0 else PartitionSpec() for a in in_axes

@@ -1,4 +1,4 @@
-"""The templates for clusters: parsed, consistent, and their command accepted."""
+"""Templates for clusters: parsed, consistent, their command accepted."""
 
 import math
 import os
@@ -14,22 +14,37 @@ from experiment_test import SMALL
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / 'launch' / 'cluster'
+MAIN_JOB = 'configs/chitchat_gemma3.py'
 SHELL = ('slurm_multinode.sbatch', 'slurm_array.sbatch', 'tpu_vm.sh')
 JOBSETS = ('gke_jobset_tpu.yaml', 'gke_jobset_gpu.yaml')
+TEMPLATES = (*SHELL, *JOBSETS)
 # What the cluster or the user sets.
 GIVEN = {
   'CONFIG': 'configs/tiny.py', 'WORKDIR': '/runs/x', 'PROJECT': 'p',
   'REPOSITORY': 'r', 'SLURM_ARRAY_TASK_ID': '0', 'JOB_COMPLETION_INDEX': '1',
 }  # fmt: skip
-# Instead of running a program, say its words.
+# Instead of running a program, say its words; gcloud's verbs to stderr.
 STUBS = """
 say() { printf '%s\\n' "$@"; }
 srun() { while [ "$1" != python ]; do shift; done; say "$@"; }
-gcloud() { for word; do case $word in
-  --command=*launch.train*) eval "${word#*activate && }";; esac; done; }
+gcloud() {
+  say "$4" >&2
+  if [[ $4 == describe ]]; then say "${SLICE-}"; fi
+  for word; do case $word in
+    --command=*launch.train*) eval "${word#*activate && }";; esac; done
+}
 python() { say python "$@"; }
 exec() { "$@"; }
 """
+
+
+def _run(*command, env=None):
+  """Runs a command in the checkout: all processes of these tests."""
+  done = subprocess.run(
+    command, cwd=ROOT, env=env, capture_output=True, text=True
+  )
+  assert done.returncode == 0, (shlex.join(command), done.stderr)
+  return done
 
 
 def _pod(name):
@@ -55,15 +70,16 @@ def _script(name):
   return script, {x['name']: x['value'] for x in container['env']}
 
 
+def _shell(name, **given):
+  """Runs a template's shell with stubs and nothing else in its environment."""
+  script, env = _script(name)
+  env = {'PATH': os.environ['PATH'], **env, **GIVEN, **given}
+  return _run('bash', '-c', STUBS + script, env=env)
+
+
 def words(name, **given):
   """Returns the words of the command that a template runs."""
-  script, env = _script(name)
-  done = subprocess.run(
-    ['bash', '-c', STUBS + script],
-    env={'PATH': os.environ['PATH'], **env, **GIVEN, **given},
-    check=True, capture_output=True, text=True,
-  )  # fmt: skip
-  out = done.stdout.splitlines()
+  out = _shell(name, **given).stdout.splitlines()
   assert out[:2] == ['python', '-m'] and out[2].startswith('launch.'), out
   return out[1:]
 
@@ -76,13 +92,40 @@ def _mesh(command):
 
 @pytest.mark.parametrize('name', SHELL)
 def test_scripts_are_bash(name):
-  subprocess.run(['bash', '-n', str(FOLDER / name)], check=True)
+  _run('bash', '-n', str(FOLDER / name))
   assert 'set -euo pipefail' in (FOLDER / name).read_text()
 
 
 def test_every_template_is_tested():
   found = {path.name for path in FOLDER.iterdir()}
-  assert found == {*SHELL, *JOBSETS}
+  assert found == set(TEMPLATES)
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_a_template_names_nobodys_folder(name):
+  text = (FOLDER / name).read_text()
+  assert not re.search(r'/(home|Users|root|tmp)\b|~/', text)
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_config_workdir_and_mesh_are_variables(name):
+  default = _script(name)[1].get('CONFIG', '')
+  assert f'--config={MAIN_JOB}' in words(name, CONFIG=default)
+  command = words(name, WORKDIR='/a b', MESH_CLIENTS='3', MESH_MODEL='5')
+  assert '--workdir=/a b' in command
+  assert '--config=configs/tiny.py' in command
+  if command[1] == 'launch.train':
+    assert '--distributed' in command
+    assert _mesh(command) == 15
+
+
+@pytest.mark.parametrize(
+  ('state', 'verbs'),
+  [('', ['create']), ('READY', []), ('PREEMPTED', ['delete', 'create'])],
+)
+def test_a_tpu_slice_is_made_where_there_is_none(state, verbs):
+  said = _shell('tpu_vm.sh', SLICE=state).stderr.splitlines()
+  assert said == [*verbs, 'ssh', 'ssh']
 
 
 @pytest.mark.parametrize('name', JOBSETS)
@@ -94,6 +137,7 @@ def test_a_jobsets_mesh_has_all_its_chips(name):
   assert job['template']['spec']['terminationGracePeriodSeconds'] >= 120
   mounted = {mount['name'] for mount in container['volumeMounts']}
   assert mounted == {v['name'] for v in job['template']['spec']['volumes']}
+  assert job['completionMode'] == 'Indexed'
   if 'gpu' in name:
     env = {x['name']: x['value'] for x in container['env']}
     assert int(env['PROCESSES']) == job['completions']
@@ -114,14 +158,24 @@ def _sbatch(name):
   return dict(re.findall(r'^#SBATCH --([\w-]+)(?:=(\S+))?$', text, re.M))
 
 
-def test_the_multinode_mesh_has_all_gpus_and_time_to_save():
+def test_the_multinode_mesh_has_all_gpus():
   options = _sbatch('slurm_multinode.sbatch')
   per_node = int(options['ntasks-per-node'])
   assert per_node == int(options['gpus-per-node'])
   assert int(options['nodes']) * per_node == _mesh(
     words('slurm_multinode.sbatch')
   )
-  assert options['signal'] == 'TERM@120' and 'requeue' in options
+  assert 'requeue' in options
+
+
+@pytest.mark.parametrize('name', SHELL[:2])
+def test_a_job_has_a_time_limit_and_time_to_save(name):
+  options = _sbatch(name)
+  hours, minutes, seconds = map(int, options['time'].split(':'))
+  signal, before = options['signal'].split('@')
+  assert signal == 'TERM'
+  assert 120 <= int(before) < 3600 * hours + 60 * minutes + seconds
+  assert options['open-mode'] == 'append'  # what went on keeps its log
 
 
 def test_the_array_has_a_task_for_every_program():
@@ -130,24 +184,17 @@ def test_the_array_has_a_task_for_every_program():
     for word in words('slurm_array.sbatch')
     if not word.startswith('--group')
   ]
-  done = subprocess.run(
-    [sys.executable, *command, '--print'],
-    cwd=ROOT, check=True, capture_output=True, text=True,
-  )  # fmt: skip
+  done = _run(sys.executable, *command, '--print')
   last = len(done.stdout.splitlines()) - 1
   assert _sbatch('slurm_array.sbatch')['array'] == f'0-{last}'
 
 
-@pytest.mark.parametrize('name', [*SHELL, *JOBSETS])
+@pytest.mark.parametrize('name', TEMPLATES)
 def test_the_command_is_accepted(name):
   command = words(name)
   small = [f'--config.{k}={v}' for k, v in SMALL.items() if 'clients' not in k]
   env = os.environ | {
     'XLA_FLAGS': re.sub(r'--\S*device_count=8', '', os.environ['XLA_FLAGS'])
   }
-  done = subprocess.run(
-    [sys.executable, *command, *small, '--dry_run'],
-    cwd=ROOT, env=env, capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.returncode == 0, (shlex.join(command), done.stderr)
+  done = _run(sys.executable, *command, *small, '--dry_run', env=env)
   assert f'= {_mesh(command)} devices' in done.stdout

@@ -65,8 +65,27 @@ def test_a_branch_counts():
   assert [x.kind for x in found] == ['all-gather']
 
 
+def test_those_of_one_shard_map_are_several():
+  def step(carry, _):
+    return jnp.tanh(jax.lax.psum(carry, 'a')), None
+
+  def work(x):
+    x = jax.lax.psum(x, 'a')
+    return jax.lax.scan(step, x, None, length=5)[0]
+
+  x, split = _array((16, 8), 'a'), PartitionSpec('a')
+  by_hand = jax.shard_map(
+    work, mesh=x.sharding.mesh, in_specs=split, out_specs=split, check_vma=False
+  )
+  found = _collectives(by_hand, x, out=('a',))
+  assert {c[:3] for c in found} == {('all-reduce', ((4, 8),), 4 * 8 * 4)}
+  assert sorted(c.times for c in found) == [1, 5]
+
+
 # As the TPU compiler writes: layouts with tiles, a pair of start and done, a
-# loop whose length only its condition shows, one collective in two steps.
+# loop whose length only its condition shows, one collective in two steps (of one
+# chain; the permutes have only their channel in common), starts of several at
+# once or that hold their operands, a wrapped one whose end names it again.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %cond (p: (s32[], f32[8,4])) -> pred[] {
@@ -81,28 +100,50 @@ TPU = """HloModule jit_f, is_scheduled=true
   %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%p), index=1
   %start = (bf16[2,4]{1,0:T(8,128)(2,1)}, bf16[8,4]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
   %done = bf16[8,4]{1,0} all-gather-done(%start)
-  %step = f32[9]{0} all-reduce(%x), channel_id=2, to_apply=%sum
+  %step = f32[9]{0} all-reduce(%x), channel_id=2, to_apply=%sum, frontend_attributes={chain_id="0"}
   ROOT %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%x, %x)
+}
+
+%wrapped (p: f32[6]) -> f32[6] {
+  %p = f32[6]{0} parameter(0)
+  ROOT %swap = f32[6]{0} all-to-all(%p), channel_id=5, dimensions={0}
 }
 
 ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %a = f32[8,4]{1,0:T(8,128)} parameter(0)
-  %first = f32[9]{0} all-reduce(%a), channel_id=2, to_apply=%sum
+  %first = f32[9]{0} all-reduce(%a), channel_id=2, replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}, to_apply=%sum, frontend_attributes={chain_id="0"}
+  %p1 = (f32[3]{0:T(128)S(1)}, f32[3]{0:T(128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a), channel_id=1, source_target_pairs={{0,1}}
+  %p2 = (f32[5]{0:T(128)S(1)}, f32[5]{0:T(128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%a), channel_id=1, source_target_pairs={{0,1}}
+  %both = (f32[2]{0:T(128)}, f32[7]{0:T(128)}) all-reduce-start(%a, %a), channel_id=3, to_apply=%sum
+  %parts = ((f32[8]{0:T(128)}, f32[16]{0}), (f32[2]{0:T(128)}, f32[4]{0}), u32[]{:S(2)}) reduce-scatter-start(f32[8,4] %a, %a), channel_id=4, dimensions={0}, to_apply=%sum
+  %apart = (f32[2]{0:T(128)}, f32[4]{0}) reduce-scatter-done(%parts)
+  %begun = ((f32[6]{0}), f32[6]{0}) async-start(%a), calls=%wrapped
+  %ended = f32[6]{0} async-done(%begun), calls=%wrapped
   %w = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) while(%a), condition=%cond, body=%body, metadata={op_name="jit(f)/while"}
   ROOT %r = f32[8,4]{1,0:T(8,128)} get-tuple-element(%w), index=1
 }
 """
 
 
+AXES = "mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}"
+
+
 @pytest.mark.parametrize(
   'want',
   [
-    hlo.Collective(
-      'all-gather', ((8, 4),), 64, 5, '[2,4]<=[8]', 'start'
-    ),
-    hlo.Collective('all-reduce', ((9,),), 36, 1, '', 'first'),
+    ('all-gather', ((8, 4),), 64, 5, '[2,4]<=[8]', 'start'),
+    ('all-reduce', ((9,),), 36, 1, AXES, 'first'),
+    ('collective-permute', ((3,),), 12, 1, '', 'p1'),
+    ('collective-permute', ((5,),), 20, 1, '', 'p2'),
+    ('all-reduce', ((2,), (7,)), 36, 1, '', 'both'),
+    ('reduce-scatter', ((2,), (4,)), 24, 1, '', 'parts'),
+    ('all-to-all', ((6,),), 24, 1, '', 'swap'),
   ],
-)  # fmt: skip
+  ids=lambda want: want[-1],
+)
 def test_programs_of_tpus_are_read(want):
-  found = hlo.collectives(TPU)
-  assert len(found) == 2 and want in found
+  assert want in hlo.collectives(TPU)
+
+
+def test_programs_of_tpus_have_no_more():
+  assert len(hlo.collectives(TPU)) == 7

@@ -47,7 +47,7 @@ def summed_loss(
   return total, count
 
 
-def make_evaluate(rules: Rules, mesh, own: bool):
+def make_evaluate(rules: Rules, mesh, own: bool, points_at_once: int = 1):
   """Returns (base, state, cohort, hyper) -> mean losses a token, jitted.
 
   State and hyper-parameters are of K points, and so are the losses: [K].
@@ -58,5 +58,7 @@ def make_evaluate(rules: Rules, mesh, own: bool):
     total, count = summed_loss(rules, own, at_once, base, state, cohort, hyper)
     return total / count
 
-  points = sharding.each_point(mesh, evaluate, (None, 0, None, 0))
+  points = sharding.each_point(
+    mesh, evaluate, (None, 0, None, 0), points_at_once
+  )
   return jax.jit(points, out_shardings=sharding.replicated(mesh))

@@ -87,7 +87,7 @@ def _llama(
   )
 
 
-SHAPES = {
+SHAPES: dict[str, DecoderConfig] = {
   'gemma3_270m': _gemma3(18, 640, 2048, (4, 1), 512),
   'gemma3_1b': _gemma3(26, 1152, 6912, (4, 1), 512),
   'gemma3_4b': _gemma3(34, 2560, 10240, (8, 4), 1024, 262_208, 8.0),
