@@ -1,6 +1,6 @@
 """A 3 x 3 x 2 grid of `tiny`: one program, against a run a point.
 
-python -m benchmarks.grid [--devices=2] [--rounds=30]
+python -m benchmarks.grid [--devices=2] [--fields=federated.num_rounds=9,...]
 
 First the 18 runs one after another, each `launch.train` in a process of its
 own; then `launch.sweep` with one program, its points spread over fake devices, one

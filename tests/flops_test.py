@@ -47,7 +47,7 @@ def _executed(program: str) -> int:
 def test_counted_operations_are_those_of_the_compiled_step():
   shape = base_model.random_shape(
     RandomModel(
-      width=128, num_layers=1, num_heads=4, head_dim=32, mlp_width=512,
+      seed=0, width=128, num_layers=1, num_heads=4, head_dim=32, mlp_width=512,
       vocab_size=WORDS,
     ),
     WORDS,
