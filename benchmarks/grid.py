@@ -1,12 +1,12 @@
 """A 3 x 3 x 2 grid of `tiny`: one program, against a run a point.
 
-python -m benchmarks.grid [--devices=2] [--fields=federated.num_rounds=9,...]
+python -m benchmarks.grid [--devices=1,2] [--fields=federated.num_rounds=9,...]
 
 First the 18 runs one after another, each `launch.train` in a process of its
-own; then `launch.sweep` with one program, its points spread over fake devices, one
-a core. Both start without compiled programs and keep theirs. Prints both times,
-their ratio, and the largest relative difference between the losses of a point and
-of its own run; ranks are compared too.
+own; then `launch.sweep` with one program, on one device and on one a core. All start
+without compiled programs and keep theirs. Prints the times, their ratio, and the
+largest relative difference between the losses of a point and of its own run; ranks
+are compared too.
 """
 
 import json
@@ -24,7 +24,9 @@ from benchmarks import machine
 from configs import tiny
 from hetlora_jax import config, metrics, sweep
 
-_DEVICES = flags.DEFINE_integer('devices', os.cpu_count(), 'Of the grid.')
+_DEVICES = flags.DEFINE_list(
+  'devices', ['1', str(os.cpu_count())], 'Fake devices of the grid, in turn.'
+)
 _CONFIG = flags.DEFINE_list(
   'fields', [], 'Fields of both, e.g. federated.num_rounds=3.'
 )
@@ -73,11 +75,27 @@ def _difference(
   return max(gaps), same
 
 
+def _together(folder: pathlib.Path, alone: pathlib.Path, devices: str, points):
+  """Runs the grid as one program and compares each point with its own run."""
+  seconds = _timed(
+    folder, 'sweep', f'--grid={_GRID}', f'--workdir={folder}',
+    f'--config.mesh.sweep={devices}', JAX_NUM_CPU_DEVICES=devices,
+  )  # fmt: skip
+  names = [sweep.name_of(point) for point in points]
+  compared = [_difference(alone / name, folder / name) for name in names]
+  found = json.loads((folder / 'sweep.json').read_text())
+  return {
+    'devices': int(devices), 'seconds': seconds,
+    'points_together': found[0]['points_together'],
+    'largest_relative_difference': max(gap for gap, _ in compared),
+    'ranks_equal': all(same for _, same in compared),
+  }  # fmt: skip
+
+
 def main() -> None:
   points = sweep.parse_grid(_GRID, config.resolve(tiny.get_config()))
   with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    alone, together = folder / 'alone', folder / 'together'
+    alone = pathlib.Path(name, 'alone')
     each = [
       _timed(
         alone, 'train', f'--workdir={alone / sweep.name_of(point)}',
@@ -86,30 +104,25 @@ def main() -> None:
       for point in points
     ]  # fmt: skip
     print(f'{len(each)} runs: {sum(each):.0f} s, the first {each[0]:.0f} s, '
-          f'then {np.median(each[1:]):.0f} s each')  # fmt: skip
-    whole = _timed(
-      together, 'sweep', f'--grid={_GRID}', f'--workdir={together}',
-      f'--config.mesh.sweep={_DEVICES.value}',
-      JAX_NUM_CPU_DEVICES=str(_DEVICES.value),
-    )  # fmt: skip
-    compared = [
-      _difference(alone / sweep.name_of(p), together / sweep.name_of(p))
-      for p in points
-    ]
-    found = json.loads((together / 'sweep.json').read_text())
-  gap, same = max(g for g, _ in compared), all(s for _, s in compared)
-  print(
-    f'one program of {found[0]["points_together"]} points: {whole:.0f} s, '
-    f'{sum(each) / whole:.2f} times as fast; losses apart by {gap:.1e} at most, '
-    f'ranks {"equal" if same else "NOT equal"}'
-  )
+          f'then {np.median(each[1:]):.0f} s each', flush=True)  # fmt: skip
+    grids = []
+    for devices in _DEVICES.value:
+      folder = pathlib.Path(name, f'together_{devices}')
+      grid = _together(folder, alone, devices, points)
+      grids.append(grid)
+      print(
+        f'one program of {grid["points_together"]} points on {devices} '
+        f'device(s): {grid["seconds"]:.0f} s, '
+        f'{sum(each) / grid["seconds"]:.2f} times as fast; losses apart by '
+        f'{grid["largest_relative_difference"]:.1e} at most, ranks '
+        f'{"equal" if grid["ranks_equal"] else "NOT equal"}',
+        flush=True,
+      )
   machine.write(
     _OUT.value,
     {
       'machine': machine.describe(), 'fields': _CONFIG.value,
-      'seconds_each': each, 'seconds_together': whole,
-      'ratio': sum(each) / whole, 'points_together': found[0]['points_together'],
-      'largest_relative_difference': gap, 'ranks_equal': same,
+      'seconds_each': each, 'grids': grids,
     },
   )  # fmt: skip
 

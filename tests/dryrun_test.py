@@ -1,0 +1,98 @@
+"""Dry runs: bytes that match the compiler's, errors, the command line."""
+
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from devices_test import many_rounds
+
+from hetlora_jax import config, dryrun, experiment
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize('method', ['hetlora', 'full_finetuning'])
+def test_bytes_match_the_compilers_and_the_real_runs(method):
+  c = many_rounds(method, (1, 4, 2), data__num_people=9, data__copies=3)
+  report = dryrun.compile_for([c], 'a100')
+  # A scalar that the method does not use is no argument of the program.
+  unused = sum(report.arguments.values()) - report.argument
+  assert 0 <= unused <= 4 * 13
+  x = experiment.prepare(c)
+  cohorts = experiment.make_cohorts(x, 0)
+  memory = (
+    x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper)
+    .compile()
+    .memory_analysis()
+  )
+  # The real tokenizer may have found fewer words than it was allowed.
+  words = c.model.random.vocab_size - x.base['embed'].shape[0]
+  per_word = 2 * c.model.random.width // 2 * 4
+  trained = 2 if method == 'full_finetuning' else 1  # their changes are state
+  assert (
+    report.argument - memory.argument_size_in_bytes
+    == trained * words * per_word
+  )
+  assert report.population == len(x.people.client_ids) == 27
+  assert report.clients == cohorts.client_id.shape[-1] == 8
+  assert report.flops > 0 and report.moved['all-reduce'] > 0
+
+
+def test_points_together_are_counted():
+  points = [many_rounds('hetlora', (2, 2, 2), seed=s) for s in (0, 1)]
+  one = dryrun.compile_for([many_rounds('hetlora', (1, 2, 2))], 'a100')
+  two = dryrun.compile_for(points, 'a100')
+  assert (one.points, two.points) == (1, 2)
+  for name in ('base', 'adapters', 'people'):
+    assert one.arguments[name] == two.arguments[name]  # of a device
+
+
+@pytest.mark.parametrize(
+  'family, count, want',
+  [
+    ('v5e', 256, 'v5e:16x16'), ('v5e', 8, 'v5e:2x4'), ('v6e', 1, 'v6e:1x1'),
+    ('v5p', 64, 'v5p:4x4x4'), ('v5p', 256, 'v5p:4x8x8'),
+    ('v5e', 12, 'v5e:3x4'),
+  ],
+)  # fmt: skip
+def test_topologies_are_as_round_as_can_be(family, count, want):
+  assert dryrun._grid(family, count) == want
+
+
+def test_a_model_of_unknown_shape_is_named():
+  c = many_rounds('hetlora', model__source='llama9_1t')
+  with pytest.raises(config.ConfigError, match='llama9_1t.*gemma3_4b'):
+    dryrun.compile_for([c], 'v5e')
+
+
+def test_what_fits_is_said():
+  report = dryrun.compile_for([many_rounds('hetlora')], 'a100')
+  small = report._replace(argument=int(10e9), temporary=int(5e9))
+  large = report._replace(argument=int(10e9), temporary=int(7e9))
+  assert 'v5e: fits, 94 % of 16 GB' in dryrun.render(small, 'v5e')
+  assert 'v5e: DOES NOT FIT, 106 % of 16 GB' in dryrun.render(large, 'v5e')
+
+
+def test_a_pod_is_compiled_for_without_having_it():
+  env = os.environ | {
+    'XLA_FLAGS': re.sub(r'--\S*device_count=8', '', os.environ['XLA_FLAGS'])
+  }
+  done = subprocess.run(
+    [
+      sys.executable, '-m', 'launch.train', '--dry_run', '--chip=h100',
+      '--config=configs/chitchat_gemma3.py', '--config.mesh.clients=16',
+      '--config.mesh.model=4', '--config.federated.clients_at_once=1',
+      '--config.federated.local_steps=1',
+    ],
+    cwd=ROOT, env=env, check=True, capture_output=True, text=True,
+  )  # fmt: skip
+  assert '16 clients x 4 model = 64 devices' in done.stdout
+  base = float(re.search(r'base +([\d.]+) MB', done.stdout)[1])
+  whole = 268_098_176 * 2 / 1e6  # bfloat16
+  kept_whole = 18 * 2 * 640 * 256 * 2 / 1e6  # keys and values
+  assert math.isclose(base, (whole - kept_whole) / 4 + kept_whole, rel_tol=0.01)
+  assert 'h100: fits' in done.stdout
