@@ -230,6 +230,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
     .compile()
   )
   memory = program.memory_analysis()
+  assert memory, 'every compiler we use has one'
   work = flops.needed(
     shape, {} if rules.trains_base else dims,
     _work(cohorts, float(rank_N.mean()), rounds), rules.trains_base,

@@ -33,7 +33,7 @@ def make_mesh(
   sweep: int = 1,
   clients: int = 1,
   model: int = 1,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence | None = None,
 ) -> Mesh:
   """Lays the devices out, a process's beside each other.
 

@@ -143,7 +143,8 @@ def summary_of(run: Run) -> dict | None:
   path = run.workdir / 'summary.json'
   summary = json.loads(path.read_text()) if path.exists() else {}
   done = summary.get('last', {}).get('round')
-  return summary if done == run.config.federated.num_rounds else None
+  finished = run.config and done == run.config.federated.num_rounds
+  return summary if finished else None
 
 
 def _in_step(runs: Sequence[Run]) -> list[list[Run]]:
@@ -217,7 +218,7 @@ def results(runs: Sequence[Run]) -> list[dict]:
   out = []
   for run in runs:
     about = {'name': run.name, 'fields': run.fields, 'command': run.command}
-    summary = run.config and summary_of(run)
+    summary = summary_of(run)
     error = {'error': run.error or 'not finished: see what its program wrote'}
     out.append(about | (summary or error))
   return out
