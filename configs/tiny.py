@@ -15,6 +15,7 @@ def get_config():
   f.num_rounds, f.clients_per_round = 30, 8
   f.local_steps, f.local_batch = 4, 8
   f.r_min, f.r_max = 2, 16
+  f.clients_at_once = 4  # what a step of four needs fits the caches
   c.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
   c.client_optimizer.learning_rate = 1e-2
   c.client_optimizer.full_learning_rate = 3e-3
