@@ -1,7 +1,7 @@
 """What a round would need on a pod, compiled from shapes alone.
 
 No weights, no data, no accelerator: devices are fake CPU ones or, where libtpu
-is installed (`pip install libtpu`), those of a TPU topology, whose own compiler
+is installed (`pip install 'jax[tpu]'`), those of a TPU topology, whose own compiler
 then answers.
 """
 
@@ -179,6 +179,19 @@ def _work(cohorts: Cohort, rank: float, rounds: int) -> flops.Work:
   )
 
 
+def _compiled(lowered, compiler: str):
+  """Compiles; returns the program and its text."""
+  try:
+    program = lowered.compile()
+    return program, program.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    # Too large for the chip, or a libtpu that this jaxlib cannot read.
+    raise ConfigError(
+      f'the compiler of {compiler} gave up: {str(error).splitlines()[0]} '
+      "(pip install 'jax[tpu]' brings the libtpu that belongs to this jax)"
+    ) from error
+
+
 def compile_for(points: Sequence[Config], chip: str) -> Report:
   """Compiles the rounds of some points for a pod and reads the program.
 
@@ -187,7 +200,8 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
     chip: a key of CHIPS; a TPU's own compiler is used if it is installed.
 
   Raises:
-    ConfigError: the model's shape is unknown, or the mesh is.
+    ConfigError: the model's shape is unknown, or the mesh is; or the compiler
+      gave up.
   """
   config, count = points[0], len(points)
   rounds = config.federated.rounds_per_call
@@ -224,10 +238,11 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
   hyper = _placed(hyper, sharding.over_points(mesh))
   cohorts = _placed(_cohorts(config, count), sharding.over_clients(mesh))
   base = _placed(base, sharding.by_name(mesh, base))
-  program = (
-    build.make_rounds(rules, mesh, state, config.mesh.points_at_once)
-    .lower(base, state, cohorts, hyper)
-    .compile()
+  program, text = _compiled(
+    build.make_rounds(rules, mesh, state, config.mesh.points_at_once).lower(
+      base, state, cohorts, hyper
+    ),
+    compiler,
   )
   memory = program.memory_analysis()
   assert memory, 'every compiler we use has one'
@@ -235,7 +250,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
     shape, {} if rules.trains_base else dims,
     _work(cohorts, float(rank_N.mean()), rounds), rules.trains_base,
   )  # fmt: skip
-  moved = hlo.moved(hlo.collectives(program.as_text()))
+  moved = hlo.moved(hlo.collectives(text))
   at_once, clients = build.clients_at_once(config)
   return Report(
     model=config.model.source,

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from devices_test import many_rounds
 
@@ -75,6 +76,15 @@ def test_what_fits_is_said():
   large = report._replace(argument=int(10e9), temporary=int(7e9))
   assert 'v5e: fits, 94 % of 16 GB' in dryrun.render(small, 'v5e')
   assert 'v5e: DOES NOT FIT, 106 % of 16 GB' in dryrun.render(large, 'v5e')
+
+
+def test_a_compiler_that_gives_up_is_quoted():
+  class Lowered:
+    def compile(self):
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: hbm\nmore')
+
+  with pytest.raises(config.ConfigError, match='v9 gave up: RESOURCE.*hbm .pip'):
+    dryrun._compiled(Lowered(), 'v9')
 
 
 def test_a_pod_is_compiled_for_without_having_it():
