@@ -68,7 +68,8 @@ def parse_grid(text: str, config: Config) -> list[Fields]:
     if not isinstance(parsed, list) or not parsed:
       raise ConfigError(
         f'--grid: {part!r} must be FIELD=[VALUE, ...], axes joined by " x ", '
-        "e.g. 'federated.gamma=[0.85,0.99] x seed=[0,1]'."
+        "e.g. 'federated.gamma=[0.85,0.99] x seed=[0,1]'; words in quotes, "
+        'method=["hetlora","flexlora"].'
       )
     if name not in known:
       raise ConfigError(
