@@ -183,8 +183,10 @@ def get_config() -> ml_collections.ConfigDict:
   k = c.checkpoint = ml_collections.ConfigDict()
   # Rounds between checkpoints; the last round is always saved.
   k.every = 10
-  # Checkpoints kept.
+  # Newest checkpoints kept.
   k.keep = 2
+  # Checkpoints of rounds that it divides are kept for ever; 0: none.
+  k.keep_every = 0
 
   w = c.communication = ml_collections.ConfigDict()
   # Type of parameters on the wire: float32, bfloat16, float16 or int8.

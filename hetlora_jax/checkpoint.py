@@ -1,16 +1,79 @@
-"""Saving and restoring servers' states with Orbax."""
+"""Saving and restoring servers' states with Orbax.
 
+A checkpoint is a server's state and what is to be known about it: the base model
+it belongs to, shapes, and a sum of every array's bits, by which damage is noticed.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from hetlora_jax.types import ServerState
+from hetlora_jax import config, console
+from hetlora_jax.config import ConfigError
+from hetlora_jax.types import Array, ServerState
+
+
+class Damaged(ValueError):
+  """A checkpoint cannot be read, or is not what was written."""
 
 
 def steps(folder: pathlib.Path) -> set[int]:
   """Returns the steps saved in a folder, which need not exist."""
   return {int(path.name) for path in folder.glob('*') if path.name.isdigit()}
+
+
+def _sum_of_bits(leaf: Array) -> Array:
+  """Sums the words of an array, each times an odd number of its place.
+
+  Modulo 2**32: the same in any order, so on any devices, and another if one bit
+  is, since an odd number times a power of two is not 0.
+  """
+  width = f'uint{8 * leaf.dtype.itemsize}'
+  words = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+  place = jnp.uint32(0)
+  for axis, size in enumerate(leaf.shape):
+    index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    place = place * jnp.uint32(size) + index
+  return (words * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+
+@functools.cache
+def _summing(where: jax.sharding.Sharding):
+  return jax.jit(
+    lambda state: jax.tree.map(_sum_of_bits, state), out_shardings=where
+  )
+
+
+def _by_path(tree) -> dict[str, Any]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def sums(state: ServerState) -> dict[str, int]:
+  """Returns the sum of every array's bits, by path."""
+  found = jax.device_get(_summing(state.round.sharding)(state))
+  return {path: int(x) for path, x in _by_path(found).items()}
+
+
+def _shapes(state: ServerState) -> dict[str, str]:
+  return {p: f'{x.dtype}{list(x.shape)}' for p, x in _by_path(state).items()}
+
+
+def _digest(about: dict[str, Any]) -> str:
+  text = json.dumps({k: v for k, v in about.items() if k != 'digest'})
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Checkpoints:
@@ -19,46 +82,176 @@ class Checkpoints:
   A step is the number of rounds done.
   """
 
-  def __init__(self, folders: Sequence[pathlib.Path], keep: int):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+  def __init__(
+    self,
+    folders: Sequence[pathlib.Path],
+    base: dict[str, Any],
+    keep: config.Checkpoint | None = None,
+  ):
+    """Opens folders.
+
+    Args:
+      folders: one a point.
+      base: what identifies the base model, for JSON.
+      keep: which checkpoints are kept; None only reads.
+    """
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep.keep if keep else None,
+      keep_period=keep.keep_every or None if keep else None,
+      cleanup_tmp_directories=keep is not None,
+      create=keep is not None,
+      read_only=keep is None,
+      save_interval_steps=1 if keep else 0,
+    )
+    self._base = json.loads(json.dumps(config.flat(base)))  # tuples to lists
+    self._writes = keep is not None
     self._managers = [
       ocp.CheckpointManager(folder.resolve(), options=options)
       for folder in folders
     ]
 
-  def newest(self) -> int | None:
-    """Returns the newest step that all points have, or None."""
-    return max(
-      set.intersection(*[set(m.all_steps()) for m in self._managers]),
-      default=None,
-    )
-
   def save(self, step: int, states: Iterable[ServerState]) -> None:
     """Starts to save; the arrays are copied before this returns."""
     for manager, state in zip(self._managers, states, strict=False):
-      if step not in manager.all_steps():
-        manager.save(step, args=ocp.args.StandardSave(state))
+      if step in manager.all_steps():
+        continue
+      about = {
+        'base': self._base, 'shapes': _shapes(state), 'sums': sums(state)
+      }  # fmt: skip
+      about['digest'] = _digest(about)
+      with _naming(manager):
+        manager.save(
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
+          ),
+        )
 
-  def restore(self, step: int, like: ServerState) -> list[ServerState]:
-    """Returns the points' states, laid out as `like`.
+  def restore_newest(
+    self, like: ServerState
+  ) -> tuple[int, list[ServerState]] | None:
+    """Restores the newest step that all points have undamaged, if there is one.
+
+    Damaged ones are named and put aside.
+
+    Args:
+      like: shapes and places of a point's state.
 
     Raises:
-      ValueError: a checkpoint has other shapes than the configuration.
+      ConfigError: all are damaged; or they belong to another base model or have
+        other shapes than the configuration.
     """
-    return [self._restore(m, step, like) for m in self._managers]
+    common = set.intersection(*[set(m.all_steps()) for m in self._managers])
+    damaged: dict[pathlib.Path, Damaged] = {}
+    for step in sorted(common, reverse=True):
+      try:
+        states = self.restore(step, like, damaged)
+      except Damaged:
+        continue
+      self._put_aside(damaged)
+      return step, states
+    if damaged:
+      raise ConfigError(
+        'no checkpoint is undamaged: '
+        + '; '.join(map(str, damaged.values()))
+        + ' To start anew, use another --workdir or delete this one.'
+      )
+    return None
 
-  def _restore(self, manager, step: int, like: ServerState) -> ServerState:
-    try:
-      return manager.restore(step, args=ocp.args.StandardRestore(like))
-    except (ValueError, KeyError) as error:
-      raise ValueError(
-        f'{manager.directory}/{step} does not fit this configuration '
-        f'(population, ranks, targets or optimizer differ): use another '
-        f'--workdir. ({error})'.splitlines()[0]
-      ) from error
+  def restore(
+    self,
+    step: int,
+    like: ServerState,
+    damaged: dict[pathlib.Path, Damaged] | None = None,
+  ) -> list[ServerState]:
+    """Returns the points' states of a step, laid out as `like`.
+
+    Raises:
+      Damaged: one of them is; `damaged` gets its folder and why.
+      ConfigError: see `restore_newest`.
+    """
+    states = []
+    for manager in self._managers:
+      path = pathlib.Path(str(manager.directory), str(step))
+      try:
+        states.append(self._restore(manager, path, like))
+      except Damaged as error:
+        if damaged is not None:
+          damaged[path] = error
+        raise
+    return states
+
+  def _restore(self, manager, path: pathlib.Path, like) -> ServerState:
+    about = _read(manager, path, about=ocp.args.JsonRestore()).about
+    if not isinstance(about, dict) or about.get('digest') != _digest(about):
+      raise Damaged(f'{path} is damaged: its description is not as written.')
+    self._check(about, path, like)
+    state = _read(manager, path, state=ocp.args.StandardRestore(like)).state
+    found = sums(state)
+    wrong = [name for name, x in about['sums'].items() if found[name] != x]
+    if wrong:
+      raise Damaged(f'{path} is damaged: the checksum of {wrong[0]} is wrong.')
+    return state
+
+  def _check(self, about, path: pathlib.Path, like: ServerState) -> None:
+    """Raises if a checkpoint is whole, but not for this run."""
+    for name, value in self._base.items():
+      if about['base'].get(name) != value:
+        raise ConfigError(
+          f'{path} belongs to another base model: its {name} is '
+          f"{about['base'].get(name)!r}, this one's {value!r}. Give that "
+          'model (config.model), or use another --workdir.'
+        )
+    old, new = about['shapes'], _shapes(like)
+    for name in sorted(set(old) | set(new)):
+      if old.get(name) != new.get(name):
+        raise ConfigError(
+          f'{path} does not fit this configuration: {name} is '
+          f'{old.get(name, "absent")} there and {new.get(name, "absent")} here '
+          '(population, ranks, targets or optimizer differ).'
+        )
+
+  def _put_aside(self, damaged: dict[pathlib.Path, Damaged]) -> None:
+    """Renames damaged steps, so that they can be saved anew."""
+    for path, why in damaged.items():
+      console.say(f'Warning: {why} Going on from an earlier one.')
+      if self._writes and jax.process_index() == 0:
+        aside = path.with_name(f'{path.name}.damaged')
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    if damaged and jax.process_count() > 1:
+      multihost_utils.sync_global_devices('put aside')
+    for manager in self._managers if damaged else ():
+      manager.reload()
 
   def close(self) -> None:
     """Waits for the last save."""
     for manager in self._managers:
-      manager.wait_until_finished()
+      with _naming(manager):
+        manager.wait_until_finished()
       manager.close()
+
+
+@contextlib.contextmanager
+def _naming(manager) -> Iterator[None]:
+  """Says where, if saving fails; an earlier save may be the one that did."""
+  try:
+    yield
+  except Exception as error:  # from files, tensorstore, orbax
+    full = os.strerror(errno.ENOSPC)
+    why = full if full in str(error) else _first_line(error)
+    raise OSError(f'saving to {manager.directory} failed: {why}') from error
+
+
+def _read(manager, path: pathlib.Path, **args):
+  """Reads a part of a checkpoint; whatever fails in it is damage."""
+  try:
+    return manager.restore(int(path.name), args=ocp.args.Composite(**args))
+  except (MemoryError, PermissionError):
+    raise
+  except Exception as error:  # from JSON, zarr, tensorstore, orbax
+    raise Damaged(f'{path} is damaged: {_first_line(error)}.') from error
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -46,7 +46,8 @@ _AT_LEAST = {
     'federated.tail_penalty federated.proximal federated.clients_at_once mesh.points_at_once '
     'ranks.exponent methods.energy client_optimizer.learning_rate '
     'client_optimizer.full_learning_rate client_optimizer.weight_decay '
-    'server_optimizer.learning_rate data.num_people eval.every'
+    'server_optimizer.learning_rate data.num_people eval.every '
+    'checkpoint.keep_every'
   ),
   1: (
     'federated.num_rounds federated.clients_per_round federated.local_steps '

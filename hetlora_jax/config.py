@@ -136,6 +136,7 @@ class Eval:
 class Checkpoint:
   every: int
   keep: int
+  keep_every: int
 
 
 @_record

@@ -24,7 +24,8 @@ def say(text: str) -> None:
   sys.stdout.flush()
 
 
-INTERRUPTED = 130  # exit code, as a shell reports Ctrl-C
+SAVED = 75  # exit code: stopped after a saved round, try again (EX_TEMPFAIL)
+INTERRUPTED = 130  # exit code: stopped without saving, as shells report Ctrl-C
 
 
 class PassSignals:

@@ -58,7 +58,9 @@ class Experiment:
   rules: Rules
   run_rounds: Callable  # see build.make_rounds
   evaluate: dict[str, Callable]  # name -> see perplexity.make_evaluate
+  take_point: Callable  # (state, k) -> the state of point k
   mesh: jax.sharding.Mesh
+  base_identity: dict[str, Any]  # what a checkpoint belongs to, for JSON
   description: dict[str, Any]
 
   @property
@@ -184,7 +186,13 @@ def prepare(*points: Config) -> Experiment:
     rules=rules,
     run_rounds=build.make_rounds(rules, mesh, state, at_once),
     evaluate=evaluate,
+    take_point=_make_take(state, mesh),
     mesh=mesh,
+    base_identity={
+      'sha256': model.fingerprint,
+      'dtype': dtype.name,
+      'shape': dataclasses.asdict(model.config),
+    },
     description={
       'model': config.model.source,
       'model_fingerprint': model.fingerprint,
@@ -267,31 +275,37 @@ def evaluate(x: Experiment, state: ServerState) -> list[metrics.Row]:
   return rows
 
 
-def shape_of_one(x: Experiment) -> ServerState:
-  """Returns shapes, types and places of one point's state."""
+def _shape_of_one(state: ServerState, mesh) -> ServerState:
   one = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
-    x.initial_state,
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state
   )
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=where
     ),
     one,
-    sharding.by_name(x.mesh, one),
+    sharding.by_name(mesh, one),
+  )
+
+
+def shape_of_one(x: Experiment) -> ServerState:
+  """Returns shapes, types and places of one point's state."""
+  return _shape_of_one(x.initial_state, x.mesh)
+
+
+def _make_take(state: ServerState, mesh) -> Callable:
+  """Jits (state of all points, k) -> the state of point k."""
+  where = jax.tree.map(lambda leaf: leaf.sharding, _shape_of_one(state, mesh))
+  return jax.jit(
+    lambda state, k: jax.tree.map(lambda leaf: leaf[k], state),
+    out_shardings=where,
   )
 
 
 def split(x: Experiment, state: ServerState) -> Iterator[ServerState]:
   """Yields every point's own state."""
-  where = sharding.by_name(x.mesh, shape_of_one(x))
-
-  @functools.partial(jax.jit, out_shardings=where)
-  def take(state, k):
-    return jax.tree.map(lambda leaf: leaf[k], state)
-
   for k in range(len(x.points)):
-    yield take(state, k)
+    yield x.take_point(state, k)
 
 
 def join(x: Experiment, states: Sequence[ServerState]) -> ServerState:

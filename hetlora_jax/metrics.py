@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 
 Row = dict[str, Any]
 
@@ -51,9 +53,15 @@ class Writer:
     temporary.write_text(''.join(json.dumps(r) + '\n' for r in kept))
     os.replace(temporary, path)
     self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=first_round
-    )
+    # Events that a crash cut off are lost: TensorBoard's are made from the rows.
+    for old in (workdir / 'tensorboard').glob('events.out.tfevents.*'):
+      old.unlink()
+    (workdir / 'tensorboard').mkdir(exist_ok=True)
+    # In this thread, not `SummaryWriter`'s, so that a full disk is noticed.
+    self._board = EventsWriter(str(workdir / 'tensorboard' / 'events'))
+    for row in kept:
+      self._show(row)
+    self._board.flush()
 
   def write(self, row: Row) -> None:
     """Writes a row and makes sure that it has left this process."""
@@ -62,9 +70,20 @@ class Writer:
       return
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
+    self._show(row)
+    self._board.flush()
+
+  def _show(self, row: Row) -> None:
+    event = Event(wall_time=time.time(), step=row['round'])
     for name, value in row.items():
       if not isinstance(value, list):
-        self._board.add_scalar(name, value, row['round'])
+        event.summary.value.add(tag=name, simple_value=value)
+    self._board.write_event(event)
+
+  def sync(self) -> None:
+    """Makes sure that the rows outlive the machine, before a checkpoint does."""
+    if self._writes:
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     if self._writes:

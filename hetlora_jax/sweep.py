@@ -23,7 +23,14 @@ import matplotlib.figure
 import ml_collections
 import numpy as np
 
-from hetlora_jax import checkpoint, console, experiment, metrics, training
+from hetlora_jax import (
+  checkpoint,
+  console,
+  experiment,
+  metrics,
+  training,
+  workdirs,
+)
 from hetlora_jax.config import Config, ConfigError, flat, resolve, to_dict
 
 CHILD = 'HETLORA_JAX_CHILD'  # in the environment of a process started here
@@ -119,7 +126,7 @@ def plan(
     )
     try:
       run = run._replace(config=with_fields(config, fields))
-      training.check_workdir(run.config, run.workdir)
+      workdirs.check(run.config, run.workdir)
     except (ValueError, OSError) as error:
       run = run._replace(config=None, error=str(error))
     runs.append(run)
@@ -193,7 +200,7 @@ def start_all(
           continue
         del running[name]
         signals.processes.remove(process)
-        if code == console.INTERRUPTED:
+        if code in (console.SAVED, console.INTERRUPTED):
           interrupted = True
           waiting.clear()
         elif code:

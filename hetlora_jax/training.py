@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pathlib
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
-from hetlora_jax import checkpoint, console, experiment, metrics, results
-from hetlora_jax.config import Config, ConfigError, flat, to_dict
+from hetlora_jax import (
+  checkpoint,
+  console,
+  experiment,
+  metrics,
+  results,
+  workdirs,
+)
+from hetlora_jax.config import Config, ConfigError, to_dict
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.types import ServerState
-
-# A run may be continued with other values of these.
-_MAY_CHANGE = (
-  'federated.num_rounds', 'federated.clients_at_once',
-  'federated.rounds_per_call', 'eval.', 'checkpoint.', 'mesh.',
-)  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -37,35 +36,43 @@ class Point(NamedTuple):
   command: str = ''
 
 
-def check_workdir(config: Config, workdir: pathlib.Path) -> None:
-  """Raises if the run in `workdir` was made with another configuration."""
-  path = workdir / 'config.json'
-  if workdir.exists() and not workdir.is_dir():
-    raise ConfigError(f'--workdir={workdir} is a file: name a folder.')
-  if not path.exists():
-    return
-  try:
-    old = flat(json.loads(path.read_text()))
-  except ValueError as error:
+class Branch(NamedTuple):
+  """A saved state that a new run starts from, whatever its configuration."""
+
+  workdir: pathlib.Path
+  round: int
+
+
+def parse_branch(text: str) -> Branch:
+  """Parses DIR@ROUND; raises ConfigError if nothing was saved there."""
+  found = re.fullmatch(r'(.+)@(\d+)', text)
+  if not found:
     raise ConfigError(
-      f'{path} is damaged ({error}): use another --workdir.'
-    ) from error
-  new = flat(json.loads(json.dumps(to_dict(config))))
-  for name in sorted(set(old) | set(new)):
-    if old.get(name) != new.get(name) and not name.startswith(_MAY_CHANGE):
-      raise ConfigError(
-        f'--workdir={workdir} holds a run with config.{name}='
-        f'{old.get(name)!r}, not {new.get(name)!r}: use another --workdir, or '
-        'the old value to continue it.'
-      )
+      f'--branch_from={text} must be DIR@ROUND, e.g. runs/tiny@10.'
+    )
+  branch = Branch(pathlib.Path(found[1]), int(found[2]))
+  saved = checkpoint.steps(branch.workdir / 'checkpoints')
+  if branch.round not in saved:
+    raise ConfigError(
+      f'--branch_from={text}: {branch.workdir} has saved '
+      f'{f"rounds {sorted(saved)}" if saved else "nothing"}.'
+    )
+  return branch
 
 
-def run(config: Config, workdir: pathlib.Path, command: str = '') -> dict:
+def run(
+  config: Config,
+  workdir: pathlib.Path,
+  command: str = '',
+  branch: Branch | None = None,
+) -> dict:
   """Runs or continues an experiment and returns its summary; see `run_points`."""
-  return run_points([Point(config, workdir, command)])[0]
+  return run_points([Point(config, workdir, command)], branch)[0]
 
 
-def run_points(points: Sequence[Point]) -> list[dict]:
+def run_points(
+  points: Sequence[Point], branch: Branch | None = None
+) -> list[dict]:
   """Runs or continues points in one program and returns their summaries.
 
   Args:
@@ -74,27 +81,33 @@ def run_points(points: Sequence[Point]) -> list[dict]:
       an earlier run in it is continued, all of them from the newest round that
       all have saved. Of several processes the first alone writes.
 
+    branch: what to start from if nothing was saved in the workdirs.
+
   Raises:
     ConfigError: a point cannot run; nothing has been written.
     Interrupted: Ctrl-C or SIGTERM; the states have been saved.
   """
   for point in points:
-    check_workdir(point.config, point.workdir)
+    workdirs.check(point.config, point.workdir)
+    workdirs.check_free(point.workdir)
   started, c = time.time(), points[0].config
   console.say(
     f'Loading {c.model.source} and {c.data.name}; the first time takes a while.'
   )
   x = experiment.prepare(*[p.config for p in points])
   console.say(_introduction(x, len(points)))
-  writes = jax.process_index() == 0
-  for point in points if writes else ():
-    point.workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(point.workdir / 'config.json', to_dict(point.config))
   folders = [p.workdir / 'checkpoints' for p in points]
-  with contextlib.ExitStack() as stack:
-    checkpoints = checkpoint.Checkpoints(folders, c.checkpoint.keep)
+  begun = any(checkpoint.steps(folder) for folder in folders)
+  branched = _branched(x, branch) if branch and not begun else None
+  writes = jax.process_index() == 0
+  with _on_disk(points), contextlib.ExitStack() as stack:
+    for point in points:
+      stack.enter_context(workdirs.held(point.workdir))
+    checkpoints = checkpoint.Checkpoints(folders, x.base_identity, c.checkpoint)
     stack.callback(checkpoints.close)
-    state, first = _restore(x, checkpoints)
+    state, first = _start(x, checkpoints, branched)
+    for point in points if writes else ():
+      metrics.write_json(point.workdir / 'config.json', to_dict(point.config))
     # Rows up to the restored round were written before its checkpoint.
     writers = [
       metrics.Writer(p.workdir, first + 1 if first else 0, writes)
@@ -116,19 +129,28 @@ def run_points(points: Sequence[Point]) -> list[dict]:
   return summaries
 
 
+@contextlib.contextmanager
+def _on_disk(points: Sequence[Point]) -> Iterator[None]:
+  """Says what to do when a disk is full or cannot be written to."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(
+      f'{error} (--workdir={points[0].workdir}). What has been saved is kept: '
+      'make room or mend the disk, and run the same line to go on.'
+    ) from error
+
+
 def evaluate_checkpoint(config: Config, workdir: pathlib.Path) -> metrics.Row:
-  """Evaluates the newest checkpoint of a run."""
-  if not (workdir / 'checkpoints').is_dir():
+  """Evaluates the newest undamaged checkpoint of a run."""
+  folder = workdir / 'checkpoints'
+  if not checkpoint.steps(folder):
     raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
-  check_workdir(config, workdir)
+  workdirs.check(config, workdir)
   x = experiment.prepare(config)
-  checkpoints = checkpoint.Checkpoints(
-    [workdir / 'checkpoints'], config.checkpoint.keep
-  )
-  state, first = _restore(x, checkpoints)
+  checkpoints = checkpoint.Checkpoints([folder], x.base_identity)
+  state, first = _start(x, checkpoints, None)
   checkpoints.close()
-  if not first:
-    raise ConfigError(f'{workdir}/checkpoints is empty: train first.')
   return {'round': first, **experiment.evaluate(x, state)[0]}
 
 
@@ -147,26 +169,33 @@ def _introduction(x: Experiment, points: int) -> str:
   )
 
 
-def _restore(x: Experiment, checkpoints) -> tuple[ServerState, int]:
+def _start(x: Experiment, checkpoints, branched) -> tuple[ServerState, int]:
   """Returns the state to go on from, and how many rounds it has done."""
-  step, n = checkpoints.newest(), x.config.federated.rounds_per_call
-  if step is None:
+  found = checkpoints.restore_newest(experiment.shape_of_one(x))
+  if branched and not found:
+    found = branched
+    checkpoints.save(*found)  # a start of its own, should it be interrupted
+  if not found:
     return x.initial_state, 0
+  step, states = found
+  n = x.config.federated.rounds_per_call
   if step % n:
     raise ConfigError(
       f'config.federated.rounds_per_call={n} does not divide the {step} rounds '
       'done: give a divisor.'
     )
-  states = checkpoints.restore(step, experiment.shape_of_one(x))
   console.say(f'Continuing after round {step}.')
   return experiment.join(x, states), step
 
 
-def _anywhere(flag: object) -> bool:
-  """Tells whether a flag is set in any process, in all of them alike."""
-  if jax.process_count() == 1:
-    return bool(flag)
-  return bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
+def _branched(x: Experiment, branch: Branch) -> tuple[int, list[ServerState]]:
+  """Returns the round and the states to branch from."""
+  other = checkpoint.Checkpoints(
+    [branch.workdir / 'checkpoints'], x.base_identity
+  )
+  states = other.restore(branch.round, experiment.shape_of_one(x))
+  other.close()
+  return branch.round, states * len(x.points)
 
 
 def _rows(x: Experiment, out: dict, done: int, seconds: float, waited: float):
@@ -229,8 +258,10 @@ def _run_rounds(x: Experiment, state, first: int, writers, checkpoints) -> None:
             row |= losses
           free = time.perf_counter()
         _write(rows, writers, progress)
-      stopping = _anywhere(stop.received)
+      stopping = workdirs.anywhere(stop.received)
       if done == last or done % c.checkpoint.every == 0 or stopping:
+        for writer in writers:
+          writer.sync()
         checkpoints.save(done, experiment.split(x, state))
       if stopping and done < last:
         progress.close()

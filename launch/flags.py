@@ -144,7 +144,8 @@ def run(
 
   def main(argv):
     # First of all: checking the config already starts jax.
-    logging.set_verbosity(logging.INFO if VERBOSE.value else logging.WARNING)
+    # Libraries log the tracebacks of what they also raise.
+    logging.set_verbosity(logging.INFO if VERBOSE.value else logging.FATAL)
     if len(argv) > 1:
       errors.fail(f'unexpected argument {argv[1]!r}: flags start with --')
     if LIST_METHODS.value:
@@ -171,7 +172,7 @@ def run(
       errors.fail(error)
     except training.Interrupted as error:
       print(f'{error} The state is saved; to go on:\n  {command()}')
-      sys.exit(console.INTERRUPTED)
+      sys.exit(console.SAVED)
     except KeyboardInterrupt:
       print('\nStopped before the first round; there was nothing to save.')
       sys.exit(console.INTERRUPTED)

@@ -2,14 +2,24 @@
 
 import pathlib
 
+from absl import flags as absl_flags
+
 from hetlora_jax import config as config_lib
 from hetlora_jax import console, results, training
 from launch import flags
 
+BRANCH_FROM = absl_flags.DEFINE_string(
+  'branch_from',
+  None,
+  'Start a new run from the state of another after a round, DIR@ROUND, whatever '
+  'its configuration; the base model and shapes must be the same.',
+)
+
 
 def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Runs or continues the experiment and prints perplexity before and after."""
-  summary = training.run(config, workdir, flags.command())
+  branch = BRANCH_FROM.value and training.parse_branch(BRANCH_FROM.value)
+  summary = training.run(config, workdir, flags.command(), branch or None)
   console.say(f'\n{results.table(summary)}\n\nResults are in {workdir}/')
 
 

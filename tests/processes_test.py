@@ -103,7 +103,7 @@ def test_one_processs_ctrl_c_stops_all_and_saves(tmp_path):
       break
   processes[1].send_signal(signal.SIGTERM)
   codes, outs = _outputs(processes)
-  assert codes == [130, 130], outs
+  assert codes == [75, 75], outs
   saved = [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
   assert len(saved) == 1 and 2 <= int(saved[0].name) < 5000
 
