@@ -1,14 +1,16 @@
 # make train   fine-tunes Gemma 3 270M federatedly on real chats
 # make test    runs the tests; make check the linters; make golden the goldens
+# make chaos   kills TRIALS=30 runs at random moments and compares what they end with
 # make bench   times us against peers and the machine, into benchmarks/results/
 # Each makes .venv when it is missing and needs only python3 with pip.
 PYTHON ?= python3
 CONFIG ?= configs/chitchat_gemma3.py
+TRIALS ?= 30
 WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow check golden bench clean
+.PHONY: train test test-slow check golden chaos bench clean
 
 train: $(VENV)/train
 	$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
@@ -26,6 +28,9 @@ check: $(VENV)/dev
 
 golden: $(VENV)/test
 	$(BIN)/python -m tests.make_golden
+
+chaos: $(VENV)/test
+	$(BIN)/python -m tests.chaos $(TRIALS)
 
 bench: $(VENV)/train $(VENV)-bench/done
 	$(BIN)/python -m benchmarks.peers

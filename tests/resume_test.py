@@ -1,0 +1,364 @@
+"""Continuing: damaged checkpoints, other layouts, other configurations, locks."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from devices_test import assert_agree, many_rounds
+from experiment_test import ROOT, SMALL, newest_state, small_config, timeless
+from tensorboard.backend.event_processing import event_accumulator
+
+from hetlora_jax import checkpoint, config, experiment, metrics, training
+
+# tensorstore's futures outlive the event loop of a read that failed.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+  """A run that has kept its checkpoints 2, 3 and 4."""
+  workdir = tmp_path_factory.mktemp('done')
+  training.run(small_config(checkpoint__keep=3), workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def built():
+  return experiment.prepare(small_config())
+
+
+def _copy(done, tmp_path) -> pathlib.Path:
+  workdir = tmp_path / 'run'
+  shutil.copytree(done, workdir)
+  return workdir
+
+
+def _restore(workdir, x, base=None):
+  reader = checkpoint.Checkpoints(
+    [workdir / 'checkpoints'], base or x.base_identity
+  )
+  try:
+    return reader.restore_newest(experiment.shape_of_one(x))
+  finally:
+    reader.close()
+
+
+def _flip(path: pathlib.Path, place: float) -> None:
+  content = bytearray(path.read_bytes())
+  content[int(place * (len(content) - 1))] ^= 0x10
+  path.write_bytes(content)
+
+
+DAMAGE = {
+  'a bit at the start': lambda path: _flip(path, 0),
+  'a bit in the middle': lambda path: _flip(path, 0.5),
+  'a bit at the end': lambda path: _flip(path, 1),
+  'cut off': lambda path: os.truncate(path, path.stat().st_size // 2),
+  'emptied': lambda path: os.truncate(path, 0),
+  'zeros': lambda path: path.write_bytes(bytes(path.stat().st_size)),
+  'gone': lambda path: path.unlink(),
+  'longer': lambda path: path.write_bytes(path.read_bytes() * 2),
+}
+
+
+def test_no_damage_to_any_file_is_taken_for_the_state(done, built, tmp_path):
+  """Every file of a checkpoint, damaged in eight ways: 2 is used, or 4 is whole."""
+  whole = {n: jax.device_get(_state_at(done, built, n)) for n in (3, 4)}
+  files = sorted(p for p in (done / 'checkpoints/4').rglob('*') if p.is_file())
+  noticed = 0
+  for file in files:
+    for name, damage in DAMAGE.items():
+      workdir = _copy(done, tmp_path)
+      damage(workdir / file.relative_to(done))
+      found = _restore(workdir, built)
+      assert found and found[0] in whole, (file, name)
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(found[1][0]),
+        whole[found[0]],
+      )
+      noticed += found[0] == 3
+      shutil.rmtree(workdir)
+  assert len(files) >= 8 and noticed >= 4 * len(DAMAGE)
+
+
+def _state_at(workdir, x, step):
+  reader = checkpoint.Checkpoints([workdir / 'checkpoints'], x.base_identity)
+  (state,) = reader.restore(step, experiment.shape_of_one(x))
+  reader.close()
+  return state
+
+
+def _damage_arrays(workdir, step):
+  """Flips a bit in every file that holds arrays."""
+  for file in (workdir / 'checkpoints' / str(step) / 'state').rglob('d/*'):
+    _flip(file, 0.5)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_made_again(
+  done, tmp_path, capsys
+):
+  workdir = _copy(done, tmp_path)
+  _damage_arrays(workdir, 4)
+  training.run(small_config(checkpoint__keep=3), workdir)
+  out = capsys.readouterr().out
+  assert f'Warning: {workdir}/checkpoints/4 is damaged' in out
+  assert 'Continuing after round 3.' in out
+  assert (workdir / 'checkpoints/4.damaged').is_dir()
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    newest_state(small_config(), workdir),
+    newest_state(small_config(), done),
+  )
+  assert timeless(workdir) == timeless(done)
+
+
+def test_with_no_undamaged_checkpoint_nothing_is_run(done, tmp_path):
+  workdir = _copy(done, tmp_path)
+  for step in (2, 3, 4):
+    _damage_arrays(workdir, step)
+  rows = (workdir / 'metrics.jsonl').read_text()
+  with pytest.raises(config.ConfigError, match='no checkpoint is undamaged'):
+    training.run(small_config(), workdir)
+  assert checkpoint.steps(workdir / 'checkpoints') == {2, 3, 4}
+  assert (workdir / 'metrics.jsonl').read_text() == rows
+
+
+def test_a_wrong_number_is_noticed_even_if_the_file_is_well_formed(
+  done, built, tmp_path, monkeypatch
+):
+  like = experiment.shape_of_one(built)
+  state = _state_at(done, built, 4)
+  rank = state.memory.rank
+  changed = jax.device_put(rank.at[3, 0].add(1), rank.sharding)
+  before = checkpoint.sums(state)
+  monkeypatch.setattr(checkpoint, 'sums', lambda _: before)
+  other = checkpoint.Checkpoints(
+    [tmp_path / 'c'], built.base_identity, small_config().checkpoint
+  )
+  memory = dataclasses.replace(state.memory, rank=changed)
+  other.save(4, [dataclasses.replace(state, memory=memory)])
+  other.close()
+  monkeypatch.undo()
+  reader = checkpoint.Checkpoints([tmp_path / 'c'], built.base_identity)
+  with pytest.raises(checkpoint.Damaged, match='checksum of .*memory.*rank'):
+    reader.restore(4, like)
+  reader.close()
+
+
+@pytest.mark.parametrize(
+  'leaf',
+  [
+    np.zeros((3, 4), np.float32),
+    np.arange(6, dtype=np.int32).reshape(2, 3),
+    np.float32(2.5),
+    np.full((2, 2), 1.5, jax.numpy.bfloat16),
+  ],
+  ids=lambda x: f'{x.dtype}{x.shape}',
+)
+def test_every_flipped_bit_changes_the_sum(leaf):
+  want = int(checkpoint._sum_of_bits(jax.numpy.asarray(leaf)))
+  content = np.asarray(leaf).tobytes()
+  for bit in range(8 * len(content)):
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << bit % 8
+    other = np.frombuffer(bytes(flipped), leaf.dtype).reshape(leaf.shape)
+    assert int(checkpoint._sum_of_bits(jax.numpy.asarray(other))) != want
+
+
+def test_another_base_model_is_refused(done, built):
+  base = built.base_identity | {'sha256': 'random-1'}
+  with pytest.raises(
+    config.ConfigError, match="its sha256 is 'random-0', this one's 'random-1'"
+  ):
+    _restore(done, built, base)
+  deeper = built.base_identity['shape'] | {'num_layers': 2}
+  with pytest.raises(config.ConfigError, match=r'shape\.num_layers is 1'):
+    _restore(done, built, built.base_identity | {'shape': deeper})
+
+
+def test_every_field_that_differs_is_named_with_both_values(done):
+  with pytest.raises(config.ConfigError) as error:
+    training.run(small_config(seed=3, lora__scale=4.0), done)
+  assert 'config.lora.scale=2.0, not 4.0' in str(error.value)
+  assert 'config.seed=0, not 3' in str(error.value)
+
+
+def test_a_field_that_a_run_did_not_have_yet_counts_as_its_default(
+  done, tmp_path
+):
+  workdir = _copy(done, tmp_path)
+  path = workdir / 'config.json'
+  old = json.loads(path.read_text())
+  del old['model']['remat'], old['lora']['scale']
+  path.write_text(json.dumps(old))
+  training.run(small_config(), workdir)
+  path.write_text(json.dumps(old))
+  with pytest.raises(config.ConfigError, match=r'lora.scale=2.0, not 3.0'):
+    training.run(small_config(lora__scale=3.0), workdir)
+
+
+LAYOUTS = {
+  'one to eight': ((1, 1, 1), (1, 8, 1)),
+  'eight to 2 x 4': ((1, 8, 1), (1, 2, 4)),
+  '2 x 4 to one': ((1, 2, 4), (1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize('layouts', LAYOUTS.values(), ids=LAYOUTS)
+def test_a_run_goes_on_on_another_layout(layouts, tmp_path):
+  first, then = layouts
+  method = {'method': 'flora'}
+  if first[2] * then[2] > 1:  # its state is split over `model`
+    method = {'method': 'full_finetuning'}
+  long = {'federated__num_rounds': 6}
+  training.run(many_rounds(mesh=first, **method), tmp_path / 'a')
+  x = experiment.prepare(many_rounds(mesh=then, **method))
+  found = _restore(tmp_path / 'a', x)
+  saved = newest_state(many_rounds(mesh=first, **method), tmp_path / 'a')
+  assert found
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.device_get(found[1][0]), saved
+  )
+  longer = _with(many_rounds(mesh=then, **method), long)
+  training.run(longer, tmp_path / 'a')
+  training.run(_with(many_rounds(**method), long), tmp_path / 'b')
+  assert_agree(*(newest_state(longer, tmp_path / n) for n in 'ab'))
+
+
+def _with(c, fields):
+  raw = ml_collections.ConfigDict(config.to_dict(c))
+  raw.update_from_flattened_dict(
+    {k.replace('__', '.'): v for k, v in fields.items()}
+  )
+  return config.resolve(raw)
+
+
+SGD = {'client_optimizer__name': 'sgd', 'client_optimizer__learning_rate': 0.05}
+
+
+def test_points_go_on_alone_and_runs_together(tmp_path):
+  """Two points on a sweep axis of 2, then each alone; and the other way round."""
+  whole = [small_config(seed=s, **SGD) for s in (0, 1)]
+  half = [_with(c, {'federated__num_rounds': 2}) for c in whole]
+  apart, joined, alone = (
+    [tmp_path / f'{way}_{s}' for s in (0, 1)]
+    for way in ('apart', 'joined', 'alone')
+  )
+  spread = [_with(c, {'mesh__sweep': 2}) for c in half]
+  training.run_points(list(map(training.Point, spread, apart)))
+  for run, point in zip(whole, apart, strict=True):
+    training.run(run, point)
+  for run, point in zip(half, joined, strict=True):
+    training.run(run, point)
+  training.run_points(list(map(training.Point, whole, joined)))
+  for i, run in enumerate(whole):
+    training.run(run, alone[i])
+    want = newest_state(run, alone[i])
+    # XLA compiles other programs for two points or devices: other roundings.
+    assert_agree(newest_state(run, joined[i]), want)
+    assert_agree(newest_state(run, apart[i]), want)
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds(done, tmp_path):
+  workdir = _copy(done, tmp_path)
+  for step in (3, 4):  # as if killed in round 3, events and lines in the air
+    shutil.rmtree(workdir / 'checkpoints' / str(step))
+  for events in (workdir / 'tensorboard').iterdir():
+    os.truncate(events, events.stat().st_size // 2)
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"round": 5, "train/lo')
+  training.run(small_config(), workdir)
+  assert timeless(workdir) == timeless(done)
+  board = event_accumulator.EventAccumulator(str(workdir / 'tensorboard'))
+  board.Reload()
+  rows = metrics.read_rows(workdir / 'metrics.jsonl')
+  for name in ('train/loss', 'eval/seen/loss'):
+    events = [(e.step, e.value) for e in board.Scalars(name)]
+    want = [(r['round'], np.float32(r[name])) for r in rows if name in r]
+    assert events == want
+
+
+def test_a_second_run_in_a_folder_is_told_who_is_in_it(done, tmp_path):
+  workdir = _copy(done, tmp_path)
+  with (workdir / '.lock').open('r+') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    with pytest.raises(
+      config.ConfigError, match=rf'in use by process {os.getpid()} on '
+    ):
+      training.run(small_config(), workdir)
+  training.run(small_config(), workdir)  # let go of by its end
+
+
+def test_a_branch_starts_from_an_old_state_on_purpose(done, tmp_path):
+  branch = training.parse_branch(f'{done}@2')
+  c = small_config(lora__scale=3.0)
+  summary = training.run(c, tmp_path / 'new', branch=branch)
+  assert summary['first']['round'] == 2 and summary['last']['round'] == 4
+  rounds = [
+    r['round'] for r in metrics.read_rows(tmp_path / 'new/metrics.jsonl')
+  ]
+  assert rounds == [2, 3, 4]
+  # The same configuration from there is the same run.
+  training.run(small_config(), tmp_path / 'same', branch=branch)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    newest_state(small_config(), tmp_path / 'same'),
+    newest_state(small_config(), done),
+  )
+  for text, why in (
+    (f'{done}', 'must be DIR@ROUND'),
+    (f'{done}@9', r'has saved rounds \[2, 3, 4\]'),
+    (f'{tmp_path}@1', 'has saved nothing'),
+  ):
+    with pytest.raises(config.ConfigError, match=why):
+      training.parse_branch(text)
+  with pytest.raises(config.ConfigError, match='does not fit.*adapters'):
+    training.run(
+      small_config(federated__r_max=9), tmp_path / 'wide', branch=branch
+    )
+  assert not (tmp_path / 'wide').exists()
+
+
+def test_every_nth_checkpoint_is_kept(tmp_path):
+  training.run(
+    small_config(checkpoint__keep=1, checkpoint__keep_every=2), tmp_path
+  )
+  assert checkpoint.steps(tmp_path / 'checkpoints') == {2, 4}
+
+
+def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(disk)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('a small disk needs the right to mount one')
+  try:
+    given = [f'--config.{k}={v}' for k, v in SMALL.items()]
+    found = subprocess.run(
+      [
+        sys.executable, '-m', 'launch.train', '--config=configs/tiny.py',
+        f'--workdir={disk}/run', *given, '--config.checkpoint.keep=99',
+        '--config.federated.num_rounds=40',
+      ],
+      cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    last = found.stderr.splitlines()[-1]
+    assert found.returncode == 2
+    assert 'No space left on device' in last and str(disk) in last
+    saved = checkpoint.steps(disk / 'run/checkpoints')
+    c = small_config(federated__num_rounds=40)
+    assert saved and int(newest_state(c, disk / 'run').round) == max(saved)
+  finally:
+    subprocess.run(['umount', str(disk)], check=True)
