@@ -64,6 +64,26 @@ def end_with_parent() -> None:
   threading.Thread(target=wait, daemon=True).start()
 
 
+@contextlib.contextmanager
+def not_left_alone() -> Iterator[None]:
+  """Ends this process at once if a run of several has lost another one.
+
+  To wait for it, in saving and at exit, would take minutes.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(
+      f'Error: another process of this run failed ({str(error).splitlines()[0]})'
+      ': start all of them again, and they go on after the last checkpoint.',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(SAVED)
+
+
 class StopSignal:
   """Notes Ctrl-C and SIGTERM; a second one ends the process at once.
 

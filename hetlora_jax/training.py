@@ -115,6 +115,7 @@ def run_points(
     ]
     for writer in writers:
       stack.callback(writer.close)
+    stack.enter_context(console.not_left_alone())
     _run_rounds(x, state, first, writers, checkpoints)
   seconds = (time.time() - started) / len(points)
   summaries = []

@@ -16,15 +16,15 @@ MESHES = ((1, 2, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4))
 def many_rounds(method, mesh=(1, 1, 1), **overrides):
   """Returns a small run of three rounds a call on a mesh."""
   sweep, clients, model = mesh
-  # SGD: Adam turns rounding into signs.
-  return small_config(
-    method=method,
-    federated__num_rounds=3, federated__rounds_per_call=3,
-    federated__clients_per_round=6, eval__every=3, checkpoint__every=3,
-    client_optimizer__name='sgd', client_optimizer__learning_rate=0.05,
-    client_optimizer__full_learning_rate=0.05, mesh__sweep=sweep,
-    mesh__clients=clients, mesh__model=model, **overrides,
-  )  # fmt: skip
+  fields = {
+    'federated__num_rounds': 3, 'federated__rounds_per_call': 3,
+    'federated__clients_per_round': 6, 'eval__every': 3, 'checkpoint__every': 3,
+    # SGD: Adam turns rounding into signs.
+    'client_optimizer__name': 'sgd', 'client_optimizer__learning_rate': 0.05,
+    'client_optimizer__full_learning_rate': 0.05, 'mesh__sweep': sweep,
+    'mesh__clients': clients, 'mesh__model': model,
+  }  # fmt: skip
+  return small_config(method=method, **(fields | overrides))
 
 
 def after_a_call(*points):

@@ -82,16 +82,25 @@ def test_processes_agree_with_one(count, tmp_path):
   assert codes == [0] * count, outs[0][-2000:]
   for method in METHODS:
     _check(tmp_path, method)
+  # One process goes on where several stopped.
+  longer = many_rounds('flora', federated__num_rounds=6)
+  for place in (tmp_path, tmp_path / 'alone'):
+    training.run(longer, place / 'flora')
+  assert_agree(
+    newest_state(longer, tmp_path / 'flora'),
+    newest_state(longer, tmp_path / 'alone/flora'),
+  )
   assert 'round 3/3' in outs[0] and 'round' not in outs[1]  # one speaks
 
 
-def test_one_processs_ctrl_c_stops_all_and_saves(tmp_path):
+def _two_in_a_long_run(workdir):
+  """Starts two launchers and returns them after their second round."""
   port = _free_port()
   given = [f'--config.{k}={v}' for k, v in SMALL.items()]
   processes = _start(
     lambda i: [
       '-m', 'launch.train', '--config=configs/tiny.py', *given,
-      '--config.federated.num_rounds=5000', f'--workdir={tmp_path}',
+      '--config.federated.num_rounds=5000', f'--workdir={workdir}',
       '--config.checkpoint.every=5000', '--config.mesh.clients=4',
       '--config.eval.every=0', '--distributed', f'--process_id={i}',
       f'--coordinator_address=127.0.0.1:{port}', '--num_processes=2',
@@ -101,11 +110,24 @@ def test_one_processs_ctrl_c_stops_all_and_saves(tmp_path):
   for line in processes[0].stdout:
     if line.startswith('round 2/'):
       break
+  return processes
+
+
+def test_one_processs_ctrl_c_stops_all_and_saves(tmp_path):
+  processes = _two_in_a_long_run(tmp_path)
   processes[1].send_signal(signal.SIGTERM)
   codes, outs = _outputs(processes)
   assert codes == [75, 75], outs
   saved = [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
   assert len(saved) == 1 and 2 <= int(saved[0].name) < 5000
+
+
+def test_a_process_that_loses_another_ends_and_says_so(tmp_path):
+  processes = _two_in_a_long_run(tmp_path)
+  processes[1].kill()
+  codes, outs = _outputs(processes)
+  assert codes == [75, -signal.SIGKILL]
+  assert 'Error: another process of this run failed' in outs[0]
 
 
 def test_each_process_builds_its_own_clients_alone(monkeypatch):

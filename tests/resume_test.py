@@ -219,21 +219,22 @@ LAYOUTS = {
 @pytest.mark.parametrize('layouts', LAYOUTS.values(), ids=LAYOUTS)
 def test_a_run_goes_on_on_another_layout(layouts, tmp_path):
   first, then = layouts
-  method = {'method': 'flora'}
-  if first[2] * then[2] > 1:  # its state is split over `model`
-    method = {'method': 'full_finetuning'}
-  long = {'federated__num_rounds': 6}
-  training.run(many_rounds(mesh=first, **method), tmp_path / 'a')
-  x = experiment.prepare(many_rounds(mesh=then, **method))
-  found = _restore(tmp_path / 'a', x)
-  saved = newest_state(many_rounds(mesh=first, **method), tmp_path / 'a')
-  assert found
-  jax.tree.map(
-    np.testing.assert_array_equal, jax.device_get(found[1][0]), saved
+  # The state of full fine-tuning is split over `model`.
+  method = 'full_finetuning' if first[2] * then[2] > 1 else 'flora'
+  begun = many_rounds(method, first)
+  training.run(begun, tmp_path / 'a')
+  moved = _restore(
+    tmp_path / 'a', experiment.prepare(many_rounds(method, then))
   )
-  longer = _with(many_rounds(mesh=then, **method), long)
+  assert moved
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.device_get(moved[1][0]),
+    newest_state(begun, tmp_path / 'a'),
+  )
+  longer = many_rounds(method, then, federated__num_rounds=6)
   training.run(longer, tmp_path / 'a')
-  training.run(_with(many_rounds(**method), long), tmp_path / 'b')
+  training.run(many_rounds(method, federated__num_rounds=6), tmp_path / 'b')
   assert_agree(*(newest_state(longer, tmp_path / n) for n in 'ab'))
 
 
