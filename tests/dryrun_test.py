@@ -83,7 +83,9 @@ def test_a_compiler_that_gives_up_is_quoted():
     def compile(self):
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: hbm\nmore')
 
-  with pytest.raises(config.ConfigError, match='v9 gave up: RESOURCE.*hbm .pip'):
+  with pytest.raises(
+    config.ConfigError, match='v9 gave up: RESOURCE.*hbm .pip'
+  ):
     dryrun._compiled(Lowered(), 'v9')
 
 
