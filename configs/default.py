@@ -40,6 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
   f.tail_penalty = 0.1
   # Mu, the weight of ||theta - theta_received||^2 / 2 ('proximal').
   f.proximal = 0.01
+  # Longest change that a client may send, in L2 over all it trained; 0: any.
+  f.norm_bound = 0.0
   # Clients a device trains at once, the memory dial; 0 is all of its own.
   f.clients_at_once = 0
   # Rounds in one call of the compiled program; evaluations, checkpoints and
@@ -94,6 +96,14 @@ def get_config() -> ml_collections.ConfigDict:
   m.keep_pruned_rank = True
   # Norm weights over the whole 'model', a 'layer', or a 'matrix'.
   m.weight_scope = 'model'
+  # Share of a slot's owners cut off at each end ('trimmed_mean').
+  m.trim = 0.1
+
+  x = c.faults = ml_collections.ConfigDict()
+  # Share of the people who multiply the change they send.
+  x.malicious = 0.0
+  # By what; inf makes it not finite, and they are left out.
+  x.malicious_scale = 100.0
 
   lora = c.lora = ml_collections.ConfigDict()
   # Adapted matrices: any of q, k, v, o, gate, up, down.

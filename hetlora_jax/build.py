@@ -3,13 +3,23 @@
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetlora_jax import client, lora, prng, ranks, rounds, server, sharding
+from hetlora_jax import (
+  client,
+  faults,
+  lora,
+  prng,
+  ranks,
+  rounds,
+  server,
+  sharding,
+)
 from hetlora_jax.checks import SCALE_RULES
 from hetlora_jax.config import Config
 from hetlora_jax.methods import (
@@ -85,6 +95,24 @@ def clients_at_once(config: Config) -> tuple[int, int]:
   return sharding.chunks(clients, at_once, config.mesh.clients)
 
 
+def _tamper(config: Config) -> Callable:
+  """Returns what clients do to their change before they send it."""
+  f = config.faults
+  if not f.malicious:
+    return lambda received, trained, client_id, seed: trained
+  return functools.partial(
+    faults.scaled_by_malicious, share=f.malicious, scale=f.malicious_scale
+  )
+
+
+def _bound(config: Config) -> Callable:
+  """Returns what the server does to a change before it looks at it."""
+  norm = config.federated.norm_bound
+  if not norm:
+    return lambda received, trained: trained
+  return functools.partial(faults.bounded, norm=norm)
+
+
 def make_rules(config: Config, loss: Loss) -> Rules:
   """Binds every static choice of the round."""
   names, m = rule_names(config), config.methods
@@ -94,6 +122,7 @@ def make_rules(config: Config, loss: Loss) -> Rules:
       rounding=m.tail_rounding,
       scope=m.weight_scope,
       init=config.lora.init,
+      trim=m.trim,
       power_a=redistribution.SPLITS.get(name),
     )
     for role, name in names.items()
@@ -118,6 +147,8 @@ def make_rules(config: Config, loss: Loss) -> Rules:
     trainable=rule['trainable'],
     trains_base=trains_base,
     client_optimizer=client_optimizer,
+    tamper=_tamper(config),
+    bound=_bound(config),
     tail_norms=functools.partial(tail.norms, rounding=m.tail_rounding),
     prune=rule['pruning'],
     prune_against=m.prune_against,

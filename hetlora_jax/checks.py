@@ -47,7 +47,7 @@ _AT_LEAST = {
     'ranks.exponent methods.energy client_optimizer.learning_rate '
     'client_optimizer.full_learning_rate client_optimizer.weight_decay '
     'server_optimizer.learning_rate data.num_people eval.every '
-    'checkpoint.keep_every'
+    'checkpoint.keep_every federated.norm_bound faults.malicious methods.trim'
   ),
   1: (
     'federated.num_rounds federated.clients_per_round federated.local_steps '
@@ -126,6 +126,14 @@ def _conditions(c) -> Iterator[tuple[str, Any, bool, str]]:
     'it must be in (0, 1], or 0 for the method\'s',
   )  # fmt: skip
   yield (
+    'methods.trim', c.methods.trim, c.methods.trim < 0.5,
+    'it must be in [0, 0.5), or nothing is left',
+  )  # fmt: skip
+  yield (
+    'faults.malicious', c.faults.malicious, c.faults.malicious <= 1,
+    'it is a share of the people, in [0, 1]',
+  )  # fmt: skip
+  yield (
     'ranks.data_correlation', r.data_correlation, abs(r.data_correlation) <= 1,
     'it must be in [-1, 1]',
   )  # fmt: skip
@@ -202,6 +210,12 @@ def _combinations(c) -> Iterator[tuple[str, bool, str]]:
     'objective',
     n['objective'] != 'nested_prefixes' or prefix,
     ("only prefixes nest: distribution 'prefix' or 'full'"),
+  )
+  middle = n['aggregation'] in aggregation.UNWEIGHTED
+  yield (
+    'aggregation',
+    adapters or not middle,
+    ("changes of the base are summed as they come in; take 'factors'"),
   )
   in_factors = n['aggregation'] == 'factors' and n['redistribution'] == 'keep'
   own = n['personal'] != 'none'

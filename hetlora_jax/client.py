@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hetlora_jax import lora, prng, ranks
+from hetlora_jax import faults, lora, prng, ranks
 from hetlora_jax.methods.objective import About
 from hetlora_jax.types import (
   Adapters,
@@ -141,11 +141,12 @@ def take_part(
   state: ServerState,
   hyper: Hyperparameters,
   client: Client,
-) -> tuple[Deltas, tuple[ClientUpdates, Memory, Array, Array]]:
+) -> tuple[Deltas, tuple[ClientUpdates, Memory, Array, Array, Array, Array]]:
   """Runs one client's round.
 
   Returns its share of the change of the base, and, to be stacked: what it
-  sends, what is remembered of it, its summed token loss and token count.
+  sends, what is remembered of it, its rank, its summed token loss and token
+  count, and whether all of this is finite; if not, it sends nothing.
   """
   memory = client.memory
   key = prng.stream(hyper.seed, 'client', state.round, client.id)
@@ -157,6 +158,10 @@ def take_part(
     rules, base, received, view, memory.rank, client.batches, state.round,
     hyper, key,
   )  # fmt: skip
+  trained = rules.tamper(received, trained, client.id, hyper.seed)
+  trained = rules.bound(received, trained)
+  sound = faults.sound((trained, loss))
+  trained, loss, tokens = faults.only_if(sound, (trained, loss, tokens))
   adapters = trained.adapters
   rank_G, kept = _prune(rules, view.adapters, adapters, memory, hyper)
   mask = jax.tree.map(jnp.multiply, view.mask, kept)
@@ -167,7 +172,7 @@ def take_part(
     adapters=lora.rescale(adapters, 1 / ratio, rules.scale_carriers),
     mask=mask,
     scale=view.scale * ratio ** (power_a + power_b),
-    num_examples=client.num_examples,
+    num_examples=jnp.where(sound, client.num_examples, 0),
     norm=lora.delta_norms(adapters, view.scale),
   )
   memory = Memory(
@@ -178,7 +183,7 @@ def take_part(
     },
   )
   shared = jax.tree.map(lambda x: client.share * x, trained.change)
-  return shared, (updates, memory, rank_G, loss, tokens)
+  return shared, (updates, memory, rank_G, loss, tokens, sound)
 
 
 def each(function: Callable, clients: PyTree, at_once: int) -> tuple:

@@ -34,6 +34,7 @@ class Federated:
   gamma: float
   tail_penalty: float
   proximal: float
+  norm_bound: float
   clients_at_once: int
   rounds_per_call: int
 
@@ -66,6 +67,13 @@ class Methods:
   prune_against: str
   keep_pruned_rank: bool
   weight_scope: str
+  trim: float
+
+
+@_record
+class Faults:
+  malicious: float
+  malicious_scale: float
 
 
 @_record
@@ -161,6 +169,7 @@ class Config:
   federated: Federated
   ranks: Ranks
   methods: Methods
+  faults: Faults
   lora: LoraConfig
   client_optimizer: ClientOptimizer
   server_optimizer: ServerOptimizer

@@ -43,6 +43,13 @@ def _shares(rules: Rules, num_examples_C: Array) -> Array:
   return weights['base'][:, 0, 0]
 
 
+def _without(change: PyTree, share_C: Array, sound_C: Array) -> PyTree:
+  """Makes up for the shares of clients that were left out of a mean."""
+  left = (share_C * sound_C).sum()
+  more = jnp.where(sound_C.all() | (left == 0), 1.0, 1 / left)
+  return jax.tree.map(lambda x: x * more, change)
+
+
 def _remember(memory: Memory, new: Memory, who_C: Array, reports_C: Array):
   """Replaces what is remembered of those who reported."""
 
@@ -73,17 +80,23 @@ def federated_round(
   )
 
   # 1. Truncate, and 2. train and self-prune, every client for itself.
-  change, (updates, memory, rank_CG, loss_C, tokens_C) = client.each(
+  share_C = _shares(rules, num_examples_C)
+  change, (updates, memory, rank_CG, loss_C, tokens_C, sound_C) = client.each(
     functools.partial(client.take_part, rules, base, state, hyper),
     client.Client(
       id=cohort.client_id,
       num_examples=num_examples_C,
-      share=_shares(rules, num_examples_C),
+      share=share_C,
       memory=recalled,
       batches=cohort.batches,
     ),
     rules.clients_at_once,
   )
+
+  # What is not finite is not sent.
+  nonfinite_C = reports_C & ~sound_C
+  reports_C &= sound_C
+  change = _without(change, share_C, sound_C)
 
   # 3. Weigh and aggregate; the server steps along the pseudo-gradient.
   weights = rules.weigh(updates.num_examples, updates.mask, updates.norm)
@@ -116,6 +129,7 @@ def federated_round(
   ) | {
     'present': cohort.num_examples > 0,
     'reports': reports_C,
+    'nonfinite': nonfinite_C,
     'sent_rank': recalled.rank,
     'rank': rank_CG,
     'loss_sum': loss_C,

@@ -168,6 +168,8 @@ class Rules:
   trainable: Callable  # (round, masks) -> target -> Lora of masks
   trains_base: bool  # full fine-tuning: no adapters
   client_optimizer: Callable  # (hyper) -> GradientTransformation
+  tamper: Callable  # (received, trained, id, seed) -> Trained; see faults.py
+  bound: Callable  # (received, trained) -> Trained
   tail_norms: Callable  # (adapters, rank [G], gamma) -> target -> [L]
   prune: Callable  # (before [G], trained, rank [G], hyper) -> rank [G]
   prune_against: str  # 'received' or 'last_trained'
