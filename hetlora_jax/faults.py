@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from hetlora_jax import prng
+from hetlora_jax import lora, prng
 from hetlora_jax.types import Array, PyTree, Trained
 
 
@@ -50,7 +49,8 @@ def bounded(received: Trained, trained: Trained, *, norm: float) -> Trained:
 
   Sun, Kairouz, Suresh, McMahan, 2019, arXiv 1911.07963.
   """
-  size = optax.global_norm(jax.tree.map(jnp.subtract, trained, received))
+  change = jax.tree.leaves(jax.tree.map(jnp.subtract, trained, received))
+  size = lora.safe_norm(sum(((x**2).sum() for x in change), jnp.float32(0)))
   factor = jnp.where(size > norm, norm / jnp.maximum(size, 1e-30), 1.0)
   return moved(received, trained, factor)
 

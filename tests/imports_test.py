@@ -9,13 +9,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A module may import from groups before its own, and from its own.
 ORDER = [
   ['types', 'hlo'],
-  ['prng', 'lora'],
+  ['prng', 'lora', 'bounds'],
   ['ranks', 'models', 'methods', 'data.tokenizer'],
-  ['client', 'server', 'diagnostics'],
+  ['client', 'server', 'diagnostics', 'faults'],
   ['rounds'],
   ['sharding', 'flops'],
-  ['data', 'evaluation', 'communication', 'checkpoint', 'metrics', 'checks', 'console'],
+  ['data', 'evaluation', 'communication', 'metrics', 'checks', 'console'],
   ['config', 'results'],
+  ['checkpoint', 'workdirs'],
   ['build', 'base_model'],
   ['experiment'],
   ['training', 'dryrun'],

@@ -103,9 +103,9 @@ def _middle(x: Array, owns: Array, trim: float) -> Array:
     owns: [C, ...], broadcasts to x.
     trim: share cut off at each end; 0.5 leaves the one or two in the middle.
   """
-  count = (owns > 0).sum(0)
+  count = (owns > 0).sum(0, dtype=jnp.int32)
   # A hair, so that 0.1 of 10 is 1 in float32.
-  cut = jnp.floor(trim * count + 1e-4).astype(count.dtype)
+  cut = jnp.floor(trim * count + 1e-4).astype(jnp.int32)
   cut = jnp.clip(cut, 0, jnp.maximum(count - 1, 0) // 2)
   place = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
   kept = (place >= cut[None]) & (place < (count - cut)[None])
