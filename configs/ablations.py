@@ -49,6 +49,19 @@ SWEEPS = {
     {'federated.r_min': low, 'federated.r_max': high}
     for low, high in ((1, 5), (5, 20), (5, 50), (20, 50), (5, 100), (5, 200))
   ],
+  # A tenth of the people sends 100 times its change (docs/reliability.md).
+  'attack': [
+    {'faults.malicious': 0.1, **fields}
+    for fields in (
+      {'faults.malicious': 0.0},
+      {'methods.weighting': 'norm'},
+      {'methods.weighting': 'size'},
+      {'methods.weighting': 'norm', 'federated.norm_bound': 1.0},
+      {'methods.weighting': 'size', 'federated.norm_bound': 1.0},
+      {'methods.aggregation': 'median'},
+      {'methods.aggregation': 'trimmed_mean', 'methods.trim': 0.2},
+    )
+  ],
   # Weights in both spaces: the cells of METHODS' fact 2.
   'aggregation': [
     *grid(
