@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from hetlora_jax import checks
+from hetlora_jax import bounds, checks
 from hetlora_jax.checks import ConfigError
 
 _record = dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,9 +181,19 @@ class Config:
   mesh: Mesh
 
 
+def build(raw: ml_collections.ConfigDict) -> Config:
+  """Turns a ConfigDict into a Config of the right types, values unchecked."""
+  if not hasattr(raw, 'to_dict'):  # one of a file that is absent raises here
+    raise ConfigError(
+      f'--config gives a {type(raw).__name__}: its get_config() must return a '
+      'ConfigDict; start from configs/default.py.'
+    )
+  return _build(Config, raw.to_dict(), '')
+
+
 def resolve(raw: ml_collections.ConfigDict) -> Config:
   """Turns a ConfigDict into a checked Config, or raises ConfigError."""
-  config = _build(Config, raw.to_dict(), '')
+  config = build(raw)
   checks.check(config)
   return config
 
@@ -206,6 +216,11 @@ def flat(tree: dict, prefix: str = '') -> dict[str, Any]:
 
 def _build(cls, values: dict, prefix: str):
   hints = typing.get_type_hints(cls)
+  if not isinstance(values, dict):
+    raise ConfigError(
+      f'config.{prefix.rstrip(".")}={bounds.short(repr(values))} is no section: '
+      'start from configs/default.py, which has every field.'
+    )
   for name in values:
     if name not in hints:
       close = difflib.get_close_matches(name, hints, 1, 0)
@@ -228,14 +243,16 @@ def _typed(hint, value, name: str):
     values = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(_typed(typing.get_args(hint)[0], v, name) for v in values)
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if hint is float and is_number:
+  small = isinstance(value, float) or (is_number and abs(value) < 2**63)
+  if hint is float and is_number and small:
     return float(value)
-  if hint is int and is_number and value == int(value):
+  if hint is int and is_number and (isinstance(value, int) or value.is_integer()):  # fmt: skip
     return int(value)
   if hint in (str, bool) and isinstance(value, hint):
     return value
   raise ConfigError(
-    f'config.{name}={value!r} is of type {type(value).__name__}: give '
+    f'config.{name}={bounds.short(repr(value))} is of type '
+    f'{type(value).__name__}: give '
     f'{"an" if hint is int else "a"} {hint.__name__}.'
   )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-import json
+import math
 import os
 import pathlib
 import re
@@ -24,6 +24,7 @@ import ml_collections
 import numpy as np
 
 from hetlora_jax import (
+  bounds,
   checkpoint,
   console,
   experiment,
@@ -33,6 +34,15 @@ from hetlora_jax import (
 )
 from hetlora_jax.config import Config, ConfigError, flat, resolve, to_dict
 
+MOST_POINTS = 100_000
+# What a summary must have for the table.
+_NUMBERS = (
+  'comm/up_bytes',
+  'comm/down_bytes',
+  'train/parameters',
+  'aggregation/error',
+  'time/this_call_s',
+)
 CHILD = 'HETLORA_JAX_CHILD'  # in the environment of a process started here
 
 Fields = dict[str, Any]  # what a point changes: field -> value
@@ -56,11 +66,24 @@ def load(spec: str) -> list[Fields]:
     raise ConfigError(
       f'--sweep={spec} must be FILE:NAME, e.g. configs/ablations.py:methods.'
     )
-  get_sweep = runpy.run_path(path)['get_sweep']
   try:
-    return get_sweep(name)
+    points = runpy.run_path(path)['get_sweep'](name)
   except ValueError as error:
-    raise ConfigError(f'--sweep={spec}: {error}') from error
+    raise ConfigError(f'--sweep={spec}: {bounds.short(error, 300)}') from error
+  except Exception as error:  # whatever a file of Python may raise
+    raise ConfigError(
+      f'--sweep={spec} cannot be loaded: {type(error).__name__}: '
+      f'{bounds.short(error)}.'
+    ) from error
+  if not isinstance(points, list) or not all(map(_is_point, points)):
+    raise ConfigError(
+      f'--sweep={spec}: get_sweep must return a list of field -> value.'
+    )
+  return points
+
+
+def _is_point(fields: Any) -> bool:
+  return isinstance(fields, dict) and all(isinstance(k, str) for k in fields)
 
 
 def parse_grid(text: str, config: Config) -> list[Fields]:
@@ -70,19 +93,21 @@ def parse_grid(text: str, config: Config) -> list[Fields]:
     name, _, values = part.partition('=')
     try:
       parsed = ast.literal_eval(values)
-    except (SyntaxError, ValueError):
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
       parsed = None
     if not isinstance(parsed, list) or not parsed:
       raise ConfigError(
-        f'--grid: {part!r} must be FIELD=[VALUE, ...], axes joined by " x ", '
+        f'--grid: {bounds.short(part)!r} must be FIELD=[VALUE, ...], axes joined by " x ", '
         "e.g. 'federated.gamma=[0.85,0.99] x seed=[0,1]'; words in quotes, "
         'method=["hetlora","flexlora"].'
       )
     if name not in known:
       raise ConfigError(
-        f'--grid: config.{name} does not exist (--print_config shows all).'
+        f'--grid: config.{bounds.short(name)} does not exist (--print_config shows all).'
       )
     axes[name] = parsed
+  if math.prod(map(len, axes.values())) > MOST_POINTS:
+    raise ConfigError(f'--grid has more than {MOST_POINTS} points: take fewer.')
   return [
     dict(zip(axes, values, strict=True))
     for values in itertools.product(*axes.values())
@@ -149,10 +174,22 @@ def programs(runs: Sequence[Run], together: int = 0) -> list[list[Run]]:
 def summary_of(run: Run) -> dict | None:
   """Returns the summary of a run that has done all its rounds."""
   path = run.workdir / 'summary.json'
-  summary = json.loads(path.read_text()) if path.exists() else {}
-  done = summary.get('last', {}).get('round')
-  finished = run.config and done == run.config.federated.num_rounds
+  if not path.exists():
+    return None
+  remedy = 'delete it, the run then ends anew from its checkpoint'
+  summary = bounds.read_json(path, remedy)
+  last = summary.get('last')
+  numbers = [summary.get(name) for name in _NUMBERS]
+  last = last if isinstance(last, dict) else {}
+  numbers += [last.get(f'eval/{who}/loss') for who in ('seen', 'unseen')]
+  if not all(map(_is_number, numbers)):
+    raise bounds.damaged(path, 'numbers are absent', remedy)
+  finished = run.config and last.get('round') == run.config.federated.num_rounds
   return summary if finished else None
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _in_step(runs: Sequence[Run]) -> list[list[Run]]:

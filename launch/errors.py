@@ -6,12 +6,15 @@ from typing import NoReturn
 
 from absl import flags
 
+from hetlora_jax import bounds
+
 BAD_INPUT = 2
+MOST_CHARACTERS = 2000  # of a message; it may quote what somebody gave us
 
 
 def fail(message: object) -> NoReturn:
   """Prints an error of one line and exits with code 2."""
-  print(f'Error: {" ".join(str(message).split())}', file=sys.stderr)
+  print(f'Error: {bounds.short(message, MOST_CHARACTERS)}', file=sys.stderr)
   sys.exit(BAD_INPUT)
 
 
@@ -25,3 +28,9 @@ def parse(argv: Sequence[str]) -> list[str]:
     fail(f'{text} (--print_config shows every field)')
   except OSError as error:
     fail(f'--config: {error}')
+  except Exception as error:  # whatever a file of Python may raise
+    given = [word for word in argv if word.startswith('--config=')]
+    fail(
+      f'{given[0] if given else "--config"} cannot be loaded: '
+      f'{type(error).__name__}: {bounds.short(error)}'
+    )

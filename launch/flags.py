@@ -154,7 +154,7 @@ def run(
     if CONFIG.value is None:
       errors.fail('--config is missing: try --config=configs/tiny.py')
     try:
-      _choose_devices(CONFIG.value.mesh, needs_devices())
+      _choose_devices(config_lib.build(CONFIG.value).mesh, needs_devices())
       config = config_lib.resolve(CONFIG.value)
       if PRINT_CONFIG.value:
         print(explain(config))
@@ -170,6 +170,13 @@ def run(
       if VERBOSE.value:
         raise
       errors.fail(error)
+    except MemoryError as error:
+      if VERBOSE.value:
+        raise
+      errors.fail(
+        f'there is not enough memory ({error}): take fewer clients at once, '
+        'a smaller model, or look whether its files are damaged.'
+      )
     except training.Interrupted as error:
       print(f'{error} The state is saved; to go on:\n  {command()}')
       sys.exit(console.SAVED)

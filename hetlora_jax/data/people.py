@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from hetlora_jax import bounds
 from hetlora_jax.data import builders
 from hetlora_jax.data.builders import conversations
 
@@ -180,6 +181,7 @@ def _select(group: Group, mask_N: np.ndarray) -> Group:
 
 def _everyone(dataset: builders.Dataset, min_examples: int) -> Group:
   records = list(dataset.people)
+  _check_rows(dataset, records)
   group = Group(
     ids=tuple(record['client'].decode() for record in records),
     first=np.array([record['first'] for record in records]),
@@ -191,6 +193,18 @@ def _everyone(dataset: builders.Dataset, min_examples: int) -> Group:
       f'{group.count.max()} examples; lower min_examples.'
     )
   return _select(group, group.count >= min_examples)
+
+
+def _check_rows(dataset: builders.Dataset, records: Sequence[dict]) -> None:
+  """Raises ValueError unless people share out all examples, in order."""
+  end = 0
+  for record in records:
+    if record['first'] != end or record['count'] < 1:
+      break
+    end += record['count']
+  if not end or end != len(dataset.examples):
+    why = 'its people are not those of its examples'
+    raise bounds.damaged(dataset.folder, why, builders.ANEW)
 
 
 def _check(field: str, value: float, low: float, high: float) -> None:

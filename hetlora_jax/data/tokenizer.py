@@ -13,6 +13,8 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
+from hetlora_jax import bounds
+
 # Token types, the same numbers in GGUF and SentencePiece.
 CONTROL, USER_DEFINED = 3, 4
 SPECIAL_KEYS = {
@@ -22,6 +24,7 @@ SPECIAL_KEYS = {
   'pad': 'padding_token_id',
 }
 PAD, EOS, BOS, UNK = 0, 1, 2, 3  # Gemma's ids, which `Tokenizer.train` keeps
+AGAIN = 'copy it again'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,32 +96,60 @@ class Tokenizer:
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> Tokenizer:
     """Reads tokenizer.model or else tokenizer.json of a model's folder."""
-    if (folder / 'tokenizer.model').exists():
-      return cls.from_model_proto((folder / 'tokenizer.model').read_bytes())
+    path = folder / 'tokenizer.model'
+    if path.exists():
+      content = bounds.read_bytes(path, AGAIN)
+      try:
+        return cls.from_model_proto(content)
+      except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     path = folder / 'tokenizer.json'
     if not path.exists():
       raise FileNotFoundError(
         f'{folder} has no tokenizer.model and no tokenizer.json: copy one '
         'from where the weights are from.'
       )
+    content = bounds.read_bytes(path, AGAIN)
     try:
-      model = tokenizers.Tokenizer.from_str(path.read_text())
+      model = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises no narrower type
       raise ValueError(
-        f'{path} is not a tokenizer ({error}): copy it again.'
+        f'{path} is not a tokenizer ({bounds.short(error)}): {AGAIN}.'
       ) from error
+    # They belong to how somebody used it; 'Fixed' padding may be endless.
+    model.no_padding()
+    model.no_truncation()
     return cls(model=model, **_special_ids(folder, model))
 
   @classmethod
   def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
     """Rebuilds the tokenizer of GGUF's `tokenizer.ggml.*`, prefix removed."""
     kind = metadata.get('model')
+    if kind not in ('llama', 'gpt2'):
+      raise ValueError(
+        f'GGUF tokenizer {bounds.short(kind)!r} is not supported: use a llama '
+        'or gpt2 one.'
+      )
+    if kind == 'gpt2' and metadata.get('pre') != 'smollm':
+      # How text is split before merging is known to llama.cpp by name only.
+      raise ValueError(
+        f'GGUF pre-tokenizer {bounds.short(metadata.get("pre"))!r} is not '
+        "supported (only 'smollm' is): load the model's Hugging Face folder "
+        'instead.'
+      )
+    try:
+      return cls._of_gguf(kind, metadata)
+    except KeyError:  # a field is absent
+      raise
+    except Exception as error:  # tokenizers raises no narrower type
+      raise ValueError(
+        f'its tokenizer is damaged ({bounds.short(error)}): fetch it again.'
+      ) from error
+
+  @classmethod
+  def _of_gguf(cls, kind: str, metadata: Mapping[str, Any]) -> Tokenizer:
     if kind == 'llama':
       return cls.from_model_proto(_model_proto(metadata))
-    if kind != 'gpt2':
-      raise ValueError(
-        f'GGUF tokenizer {kind!r} is not supported: use a llama or gpt2 one.'
-      )
     bos, eos = metadata['bos_token_id'], metadata['eos_token_id']
     pad = metadata.get('padding_token_id', eos)
     model = _byte_level_bpe(metadata)
@@ -196,12 +227,6 @@ def _model_proto(metadata: Mapping[str, Any]) -> bytes:
 
 
 def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-  # How text is split before merging is known to llama.cpp by name only.
-  if metadata.get('pre') != 'smollm':
-    raise ValueError(
-      f'GGUF pre-tokenizer {metadata.get("pre")!r} is not supported (only '
-      "'smollm' is): load the model's Hugging Face folder instead."
-    )
   tokens = metadata['tokens']
   vocab = {token: i for i, token in enumerate(tokens)}
   merges = [tuple(merge.split(' ')) for merge in metadata['merges']]
@@ -225,6 +250,20 @@ def _special_ids(
   """Reads the special ids from tokenizer_config.json, then config.json."""
   names = _json(folder / 'tokenizer_config.json')
   ids = _json(folder / 'config.json')
+  try:
+    return _named_ids(folder, model, names, ids)
+  except (LookupError, TypeError) as error:
+    raise bounds.damaged(
+      folder / 'tokenizer_config.json', f'or config.json: {error}', AGAIN
+    ) from error
+
+
+def _named_ids(
+  folder: pathlib.Path,
+  model: tokenizers.Tokenizer,
+  names: Mapping[str, Any],
+  ids: Mapping[str, Any],
+) -> dict[str, int]:
   found = {}
   for key in ('bos', 'eos', 'pad'):
     name = names.get(f'{key}_token')
@@ -244,4 +283,4 @@ def _special_ids(
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
-  return json.loads(path.read_text()) if path.exists() else {}
+  return bounds.read_json(path, AGAIN) if path.exists() else {}

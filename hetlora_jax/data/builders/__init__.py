@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import hashlib
 import io
+import json
 import os
 import pathlib
 import sys
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
+from hetlora_jax import bounds
 from hetlora_jax.data.builders import chitchat, conversations, synthetic
 
 BUILDERS: dict[str, type[conversations.ConversationBuilder]] = {
@@ -19,11 +22,35 @@ BUILDERS: dict[str, type[conversations.ConversationBuilder]] = {
 }
 
 
+SEAL = 'sha256.json'  # beside the data: the SHA-256 of every file
+ANEW = 'delete the folder, it is made anew'
+
+
 class Dataset(NamedTuple):
   """Records by row, as `conversations` describes them; strings are bytes."""
 
   examples: Sequence[dict]
   people: Sequence[dict]
+  folder: pathlib.Path = pathlib.Path()  # where they were prepared
+
+
+class _Records(Sequence):
+  """Records of a split; raises ValueError where one cannot be read."""
+
+  def __init__(self, records: Sequence[dict], folder: pathlib.Path):
+    self._records, self._folder = records, folder
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, row):
+    if not 0 <= row < len(self):
+      raise IndexError(f'row {row} of {len(self)}')
+    try:
+      return self._records[row]
+    except Exception as error:  # TFDS has no narrower type
+      why = f'row {row}: {error}'
+      raise bounds.damaged(self._folder, why, ANEW) from error
 
 
 def _default_data_dir() -> pathlib.Path:
@@ -45,25 +72,77 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
       raise
 
 
+def _place(kind: str, config: str, data_dir: pathlib.Path) -> pathlib.Path:
+  """Returns the folder that a data set has, or will have once prepared."""
+  configs = [c.name for c in BUILDERS[kind].BUILDER_CONFIGS]
+  config = config or (configs[0] if configs else '')
+  return data_dir / kind / config / str(BUILDERS[kind].VERSION)
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+  digests = {}
+  for path in sorted(folder.iterdir()):
+    if path.is_file() and path.name != SEAL:
+      with path.open('rb') as file:
+        digests[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
+  return digests
+
+
+def _check_seal(folder: pathlib.Path) -> None:
+  """Raises ValueError if a file is not what it was; seals an unsealed folder.
+
+  TFDS moves a folder into place when it is whole, so one that is there is.
+  """
+  path = folder / SEAL
+  if not path.exists():
+    temporary = folder / f'.{SEAL}.{os.getpid()}'
+    with contextlib.suppress(OSError):  # a folder that may only be read
+      content = json.dumps(_digests(folder), indent=2)
+      temporary.write_text(content)
+      os.replace(temporary, path)
+    return
+  sealed, found = bounds.read_json(path, ANEW), _digests(folder)
+  altered = [name for name in sealed if sealed[name] != found.get(name)]
+  if altered or not sealed:
+    raise bounds.damaged(folder, f'{altered[0] if altered else SEAL}', ANEW)
+
+
+def _open_prepared(builder: tfds.core.DatasetBuilder) -> Dataset:
+  folder = pathlib.Path(builder.data_path)
+  open_split: Any = builder.as_data_source
+  examples, people = open_split('examples'), open_split('people')
+  return Dataset(_Records(examples, folder), _Records(people, folder), folder)
+
+
 def open_dataset(
   name: str, data_dir: str | os.PathLike | None = None
 ) -> Dataset:
   """Opens a data set, preparing it if it never was.
 
   A name may end in one of the builder's configs, as in 'synthetic/seed1'.
-  Without `data_dir` it lives in $HETLORA_CACHE or ~/.cache/hetlora_jax. TFDS
-  moves a directory into place when it is whole, so one that is there is ready.
+  Without `data_dir` it lives in $HETLORA_CACHE or ~/.cache/hetlora_jax.
+
+  Raises:
+    ValueError: no such data set, or its folder is damaged.
+    OSError: its folder cannot be read or written.
   """
   kind, _, config = name.partition('/')
   if kind not in BUILDERS:
     raise ValueError(f'dataset={name!r} is unknown; one of {list(BUILDERS)}.')
+  data_dir = pathlib.Path(data_dir or _default_data_dir())
   make_builder = functools.partial(
     BUILDERS[kind],
-    data_dir=data_dir or _default_data_dir(),
+    data_dir=data_dir,
     config=config or None,
     file_format='array_record',
   )
-  if not make_builder().data_path.exists():
+  folder = _place(kind, config, data_dir)
+  if not folder.exists():
     _prepare(make_builder())
-  open_split: Any = make_builder().as_data_source
-  return Dataset(open_split('examples'), open_split('people'))
+  _check_seal(folder)
+  try:
+    return _open_prepared(make_builder())
+  except OSError:
+    raise
+  except Exception as error:  # TFDS has no narrower type
+    raise bounds.damaged(folder, error, ANEW) from error

@@ -2,11 +2,13 @@
 
 import datetime
 import importlib.util
-import json
 import pathlib
 from collections.abc import Iterator
 
+from hetlora_jax import bounds
 from hetlora_jax.data.builders import conversations
+
+AGAIN = 'pip install --force-reinstall chitchat-dataset'
 
 
 def _dataset_path() -> pathlib.Path:
@@ -22,8 +24,7 @@ def _dataset_path() -> pathlib.Path:
 
 def read_dataset() -> dict[str, dict]:
   """Reads all conversations; see the package for their fields."""
-  with _dataset_path().open(encoding='utf-8') as file:
-    return json.load(file)
+  return bounds.read_json(_dataset_path(), AGAIN)
 
 
 def _text(messages: list[dict]) -> str:
@@ -55,5 +56,10 @@ class Chitchat(conversations.ConversationBuilder):
   """Makes every turn that answers another one an example."""
 
   def turns(self) -> Iterator[conversations.Turn]:
-    for conversation in read_dataset().values():
-      yield from _conversation_turns(conversation['messages'])
+    try:
+      for conversation in read_dataset().values():
+        yield from _conversation_turns(conversation['messages'])
+    except KeyError as error:
+      raise bounds.damaged(_dataset_path(), f'no {error}', AGAIN) from error
+    except (ArithmeticError, AttributeError, TypeError) as error:
+      raise bounds.damaged(_dataset_path(), error, AGAIN) from error

@@ -48,8 +48,8 @@ def load(
   fingerprint = found.fingerprint
   if not cached:
     checkpoint = _open(found.path)
-    params = layout.assemble(checkpoint, np.dtype(dtype))
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    params = layout.assemble(checkpoint, np.dtype(dtype))
     return Pretrained(config, params, fingerprint, tokenizer)
   if not cache.contains(fingerprint):
     cache.write(fingerprint, _open(found.path))
@@ -59,4 +59,6 @@ def load(
 
 def _open(path: pathlib.Path) -> layout.Checkpoint:
   reader = safetensors if path.is_dir() else gguf
-  return reader.open_checkpoint(path)
+  checkpoint = reader.open_checkpoint(path)
+  layout.check_tokenizer(path, checkpoint.config, checkpoint.tokenizer)
+  return checkpoint

@@ -9,6 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from hetlora_jax import bounds
 from hetlora_jax.data.tokenizer import Tokenizer
 from hetlora_jax.models.decoder import DecoderConfig
 from hetlora_jax.models.pretrained import layout, sources
@@ -17,6 +18,7 @@ from hetlora_jax.types import PyTree
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 # Part of the file name: raise it when the tree or its values change meaning.
 VERSION = 1
+ANEW = 'delete it and load again, it is made anew'
 
 
 def weights_path(fingerprint: str) -> pathlib.Path:
@@ -26,7 +28,8 @@ def weights_path(fingerprint: str) -> pathlib.Path:
 
 def contains(fingerprint: str) -> bool:
   """Tells whether the model was written whole."""
-  return _seal(weights_path(fingerprint)).exists()
+  path = weights_path(fingerprint)
+  return path.exists() and _seal(path).exists()
 
 
 def write(fingerprint: str, checkpoint: layout.Checkpoint) -> None:
@@ -50,7 +53,17 @@ def read(
 ) -> tuple[DecoderConfig, PyTree, Tokenizer]:
   """Returns a kept model; raises ValueError if its file was altered."""
   path = weights_path(fingerprint)
-  sources.check(path, _seal(path).read_text())
+  seal = bounds.read_bytes(_seal(path), ANEW)
+  sources.check(path, seal.decode(errors='replace'))
+  try:
+    return _parse(path, dtype)
+  except (*bounds.UNEXPECTED, safetensors.SafetensorError) as error:
+    raise bounds.damaged(path, error, ANEW) from error
+
+
+def _parse(
+  path: pathlib.Path, dtype: np.dtype
+) -> tuple[DecoderConfig, PyTree, Tokenizer]:
   with safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata()
     serialized = file.get_tensor('tokenizer').tobytes()
@@ -60,7 +73,10 @@ def read(
       if name != 'tokenizer'
     }
   tokenizer = Tokenizer.deserialize(metadata['tokenizer'], serialized)
-  return _parse_config(metadata['config']), _unflatten(tensors), tokenizer
+  config = _parse_config(metadata['config'])
+  layout.check_config(path, config, ANEW)
+  layout.check_tokenizer(path, config, tokenizer)
+  return config, _unflatten(tensors), tokenizer
 
 
 def _seal(path: pathlib.Path) -> pathlib.Path:

@@ -7,9 +7,10 @@ from typing import Any
 import gguf
 import numpy as np
 
+from hetlora_jax import bounds
 from hetlora_jax.data.tokenizer import Tokenizer
 from hetlora_jax.models.decoder import DecoderConfig
-from hetlora_jax.models.pretrained import layout
+from hetlora_jax.models.pretrained import gguf_file, layout
 
 FAMILIES = ('gemma3', 'llama')
 NAMES = {
@@ -36,49 +37,54 @@ GEMMA_GLOBAL_EVERY = 6
 # Gemma 3 27B, told by its depth, scales queries by width / num_heads.
 GEMMA_27B_LAYERS = 62
 ABSENT = object()
+AGAIN = 'fetch it again'
 
 
 def open_checkpoint(path: pathlib.Path) -> layout.Checkpoint:
   """Opens a GGUF file; raises ValueError if it is not one we can read."""
-  reader = _open(path)
-  tensors = {tensor.name: tensor for tensor in reader.tensors}
-  config = _config(path, reader, tensors)
+  file = _open(path)
+  try:
+    config = _config(path, file)
+  except (ArithmeticError, TypeError) as error:
+    raise bounds.damaged(path, f'its metadata: {error}', AGAIN) from error
+  layout.check_config(path, config, AGAIN)
   return layout.Checkpoint(
+    path=path,
     config=config,
     names=NAMES,
-    read=lambda name: _read(path, tensors, name),
+    tensors=file.tensors,
+    read=lambda name: _read(path, file.tensors[name], name),
     repair=_unpermute(config),
-    tokenizer=_tokenizer(path, reader),
+    tokenizer=_tokenizer(path, file.metadata),
   )
 
 
-def _open(path: pathlib.Path) -> gguf.GGUFReader:
+def _open(path: pathlib.Path) -> gguf_file.File:
   if not path.exists():
     raise FileNotFoundError(f'{path} does not exist: check the path.')
   try:
-    return gguf.GGUFReader(path)
-  except (ValueError, IndexError) as error:  # whatever numpy met first
+    return gguf_file.read(path)
+  except ValueError as error:
     raise ValueError(
-      f'{path} is truncated or not a GGUF file ({error}): fetch it again.'
+      f'{path} is truncated or not a GGUF file ({bounds.short(error)}): '
+      f'{AGAIN}.'
     ) from error
 
 
-def _config(
-  path: pathlib.Path, reader: gguf.GGUFReader, tensors: dict[str, Any]
-) -> DecoderConfig:
-  family = _value(path, reader, 'general.architecture')
+def _config(path: pathlib.Path, file: gguf_file.File) -> DecoderConfig:
+  family = _value(path, file.metadata, 'general.architecture')
   if family not in FAMILIES:
     raise ValueError(
-      f'{path} has architecture {family!r}, which is not supported: use one '
+      f'{path} has architecture {bounds.short(family)!r}, which is not supported: use one '
       f'of {", ".join(FAMILIES)}.'
     )
 
   def value(key: str, default: Any = ABSENT) -> Any:
-    return _value(path, reader, f'{family}.{key}', default)
+    return _value(path, file.metadata, f'{family}.{key}', default)
 
   width, num_heads = value('embedding_length'), value('attention.head_count')
-  vocab_size = len(_value(path, reader, 'tokenizer.ggml.tokens', raw=True))
-  _refuse_unsupported(path, tensors)
+  vocab_size = len(_value(path, file.metadata, 'tokenizer.ggml.tokens'))
+  _refuse_unsupported(path, file.tensors)
   shape = dict(
     family=family,
     vocab_size=vocab_size,
@@ -90,7 +96,7 @@ def _config(
     mlp_width=value('feed_forward_length'),
     norm_eps=value('attention.layer_norm_rms_epsilon'),
     rope_scaling=_rope_scaling(path, value),
-    tied_embeddings=NAMES['head'] not in tensors,
+    tied_embeddings=NAMES['head'] not in file.tensors,
   )
   return DecoderConfig(**shape, **_family_fields(shape, value))
 
@@ -124,7 +130,7 @@ def _rope_scaling(
   if kind == 'linear':
     return (('linear_factor', value('rope.scaling.factor')),)
   raise ValueError(
-    f'{path} has RoPE scaling {kind!r}, which is not supported: use a model '
+    f'{path} has RoPE scaling {bounds.short(kind)!r}, which is not supported: use a model '
     'with none or linear.'
   )
 
@@ -145,46 +151,28 @@ def _refuse_unsupported(path: pathlib.Path, tensors: dict[str, Any]) -> None:
 
 def _value(
   path: pathlib.Path,
-  reader: gguf.GGUFReader,
+  metadata: dict[str, Any],
   key: str,
   default: Any = ABSENT,
-  *,
-  raw: bool = False,
 ) -> Any:
-  """Returns a metadata value, or with `raw` its undecoded parts."""
-  field = reader.get_field(key)
-  if field is not None:
-    return field.data if raw else _contents(path, field)
-  if default is ABSENT:
+  found = metadata.get(key, default)
+  if found is ABSENT:
     raise ValueError(
-      f'{path} lacks the metadata {key!r}: convert the model again with a '
-      'newer llama.cpp.'
+      f'{path} lacks the metadata {bounds.short(key)!r}: convert the model '
+      'again with a newer llama.cpp.'
     )
-  return default
+  return found
 
 
-def _contents(path: pathlib.Path, field: gguf.ReaderField) -> Any:
+def _read(
+  path: pathlib.Path, tensor: gguf_file.Tensor, name: str
+) -> np.ndarray:
   try:
-    return field.contents()
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f'{path} is corrupted in its metadata {field.name!r} ({error}): fetch '
-      'it again.'
-    ) from error
-
-
-def _read(path: pathlib.Path, tensors: dict[str, Any], name: str) -> np.ndarray:
-  if name not in tensors:
-    raise ValueError(
-      f'{path} lacks the tensor {name}: the file is incomplete or of another '
-      'family; fetch it again.'
-    )
-  tensor = tensors[name]
-  try:
-    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    with np.errstate(all='ignore'):  # `layout` looks for what is not finite
+      return gguf.quants.dequantize(tensor.data, tensor.kind)
   except NotImplementedError as error:
     raise ValueError(
-      f'tensor {name} of {path} has type {tensor.tensor_type.name}, which is '
+      f'tensor {name} of {path} has type {tensor.kind.name}, which is '
       'not supported: requantize it, to Q8_0 for example.'
     ) from error
 
@@ -204,17 +192,19 @@ def _unpermute(
   return repair
 
 
-def _tokenizer(path: pathlib.Path, reader: gguf.GGUFReader) -> Tokenizer:
+def _tokenizer(path: pathlib.Path, metadata: dict[str, Any]) -> Tokenizer:
   prefix = 'tokenizer.ggml.'
-  metadata = {
-    key.removeprefix(prefix): _contents(path, field)
-    for key, field in reader.fields.items()
+  own = {
+    key.removeprefix(prefix): value
+    for key, value in metadata.items()
     if key.startswith(prefix)
   }
   try:
-    return Tokenizer.from_gguf(metadata)
+    return Tokenizer.from_gguf(own)
   except KeyError as error:
     raise ValueError(
-      f'{path} lacks the metadata {prefix}{error.args[0]}: convert the model '
-      'again with a newer llama.cpp.'
+      f'{path} lacks the metadata {prefix}{bounds.short(error.args[0])}: '
+      'convert the model again with a newer llama.cpp.'
     ) from error
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error

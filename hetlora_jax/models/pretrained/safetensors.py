@@ -1,6 +1,5 @@
 """Reads Hugging Face folders: config.json, *.safetensors and a tokenizer."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from hetlora_jax import bounds
 from hetlora_jax.data.tokenizer import Tokenizer
 from hetlora_jax.models.decoder import DecoderConfig
 from hetlora_jax.models.pretrained import layout
@@ -68,16 +68,25 @@ REFUSED = (
   'use_bidirectional_attention',
 )
 DTYPES = ('F32', 'F16', 'BF16')
+AGAIN = 'copy it again'
 
 
 def open_checkpoint(folder: pathlib.Path) -> layout.Checkpoint:
   """Opens a Hugging Face folder; raises ValueError if it cannot be used."""
-  config = _config(folder, _read_json(folder / 'config.json'))
+  path = folder / 'config.json'
+  raw = bounds.read_json(path, AGAIN)
+  try:
+    config = _config(folder, raw)
+  except (ArithmeticError, AttributeError, TypeError) as error:
+    raise bounds.damaged(path, error, AGAIN) from error
+  layout.check_config(path, config, AGAIN)
   files = _tensor_files(folder)
   return layout.Checkpoint(
+    path=folder,
     config=config,
     names=_names(config.family, files),
-    read=lambda name: _read(folder, files, name),
+    tensors=files,
+    read=lambda name: _read(files[name], name),
     repair=_whole_norms if config.family == 'gemma3' else _unchanged,
     tokenizer=Tokenizer.from_folder(folder),
   )
@@ -87,7 +96,7 @@ def _config(folder: pathlib.Path, raw: Mapping[str, Any]) -> DecoderConfig:
   family = FAMILIES.get(raw.get('model_type', ''))
   if family is None:
     raise ValueError(
-      f'{folder} has model_type {raw.get("model_type")!r}, which is not '
+      f'{folder} has model_type {bounds.short(raw.get("model_type"))!r}, which is not '
       f'supported: use one of {", ".join(FAMILIES)}.'
     )
   fields = DEFAULTS[family] | dict(raw.get('text_config', raw))
@@ -106,7 +115,7 @@ def _refuse_unsupported(
   for key in REFUSED:
     if fields.get(key):
       raise ValueError(
-        f'{folder} sets {key}={fields[key]}, which is not supported: use a '
+        f'{folder} sets {key}={bounds.short(fields[key])}, which is not supported: use a '
         'model without it.'
       )
 
@@ -149,7 +158,7 @@ def _activation(
   name = fields['hidden_activation' if family == 'gemma3' else 'hidden_act']
   if name not in ACTIVATIONS:
     raise ValueError(
-      f'{folder} has activation {name!r}, which is not supported: use one of '
+      f'{folder} has activation {bounds.short(name)!r}, which is not supported: use one of '
       f'{", ".join(ACTIVATIONS)}.'
     )
   return ACTIVATIONS[name]
@@ -191,7 +200,7 @@ def _rope_scaling(
       ),
     )
   raise ValueError(
-    f'{folder} has RoPE scaling {kind!r}, which is not supported: use a model '
+    f'{folder} has RoPE scaling {bounds.short(kind)!r}, which is not supported: use a model '
     'with none, linear or llama3.'
   )
 
@@ -228,7 +237,9 @@ def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """Maps every tensor to its file, by the index if the weights have one."""
   index = folder / 'model.safetensors.index.json'
   if index.exists():
-    shards = _read_json(index)['weight_map']
+    shards = bounds.read_json(index, AGAIN).get('weight_map')
+    if not isinstance(shards, dict) or not all(map(_is_name, shards.values())):
+      raise bounds.damaged(index, 'its weight_map names no files', AGAIN)
     return {name: folder / shard for name, shard in shards.items()}
   paths = sorted(folder.glob('*.safetensors'))
   if not paths:
@@ -239,43 +250,37 @@ def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   return {name: path for path in paths for name in _open(path).offset_keys()}
 
 
-def _read(
-  folder: pathlib.Path, files: Mapping[str, pathlib.Path], name: str
-) -> np.ndarray:
-  if name not in files:
-    raise ValueError(
-      f'{folder} lacks the tensor {name}: a shard is absent, or the weights '
-      'are of another family; copy the folder again.'
-    )
-  with _open(files[name]) as file:
-    dtype = file.get_slice(name).get_dtype()
+def _is_name(shard: Any) -> bool:
+  """Tells whether this is a file of the folder itself."""
+  return isinstance(shard, str) and pathlib.PurePath(shard).name == shard
+
+
+def _read(path: pathlib.Path, name: str) -> np.ndarray:
+  with _open(path) as file:
+    try:
+      dtype = file.get_slice(name).get_dtype()
+    except safetensors.SafetensorError as error:
+      raise bounds.damaged(path, f'it lacks {name}', AGAIN) from error
     if dtype not in DTYPES:
       raise ValueError(
-        f'tensor {name} of {files[name]} has type {dtype}, which is not '
-        f'supported: save it as one of {", ".join(DTYPES)}.'
+        f'tensor {name} of {path} has type {dtype}, which is not supported: '
+        f'save it as one of {", ".join(DTYPES)}.'
       )
     return file.get_tensor(name)
 
 
 def _open(path: pathlib.Path) -> safetensors.safe_open:
-  if not path.exists():
-    raise FileNotFoundError(f'{path} is missing: copy it into the folder.')
+  """Opens a file; the library compares sizes and offsets with the file's."""
+  if not path.is_file():
+    raise FileNotFoundError(
+      f'{path} is missing or no file: copy it into the folder.'
+    )
   try:
     return safetensors.safe_open(path, 'numpy')
   except safetensors.SafetensorError as error:
     raise ValueError(
-      f'{path} is truncated or not a safetensors file ({error}): copy it again.'
-    ) from error
-
-
-def _read_json(path: pathlib.Path) -> Any:
-  if not path.exists():
-    raise FileNotFoundError(f'{path} is missing: copy it into the folder.')
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:  # its JSON or its UTF-8
-    raise ValueError(
-      f'{path} is not valid JSON ({error}): copy it again.'
+      f'{path} is truncated or not a safetensors file '
+      f'({bounds.short(error)}): {AGAIN}.'
     ) from error
 
 

@@ -5,11 +5,14 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+
+from hetlora_jax import bounds
 
 GEMMA_FILE = 'gemma-3-270m-q4_k_m.gguf'
 GEMMA_SHA256 = (
@@ -75,8 +78,8 @@ def digest(path: pathlib.Path) -> str:
   stamp = {'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
   name = hashlib.sha256(str(path).encode()).hexdigest()[:32]
   record = cache_folder() / 'digests' / f'{name}.json'
-  known = json.loads(record.read_text()) if record.exists() else {}
-  if known.items() >= stamp.items():
+  known = _known(record)
+  if stamp == {key: known.get(key) for key in stamp}:
     return known['sha256']
   with path.open('rb') as file:
     sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -85,12 +88,22 @@ def digest(path: pathlib.Path) -> str:
   return sha256
 
 
+def _known(record: pathlib.Path) -> dict:
+  """Returns what a record says; a damaged one says nothing."""
+  try:
+    known = bounds.read_json(record, '')
+  except (OSError, ValueError):
+    return {}
+  sha256 = known.get('sha256')
+  return known if re.fullmatch('[0-9a-f]{64}', str(sha256)) else {}
+
+
 def check(path: pathlib.Path, sha256: str) -> None:
   """Raises ValueError unless the file has this SHA-256."""
   found = digest(path)
   if found != sha256:
     raise ValueError(
-      f'{path} is corrupted (SHA-256 {found[:12]}..., want {sha256[:12]}...): '
+      f'{path} is corrupted (SHA-256 {found[:12]}..., want {bounds.short(sha256[:12])}...): '
       'delete it and load again.'
     )
 
