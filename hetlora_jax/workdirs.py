@@ -74,16 +74,24 @@ def _differences(old: dict, new: dict) -> list[tuple]:
 
 
 def check_free(workdir: pathlib.Path) -> None:
-  """Raises if another run is in `workdir`."""
-  with contextlib.suppress(FileNotFoundError), _lock(workdir, 'r+'):
+  """Raises if another run is in `workdir`; the first process looks for all."""
+  with _in_the_first(workdir, make=False):
     pass
 
 
 @contextlib.contextmanager
-def _lock(workdir: pathlib.Path, mode: str) -> Iterator:
-  """Holds the lock of a folder; the system lets go of it when a process dies."""
+def _lock(workdir: pathlib.Path, make: bool) -> Iterator:
+  """Holds the lock of a folder; the system lets go of it when a process dies.
+
+  Unless it is to be made, a folder without a lock is free.
+  """
   path = workdir / '.lock'
-  with path.open(mode) as file:
+  if make:
+    workdir.mkdir(parents=True, exist_ok=True)
+  elif not path.exists():
+    yield None
+    return
+  with path.open('a+') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -102,22 +110,29 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     ConfigError: another run is in it, which is named; in all processes alike.
     OSError: the folder cannot be made or written to; likewise.
   """
-  error = None
+  with _in_the_first(workdir, make=True) as file:
+    if file:
+      file.truncate(0)
+      file.write(_who())
+      file.flush()
+    yield
+
+
+@contextlib.contextmanager
+def _in_the_first(workdir: pathlib.Path, make: bool) -> Iterator:
+  """Holds the lock in the first process; raises in all if that fails."""
+  file, error = None, None
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(_lock(workdir, 'a+'))
-        file.truncate(0)
-        file.write(_who())
-        file.flush()
+        file = stack.enter_context(_lock(workdir, make))
       except (ConfigError, OSError) as e:
         error = e
     if anywhere(error):
       raise error or ConfigError(
         f'the first process cannot use --workdir={workdir}: see its message.'
       )
-    yield
+    yield file
 
 
 def _who() -> str:

@@ -13,7 +13,7 @@ import pytest
 from devices_test import METHODS, assert_agree, many_rounds
 from experiment_test import SMALL, newest_state
 
-from hetlora_jax import experiment, metrics, training
+from hetlora_jax import experiment, metrics, training, workdirs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -120,6 +120,23 @@ def test_one_processs_ctrl_c_stops_all_and_saves(tmp_path):
   assert codes == [75, 75], outs
   saved = [p for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
   assert len(saved) == 1 and 2 <= int(saved[0].name) < 5000
+
+
+def test_all_processes_are_told_that_a_folder_is_in_use(tmp_path):
+  with workdirs.held(tmp_path):
+    port, given = _free_port(), [f'--config.{k}={v}' for k, v in SMALL.items()]
+    processes = _start(
+      lambda i: [
+        '-m', 'launch.train', '--config=configs/tiny.py', *given,
+        f'--workdir={tmp_path}', '--config.mesh.clients=4', '--distributed',
+        f'--coordinator_address=127.0.0.1:{port}', '--num_processes=2',
+        f'--process_id={i}',
+      ],
+      2,
+    )  # fmt: skip
+    codes, outs = _outputs(processes)
+  assert codes == [2, 2]
+  assert 'in use by process' in outs[0] and 'first process' in outs[1]
 
 
 def test_a_process_that_loses_another_ends_and_says_so(tmp_path):
