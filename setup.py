@@ -33,7 +33,7 @@ setuptools.setup(
     'chat': ['chitchat-dataset>=0.9'],
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
-    'test': ['pytest>=8', 'pytest-xdist>=3.6', 'tensorboard>=2.18'],
+    'test': ['hypothesis>=6', 'pytest>=8', 'pytest-xdist>=3.6', 'tensorboard>=2.18'],
     'dev': ['ruff>=0.14', 'basedpyright>=1.30'],
     'bench': ['torch==2.13.0', 'transformers==5.23.0', 'peft==0.21.2', 'flwr[simulation]==1.41.0'],
   },

@@ -29,15 +29,19 @@ def short(content: object, most: int = 120) -> str:
   return text if len(text) <= most else f'{text[: most - 3]}...'
 
 
-def damaged(path: os.PathLike, why: object, remedy: str) -> ValueError:
+class Damaged(ValueError):
+  """A file is not what it should be; the message has its path and a remedy."""
+
+
+def damaged(path: os.PathLike, why: object, remedy: str) -> Damaged:
   """Returns the error that says what is wrong with a file and what to do."""
-  return ValueError(f'{path} is damaged ({short(why)}): {remedy}.')
+  return Damaged(f'{path} is damaged ({short(why)}): {remedy}.')
 
 
 def read_bytes(path: pathlib.Path, remedy: str) -> bytes:
   """Reads a regular file of at most MOST_BYTES; raises OSError or ValueError."""
   if path.exists() and not path.is_file():
-    raise ValueError(f'{path} is not a file: {remedy}.')
+    raise Damaged(f'{path} is not a file: {remedy}.')
   try:
     with path.open('rb') as file:
       content = file.read(MOST_BYTES + 1)
@@ -60,7 +64,7 @@ def parse_json(content: bytes | str, path: pathlib.Path, remedy: str) -> dict:
       content = content.decode()
     value = json.loads(content)
   except (RecursionError, ValueError) as error:  # its JSON, depth or UTF-8
-    raise ValueError(
+    raise Damaged(
       f'{path} is not valid JSON ({short(error)}): {remedy}.'
     ) from error
   if not isinstance(value, dict) or _nested(value) > MOST_NESTED:

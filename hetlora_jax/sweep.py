@@ -180,9 +180,10 @@ def summary_of(run: Run) -> dict | None:
   summary = bounds.read_json(path, remedy)
   last = summary.get('last')
   numbers = [summary.get(name) for name in _NUMBERS]
+  sizes = [x for x in numbers[:3] if _is_number(x)]  # losses may be NaN
   last = last if isinstance(last, dict) else {}
   numbers += [last.get(f'eval/{who}/loss') for who in ('seen', 'unseen')]
-  if not all(map(_is_number, numbers)):
+  if not all(map(_is_number, numbers)) or not all(map(math.isfinite, sizes)):
     raise bounds.damaged(path, 'numbers are absent', remedy)
   finished = run.config and last.get('round') == run.config.federated.num_rounds
   return summary if finished else None
@@ -334,19 +335,31 @@ def table(found: Sequence[dict]) -> str:
   )
 
 
-def _curves(seeds: list[dict], workdir: pathlib.Path):
-  """Returns rounds, megabytes until then and the losses of each seed."""
-  losses, megabytes = [], []
-  for result in seeds:
-    rows = metrics.read_rows(workdir / result['name'] / 'metrics.jsonl')
-    rounds, loss = metrics.series(rows, 'eval/seen/loss')
+def _curve(path: pathlib.Path):
+  """Returns rounds, losses, and megabytes until then, of a metrics.jsonl."""
+  try:
+    rows = metrics.read_rows(path)
+    rounds, losses = metrics.series(rows, 'eval/seen/loss')
     traffic = {0: 0.0} | {
       r['round']: (r['comm/total_up_bytes'] + r['comm/total_down_bytes']) / 1e6
       for r in rows
       if 'train/loss' in r
     }
+    megabytes = [traffic[r] for r in rounds]
+    return rounds, np.array(losses, float), np.array(megabytes, float)
+  except bounds.UNEXPECTED as error:
+    remedy = "delete its run's folder and run it again"
+    raise bounds.damaged(path, error, remedy) from error
+
+
+def _curves(seeds: list[dict], workdir: pathlib.Path):
+  """Returns rounds, megabytes until then and the losses of each seed."""
+  losses, megabytes = [], []
+  for result in seeds:
+    path = workdir / result['name'] / 'metrics.jsonl'
+    rounds, loss, until = _curve(path)
     losses.append(loss)
-    megabytes.append([traffic[r] for r in rounds])
+    megabytes.append(until)
   return rounds, np.mean(megabytes, axis=0), np.array(losses)
 
 

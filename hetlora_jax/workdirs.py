@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from hetlora_jax import bounds
 from hetlora_jax.config import Config, ConfigError, flat, to_dict
 
 # A run may be continued with other values of these. Whether dtype 'auto' still is
@@ -25,6 +26,8 @@ _MAY_CHANGE = (
   'federated.num_rounds', 'federated.clients_at_once',
   'federated.rounds_per_call', 'eval.', 'checkpoint.', 'mesh.', 'model.dtype',
 )  # fmt: skip
+
+MOST_NAMED = 3  # of the fields that differ
 
 
 def anywhere(flag: object) -> bool:
@@ -51,7 +54,11 @@ def check(config: Config, workdir: pathlib.Path) -> None:
   if differ:
     raise ConfigError(
       f'--workdir={workdir} holds a run with '
-      + ', '.join(f'config.{n}={a!r}, not {b!r}' for n, a, b in differ)
+      + ', '.join(
+        f'config.{bounds.short(n)}={bounds.short(repr(a), 40)}, not {b!r}'
+        for n, a, b in differ[:MOST_NAMED]
+      )
+      + f' and {len(differ) - MOST_NAMED} more' * (len(differ) > MOST_NAMED)
       + ': use another --workdir, the old values to continue it, or '
       '--branch_from to start a new run from its state.'
     )

@@ -1,6 +1,9 @@
 """Errors in one line, for the launchers and the benchmarks."""
 
+import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -9,6 +12,8 @@ from absl import flags
 from hetlora_jax import bounds
 
 BAD_INPUT = 2
+# What absl and ml_collections raise about a flag.
+_OF_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 MOST_CHARACTERS = 2000  # of a message; it may quote what somebody gave us
 
 
@@ -18,19 +23,29 @@ def fail(message: object) -> NoReturn:
   sys.exit(BAD_INPUT)
 
 
+def _given(argv: Sequence[str]) -> str:
+  """Returns --config=FILE as it was given."""
+  return next((w for w in argv if w.startswith('--config=')), '--config')
+
+
+def _is_from(word: str, error: Exception) -> bool:
+  """Tells whether an error arose in, or in reading, the file of --config=FILE."""
+  frames = traceback.extract_tb(error.__traceback__)
+  path = os.path.abspath(word.removeprefix('--config='))
+  inside = path in {os.path.abspath(frame.filename) for frame in frames}
+  return inside or not isinstance(error, _OF_FLAGS)
+
+
 def parse(argv: Sequence[str]) -> list[str]:
   """Parses flags; a bad one is an error of one line."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    # ml_collections puts the repr of one error into another.
-    text = str(e).replace('\\n', ' ').replace('\\', '').strip('"\'')
-    fail(f'{text} (--print_config shows every field)')
   except OSError as error:
     fail(f'--config: {error}')
-  except Exception as error:  # whatever a file of Python may raise
-    given = [word for word in argv if word.startswith('--config=')]
-    fail(
-      f'{given[0] if given else "--config"} cannot be loaded: '
-      f'{type(error).__name__}: {bounds.short(error)}'
-    )
+  except Exception as error:  # a --config file may raise anything
+    text = re.sub(r' Other fields present: ".*?}"', '', str(error))
+    if _is_from(_given(argv), error):
+      text = f'{_given(argv)} cannot be loaded: {type(error).__name__}: {text}'
+    else:  # ml_collections puts the repr of one error into another
+      text = text.replace('\\n', ' ').replace('\\', '').strip('"\'')
+    fail(f'{bounds.short(text, 350)} (--print_config shows every field)')

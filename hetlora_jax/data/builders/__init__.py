@@ -139,10 +139,15 @@ def open_dataset(
   folder = _place(kind, config, data_dir)
   if not folder.exists():
     _prepare(make_builder())
-  _check_seal(folder)
   try:
+    _check_seal(folder)
     return _open_prepared(make_builder())
-  except OSError:
+  except OSError as error:
+    raise OSError(
+      f'{folder} cannot be read ({bounds.short(error, 200)}): change its '
+      f'permissions, or {ANEW}.'
+    ) from error
+  except bounds.Damaged:
     raise
   except Exception as error:  # TFDS has no narrower type
     raise bounds.damaged(folder, error, ANEW) from error

@@ -57,9 +57,15 @@ class Chitchat(conversations.ConversationBuilder):
 
   def turns(self) -> Iterator[conversations.Turn]:
     try:
-      for conversation in read_dataset().values():
-        yield from _conversation_turns(conversation['messages'])
+      turns = [
+        turn
+        for conversation in read_dataset().values()
+        for turn in _conversation_turns(conversation['messages'])
+      ]
     except KeyError as error:
       raise bounds.damaged(_dataset_path(), f'no {error}', AGAIN) from error
     except (ArithmeticError, AttributeError, TypeError) as error:
       raise bounds.damaged(_dataset_path(), error, AGAIN) from error
+    if not turns:
+      raise bounds.damaged(_dataset_path(), 'nobody answers', AGAIN)
+    yield from turns

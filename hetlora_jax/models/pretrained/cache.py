@@ -57,6 +57,8 @@ def read(
   sources.check(path, seal.decode(errors='replace'))
   try:
     return _parse(path, dtype)
+  except bounds.Damaged:
+    raise
   except (*bounds.UNEXPECTED, safetensors.SafetensorError) as error:
     raise bounds.damaged(path, error, ANEW) from error
 

@@ -252,7 +252,8 @@ def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _is_name(shard: Any) -> bool:
   """Tells whether this is a file of the folder itself."""
-  return isinstance(shard, str) and pathlib.PurePath(shard).name == shard
+  plain = isinstance(shard, str) and pathlib.PurePath(shard).name == shard
+  return plain and len(shard) < 200
 
 
 def _read(path: pathlib.Path, name: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Where base models come from, and the cache folder they are kept in."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -74,7 +75,21 @@ def digest(path: pathlib.Path) -> str:
   A record in the cache folder keeps the size and the modification time that
   each digest was taken at.
   """
-  path, stat = path.resolve(), path.stat()
+  try:
+    path, stat = path.resolve(), path.stat()
+    sha256 = _digest(path, stat)
+  except FileNotFoundError:
+    raise
+  except (OSError, RuntimeError) as error:  # the latter of links in a circle
+    why = getattr(error, 'strerror', None) or error
+    raise OSError(
+      f'{path} cannot be read ({bounds.short(why)}): change its permissions, '
+      'or copy it again.'
+    ) from error
+  return sha256
+
+
+def _digest(path: pathlib.Path, stat: os.stat_result) -> str:
   stamp = {'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
   name = hashlib.sha256(str(path).encode()).hexdigest()[:32]
   record = cache_folder() / 'digests' / f'{name}.json'
@@ -84,7 +99,8 @@ def digest(path: pathlib.Path) -> str:
   with path.open('rb') as file:
     sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
   known = json.dumps({'path': str(path), **stamp, 'sha256': sha256})
-  write_whole(record, lambda temporary: temporary.write_text(known))
+  with contextlib.suppress(OSError):  # without a record it is hashed again
+    write_whole(record, lambda temporary: temporary.write_text(known))
   return sha256
 
 

@@ -1,0 +1,227 @@
+"""Damaged and hostile input: one line, exit code 2, nothing executed or written.
+
+`fuzz.py` has the formats and the mutations; docs/bad_input.md the counts.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import fuzz
+import ml_collections
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetlora_jax import bounds, config, sweep
+from hetlora_jax.config import ConfigError, flat, to_dict
+from hetlora_jax.models.pretrained import gguf_file
+
+LEAST = {'models': 500, 'data': 480, 'runs': 200}  # malformed inputs refused
+MOST_CHARACTERS = 400
+PLACES = ('/files', '/cache', '--config')  # one of them is named
+# Whatever these are put in the place of, it is not a valid file of any kind ...
+NEVER_VALID = (
+  'empty', 'text instead', 'pickle instead',
+  'directory instead', 'unreadable',
+)  # fmt: skip
+# ... but these say nothing that is needed, or are cut at the first torn line.
+UNNEEDED = ('digest record', 'features.json, no seal', 'metrics.jsonl of a run')
+SEALED = (
+  'weights cache', 'examples.array_record', 'people.array_record',
+  'dataset_info.json', 'features.json', 'seal of the weights cache',
+  'seal of prepared data',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('group', list(fuzz.GROUPS))
+def test_damaged_files_are_refused_in_one_line(group):
+  outcomes, stderr = fuzz.run(group)
+  by_result = collections.defaultdict(list)
+  for outcome in outcomes:
+    by_result[outcome.result].append(outcome)
+  assert not by_result['escaped'], by_result['escaped'][:3]
+  assert {o.format for o in outcomes} == set(fuzz.GROUPS[group])
+  assert max(o.seconds for o in outcomes) < fuzz.SECONDS
+  assert 'Traceback' not in stderr and 'panicked' not in stderr, stderr
+  for outcome in by_result['refused']:
+    assert len(outcome.message.strip()) < MOST_CHARACTERS, outcome
+    assert '\n' not in outcome.message.strip(), outcome
+    assert any(x in outcome.message for x in PLACES), outcome
+  for outcome in by_result['same'] + by_result['another']:
+    valid = outcome.mutation not in NEVER_VALID or outcome.format in UNNEEDED
+    assert valid or _is_python(outcome), outcome
+  assert not [o for o in by_result['another'] if o.format in SEALED]
+  assert len(by_result['refused']) >= LEAST[group]
+  assert sum(LEAST.values()) >= 200
+
+
+def _is_python(outcome) -> bool:
+  return outcome.format.endswith(' file') and outcome.mutation == 'empty'
+
+
+json_values = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+  lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+  max_leaves=8,
+)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  patch = pytest.MonkeyPatch()
+  patch.setenv('HETLORA_CACHE', str(tmp_path_factory.mktemp('cache')))
+  path = tmp_path_factory.mktemp('model')
+  fuzz.make_folder(path)
+  yield path
+  patch.undo()
+
+
+@settings(max_examples=60, deadline=10_000, derandomize=True)
+@given(field=st.sampled_from([*fuzz.SIZES, 'rope_parameters', 'text_config',
+                              'rope_scaling', 'layer_types', 'rope_theta',
+                              'query_pre_attn_scalar', 'sliding_window']),
+       value=json_values)  # fmt: skip
+def test_any_value_in_a_models_config_is_read_or_refused(folder, field, value):
+  raw = {'model_type': 'gemma3_text', **fuzz.SIZES, field: value}
+  (folder / 'config.json').write_text(json.dumps(raw))
+  _read_or_refused(lambda: fuzz.read_folder(folder))
+
+
+@settings(max_examples=100, deadline=10_000, derandomize=True)
+@given(st.binary(max_size=200), st.integers(0, 2**64 - 1))
+def test_any_bytes_after_the_magic_of_a_gguf_are_refused(content, count):
+  with tempfile.NamedTemporaryFile() as file:
+    head = b'GGUF\3\0\0\0' + count.to_bytes(8, 'little')
+    file.write(head + (1).to_bytes(8, 'little') + content)
+    file.flush()
+    _read_or_refused(lambda: gguf_file.read(pathlib.Path(file.name)))
+
+
+@settings(max_examples=100, deadline=10_000, derandomize=True)
+@given(st.text() | json_values.map(json.dumps) | st.binary())
+def test_any_text_is_json_or_refused(content):
+  path = pathlib.Path('x.json')
+  _read_or_refused(lambda: bounds.parse_json(content, path, 'mend it'))
+
+
+@settings(max_examples=200, deadline=10_000, derandomize=True)
+@given(field=st.sampled_from(sorted(flat(to_dict(fuzz._config())))),
+       value=json_values)  # fmt: skip
+def test_any_value_of_a_config_is_taken_or_refused(field, value):
+  _read_or_refused(lambda: sweep.with_fields(fuzz._config(), {field: value}))
+
+
+@settings(max_examples=100, deadline=10_000, derandomize=True)
+@given(st.text(), json_values)
+def test_any_grid_is_taken_or_refused(text, values):
+  def read(grid):
+    return sweep.parse_grid(grid, fuzz._config())
+
+  _read_or_refused(lambda: read(text))
+  _read_or_refused(lambda: read(f'seed={values!r} x federated.gamma={text}'))
+  _read_or_refused(lambda: read(f'seed={"[" * 5000}'))
+
+
+def test_a_grid_without_end_is_refused():
+  many = '[' + '0,' * 1000 + ']'
+  grid = f'seed={many} x model.random.seed={many}'
+  with pytest.raises(ConfigError, match='more than 100000 points'):
+    sweep.parse_grid(grid, fuzz._config())
+
+
+def _read_or_refused(read) -> None:
+  try:
+    read()
+  except (ConfigError, ValueError, OSError):
+    pass  # flags.run makes these one line
+
+
+def test_sections_of_another_kind_are_named():
+  for raw in ({'federated': 3}, {'mesh': None}, {}):
+    whole = to_dict(fuzz._config()) | raw if raw else {}
+    with pytest.raises(ConfigError, match=r'default\.py'):
+      config.build(ml_collections.ConfigDict(whole))
+
+
+# --- The launchers ---------------------------------------------------------
+
+TRAIN = ('launch.train', '--config=configs/tiny.py')
+SWEEP = ('launch.sweep', '--config=configs/tiny.py')
+SOURCE = '--config.model.source={files}'
+
+
+def _cut(content):
+  return content[: len(content) // 2]
+
+
+def _flip(content):
+  return content[:-9] + bytes([content[-9] ^ 4]) + content[-8:]
+
+
+def _odd(content):
+  return b'x = (\n' + content
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  ('name', 'damage', 'command'),
+  [
+    ('GGUF, BPE', _cut, (*TRAIN, f'{SOURCE}/model.gguf')),
+    ('examples.array_record', _flip, TRAIN),
+    ('--config file', _odd, ('launch.train', '--config={files}/mine.py')),
+    pytest.param('safetensors', _cut, (*TRAIN, SOURCE), marks=slow),
+    pytest.param('tokenizer.model', _cut, (*TRAIN, SOURCE), marks=slow),
+    pytest.param('tokenizer.json', _cut, (*TRAIN, SOURCE), marks=slow),
+    pytest.param('weights cache', _flip, (*TRAIN, SOURCE), marks=slow),
+    pytest.param(
+      'config.json of a model', _cut, (*TRAIN, SOURCE), marks=slow
+    ),
+    pytest.param(
+      'model.safetensors.index.json', _cut, (*TRAIN, SOURCE), marks=slow
+    ),
+    pytest.param('dataset_info.json', _flip, TRAIN, marks=slow),
+    pytest.param('people.array_record, no seal', _cut, TRAIN, marks=slow),
+    pytest.param('seal of prepared data', _cut, TRAIN, marks=slow),
+    pytest.param(
+      "chitchat's dataset.json", _cut,
+      (*TRAIN, '--config.data.name=chitchat'), marks=slow,
+    ),
+    pytest.param(
+      '--sweep file', _odd, (*SWEEP, '--sweep={files}/mine.py:seeds'),
+      marks=slow,
+    ),
+  ],
+)  # fmt: skip
+def test_a_launcher_says_one_line_and_makes_nothing(
+  tmp_path, monkeypatch, name, damage, command
+):
+  files, cache, run = (tmp_path / x for x in ('files', 'cache', 'run'))
+  files.mkdir()
+  monkeypatch.setenv('HETLORA_CACHE', str(cache))
+  form = next(g[name] for g in fuzz.GROUPS.values() if name in g)
+  own = cache / 'tfds' if form.read is fuzz.read_data else files
+  own.mkdir(parents=True, exist_ok=True)
+  path = form.make(own)
+  path.write_bytes(damage(path.read_bytes()))
+  if name.startswith('chitchat'):  # in the place of the real package
+    (files / 'chitchat_dataset.py').touch()
+    monkeypatch.setenv('PYTHONPATH', str(files))
+  done = subprocess.run(
+    [sys.executable, '-m', *(x.format(files=files) for x in command),
+     f'--workdir={run}'],
+    cwd=fuzz.ROOT, capture_output=True, text=True, check=False, timeout=60,
+    env=os.environ | {'XLA_FLAGS': ''},
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  assert done.stderr.startswith('Error: '), done.stderr
+  assert done.stderr.count('\n') == 1, done.stderr
+  assert len(done.stderr) < MOST_CHARACTERS + 100
+  assert str(tmp_path) in done.stderr
+  assert not run.exists()
