@@ -1,8 +1,8 @@
 """HetLoRA on a random tiny model and synthetic people: first contact.
 
 Command: python -m launch.train --config=configs/tiny.py --workdir=/tmp/tiny
-Took: 36 s, or 28 s once compiled, on the machine of chitchat_gemma3.py.
-Printed: perplexity of seen people 603.98 -> 17.22, unseen 673.63 -> 15.39.
+Took: 25 s, compiling included, on 2 cores of an AMD EPYC with AVX-512.
+Printed: perplexity of seen people 603.98 -> 17.27, unseen 673.63 -> 15.50.
 """
 
 from configs import default
