@@ -366,6 +366,17 @@ def read_cached(folder: pathlib.Path) -> tuple:
   return _seen_of(pretrained.load(folder, dtype='float32'))
 
 
+def read_resealed(folder: pathlib.Path) -> tuple:
+  """Reads a cache that somebody who damaged it has sealed again."""
+  from hetlora_jax.models.pretrained import sources
+
+  for seal in sources.cache_folder().glob('*.sha256'):
+    with contextlib.suppress(OSError):
+      content = seal.with_suffix('.safetensors').read_bytes()
+      seal.write_text(hashlib.sha256(content).hexdigest())
+  return read_cached(folder)
+
+
 MODELS = {
   'GGUF, BPE': Format(make_gguf('llama'), read_gguf, binary_file),
   'GGUF, SentencePiece': Format(make_gguf('gemma3'), read_gguf, binary_file),
@@ -388,6 +399,9 @@ MODELS = {
     folder_file('tokenizer_config.json', 'json'), read_folder, json_file
   ),
   'weights cache': Format(make_cache('weights'), read_cached, binary_file),
+  'weights cache, sealed again': Format(
+    make_cache('weights'), read_resealed, binary_file
+  ),
   'seal of the weights cache': Format(
     make_cache('seal'), read_cached, text_file
   ),

@@ -4,6 +4,7 @@
 """
 
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -12,14 +13,19 @@ import sys
 import tempfile
 
 import fuzz
+import gguf
 import ml_collections
+import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetlora_jax import bounds, config, sweep
 from hetlora_jax.config import ConfigError, flat, to_dict
-from hetlora_jax.models.pretrained import gguf_file
+from hetlora_jax.data.tokenizer import Tokenizer
+from hetlora_jax.models.pretrained import gguf_file, layout
+from launch import errors
 
 LEAST = {'models': 500, 'data': 480, 'runs': 200}  # malformed inputs refused
 MOST_CHARACTERS = 400
@@ -105,8 +111,13 @@ def test_any_bytes_after_the_magic_of_a_gguf_are_refused(content, count):
 @settings(max_examples=100, deadline=10_000, derandomize=True)
 @given(st.text() | json_values.map(json.dumps) | st.binary())
 def test_any_text_is_json_or_refused(content):
-  path = pathlib.Path('x.json')
-  _read_or_refused(lambda: bounds.parse_json(content, path, 'mend it'))
+  try:
+    value = bounds.parse_json(content, pathlib.Path('x.json'), 'mend it')
+  except bounds.Damaged as error:
+    assert str(error).startswith('x.json is ')
+    assert str(error).endswith(': mend it.')
+  else:
+    assert isinstance(value, dict)
 
 
 @settings(max_examples=200, deadline=10_000, derandomize=True)
@@ -114,6 +125,20 @@ def test_any_text_is_json_or_refused(content):
        value=json_values)  # fmt: skip
 def test_any_value_of_a_config_is_taken_or_refused(field, value):
   _read_or_refused(lambda: sweep.with_fields(fuzz._config(), {field: value}))
+  whole = to_dict(fuzz._config())
+  *sections, name = field.split('.')
+  functools.reduce(dict.__getitem__, sections, whole)[name] = value
+  _read_or_refused(lambda: config.resolve(ml_collections.ConfigDict(whole)))
+
+
+@pytest.mark.parametrize('value', [float('inf'), float('nan'), 10**400])
+@pytest.mark.parametrize('field', ['seed', 'federated.gamma'])
+def test_numbers_that_are_none_are_named(field, value):
+  whole = to_dict(fuzz._config())
+  *sections, name = field.split('.')
+  functools.reduce(dict.__getitem__, sections, whole)[name] = value
+  with pytest.raises(ConfigError, match=f'config.{field}='):
+    config.resolve(ml_collections.ConfigDict(whole))
 
 
 @settings(max_examples=100, deadline=10_000, derandomize=True)
@@ -124,7 +149,9 @@ def test_any_grid_is_taken_or_refused(text, values):
 
   _read_or_refused(lambda: read(text))
   _read_or_refused(lambda: read(f'seed={values!r} x federated.gamma={text}'))
-  _read_or_refused(lambda: read(f'seed={"[" * 5000}'))
+  for odd in ('[' * 5000, '[{[]}]', f'[{"-" * 50_000}1]'):
+    with pytest.raises(ConfigError, match='must be FIELD'):
+      read(f'seed={odd}')
 
 
 def test_a_grid_without_end_is_refused():
@@ -146,6 +173,110 @@ def test_sections_of_another_kind_are_named():
     whole = to_dict(fuzz._config()) | raw if raw else {}
     with pytest.raises(ConfigError, match=r'default\.py'):
       config.build(ml_collections.ConfigDict(whole))
+
+
+# --- One at a time ---------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+  """Returns a folder with a model, without an index of its tensors."""
+  monkeypatch.setenv('HETLORA_CACHE', str(tmp_path / 'cache'))
+  path = tmp_path / 'files'
+  path.mkdir()
+  fuzz.folder_file('model.safetensors')(path)
+  return path
+
+
+def _change_weights(folder, change):
+  path = folder / 'model.safetensors'
+  tensors = dict(safetensors.numpy.load_file(path))
+  change(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf, 1e31])
+def test_weights_that_are_not_finite_are_named(model, value):
+  def change(tensors):
+    tensors['model.norm.weight'][3] = value
+
+  _change_weights(model, change)
+  with pytest.raises(ValueError, match=r'model\.norm.* are not finite'):
+    fuzz.read_folder(model)
+
+
+def test_a_tensor_that_the_index_promises_is_named(model):
+  names = list(safetensors.numpy.load_file(model / 'model.safetensors'))
+  index = {'weight_map': dict.fromkeys(names, 'model.safetensors')}
+  path = model / 'model.safetensors.index.json'
+  path.write_text(json.dumps(index))
+  _change_weights(model, lambda tensors: tensors.pop('model.norm.weight'))
+  with pytest.raises(ValueError, match=r'it lacks model\.norm\.weight'):
+    fuzz.read_folder(model)
+
+
+@pytest.mark.parametrize('shard', ['../x', '/etc/passwd', '.', 'x' * 300])
+def test_an_index_names_files_of_its_folder_alone(model, shard):
+  path = model / 'model.safetensors.index.json'
+  path.write_text(json.dumps({'weight_map': {'a': shard}}))
+  with pytest.raises(ValueError, match='names no files'):
+    fuzz.read_folder(model)
+
+
+def test_memory_is_taken_for_layers_that_are_there(model, monkeypatch):
+  raw = json.loads((model / 'config.json').read_text())
+  raw['num_hidden_layers'] = 10_000
+  (model / 'config.json').write_text(json.dumps(raw))
+  monkeypatch.setattr(layout.np, 'empty', lambda *_: pytest.fail('taken'))
+  with pytest.raises(ValueError, match=r'lacks the tensor model\.layers\.2'):
+    fuzz.read_folder(model)
+
+
+def test_tensors_of_a_gguf_that_overlap_are_refused(tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / 'x.gguf', 'llama')
+  for name in 'abc':
+    writer.add_tensor(name, np.ones(64, np.float32))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  content = (tmp_path / 'x.gguf').read_bytes()
+  assert set(gguf_file.read(tmp_path / 'x.gguf').tensors) == set('abc')
+  offset = (512).to_bytes(8, 'little')
+  assert content.count(offset) == 1
+  start = content.replace(offset, bytes(8))[:-256]
+  (tmp_path / 'x.gguf').write_bytes(start)
+  with pytest.raises(ValueError, match='tensor c needs 256 bytes'):
+    gguf_file.read(tmp_path / 'x.gguf')
+
+
+def test_a_tokenizer_of_another_model_is_refused(model):
+  raw = json.loads((model / 'config.json').read_text())
+  proto = Tokenizer.train(['another text, with more words'], 290)
+  (model / 'tokenizer.model').write_bytes(proto.serialize()[1])
+  with pytest.raises(ValueError, match=f'290 words.*{raw["vocab_size"]} words'):
+    fuzz.read_folder(model)
+
+
+def test_a_pipe_in_the_place_of_a_file_does_not_wait(tmp_path):
+  os.mkfifo(tmp_path / 'x.json')
+  with pytest.raises(ValueError, match='is not a file'):
+    bounds.read_json(tmp_path / 'x.json', 'mend it')
+
+
+def test_a_file_without_end_is_not_read_whole(tmp_path, monkeypatch):
+  monkeypatch.setattr(bounds, 'MOST_BYTES', 1000)
+  (tmp_path / 'x.json').write_bytes(bytes(1001))
+  with pytest.raises(ValueError, match='more than 1000 bytes'):
+    bounds.read_json(tmp_path / 'x.json', 'mend it')
+
+
+def test_messages_are_short_and_printable(capsys):
+  with pytest.raises(SystemExit):
+    errors.fail('a\n\x1b[31m b' + 'x' * 10_000)
+  said = capsys.readouterr().err
+  assert said.startswith('Error: a \ufffd[31m bxxx')
+  assert len(said) < errors.MOST_CHARACTERS + 20
 
 
 # --- The launchers ---------------------------------------------------------
