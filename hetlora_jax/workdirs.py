@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -26,8 +28,6 @@ _MAY_CHANGE = (
   'federated.num_rounds', 'federated.clients_at_once',
   'federated.rounds_per_call', 'eval.', 'checkpoint.', 'mesh.', 'model.dtype',
 )  # fmt: skip
-
-MOST_NAMED = 3  # of the fields that differ
 
 
 def anywhere(flag: object) -> bool:
@@ -52,16 +52,25 @@ def check(config: Config, workdir: pathlib.Path) -> None:
     ) from error
   differ = _differences(old, flat(json.loads(json.dumps(to_dict(config)))))
   if differ:
+    fields = [
+      f'config.{n}={bounds.short(repr(a), 60)}, not {bounds.short(repr(b), 60)}'
+      for n, a, b in differ
+      if n in _defaults()
+    ]
+    if unknown := len(differ) - len(fields):
+      fields.append(f'{unknown} that no configuration has')
     raise ConfigError(
-      f'--workdir={workdir} holds a run with '
-      + ', '.join(
-        f'config.{bounds.short(n)}={bounds.short(repr(a), 40)}, not {b!r}'
-        for n, a, b in differ[:MOST_NAMED]
-      )
-      + f' and {len(differ) - MOST_NAMED} more' * (len(differ) > MOST_NAMED)
-      + ': use another --workdir, the old values to continue it, or '
-      '--branch_from to start a new run from its state.'
+      f'--workdir={workdir} holds a run of another configuration (use another '
+      '--workdir, the old values to continue it, or --branch_from to start a '
+      f'new run from its state): {"; ".join(fields)}.'
     )
+
+
+@functools.cache
+def _defaults() -> dict:
+  from configs import default
+
+  return flat(json.loads(default.get_config().to_json()))
 
 
 def _differences(old: dict, new: dict) -> list[tuple]:
@@ -69,15 +78,35 @@ def _differences(old: dict, new: dict) -> list[tuple]:
 
   A field that the run did not have yet counts as its default.
   """
-  from configs import default
-
-  defaults = flat(json.loads(default.get_config().to_json()))
-  old = {n: defaults.get(n) for n in new} | old
+  old = {n: _defaults().get(n) for n in new} | old
   return [
     (name, old.get(name), new.get(name))
     for name in sorted(set(old) | set(new))
     if old.get(name) != new.get(name) and not name.startswith(_MAY_CHANGE)
   ]
+
+
+def config_of(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+  """Reads the configuration of a run; what it did not have yet is the default."""
+  from configs import default
+
+  path, remedy = workdir / 'config.json', 'give --config'
+  own = bounds.read_json(path, remedy)
+  try:
+    return ml_collections.ConfigDict(
+      _updated(default.get_config().to_dict(), own)
+    )
+  except bounds.UNEXPECTED as error:
+    raise bounds.damaged(path, error, remedy) from error
+
+
+def _updated(values: dict, new: dict) -> dict:
+  """Returns nested dicts with the values of `new`, where it has any."""
+  out = values | new
+  for name, value in new.items():
+    if isinstance(value, dict) and isinstance(values.get(name), dict):
+      out[name] = _updated(values[name], value)
+  return out
 
 
 def check_free(workdir: pathlib.Path) -> None:

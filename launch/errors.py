@@ -14,7 +14,7 @@ from hetlora_jax import bounds
 BAD_INPUT = 2
 # What absl and ml_collections raise about a flag.
 _OF_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
-MOST_CHARACTERS = 2000  # of a message; it may quote what somebody gave us
+MOST_CHARACTERS = 20_000  # of a message; it may name every field
 
 
 def fail(message: object) -> NoReturn:
@@ -48,4 +48,6 @@ def parse(argv: Sequence[str]) -> list[str]:
       text = f'{_given(argv)} cannot be loaded: {type(error).__name__}: {text}'
     else:  # ml_collections puts the repr of one error into another
       text = text.replace('\\n', ' ').replace('\\', '').strip('"\'')
-    fail(f'{bounds.short(text, 350)} (--print_config shows every field)')
+    known = '--print_config shows every field'
+    remedy = known if 'print_config' in flags.FLAGS else '--help shows all'
+    fail(f'{bounds.short(text, 350)} ({remedy})')

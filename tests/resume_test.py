@@ -189,10 +189,20 @@ def test_another_base_model_is_refused(done, built):
 
 
 def test_every_field_that_differs_is_named_with_both_values(done):
+  other = small_config(
+    seed=3, lora__scale=4.0, federated__gamma=0.5, ranks__exponent=3.0,
+    client_optimizer__name='sgd',
+  )  # fmt: skip
   with pytest.raises(config.ConfigError) as error:
-    training.run(small_config(seed=3, lora__scale=4.0), done)
-  assert 'config.lora.scale=2.0, not 4.0' in str(error.value)
-  assert 'config.seed=0, not 3' in str(error.value)
+    training.run(other, done)
+  said, old, new = (
+    str(error.value),
+    *(config.flat(config.to_dict(c)) for c in (small_config(), other)),
+  )
+  differ = [name for name in old if old[name] != new[name]]
+  assert len(differ) == 5
+  for name in differ:
+    assert f'config.{name}={old[name]!r}, not {new[name]!r}' in said
 
 
 def test_a_field_that_a_run_did_not_have_yet_counts_as_its_default(
