@@ -65,8 +65,9 @@ def row(out: dict, r_min: int) -> dict:
 
   Returns:
     rank/{mean,min,max}, rank/histogram (people of rank 0..R), energy/slots
-    (shares), energy/effective_slots, weight/effective_clients,
-    aggregation/error, and loss and weight by class of rank.
+    (shares), energy/effective_slots, weight/clients (of those that reported),
+    weight/effective_clients, aggregation/error, and loss and weight by class of
+    rank.
   """
   histogram, energy = out['rank_histogram'], np.asarray(out['slot_energy'])
   held = np.flatnonzero(histogram)
@@ -81,6 +82,7 @@ def row(out: dict, r_min: int) -> dict:
     'rank/histogram': [int(n) for n in histogram],
     'energy/slots': [float(x) for x in np.atleast_1d(shares)],
     'energy/effective_slots': _effective(energy),
+    'weight/clients': [float(w) for w in weight_C[out['reports']]],
     'weight/effective_clients': _effective(weight_C),
     'aggregation/error': float(out['aggregation_error']),
     **_by_class(out, r_min),

@@ -6,15 +6,24 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
+from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
+from hetlora_jax import bounds
+
 Row = dict[str, Any]
+# Lists in rows: how many, or which share, of each rank or slot; and one value a
+# client, shown in so many bins.
+_COUNTS = ('rank/histogram', 'energy/slots')
+_VALUES, _BINS = ('weight/clients',), 30
+MOST_SAMPLES = 20  # shown in TensorBoard
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -45,10 +54,15 @@ class Writer:
     self, workdir: pathlib.Path, first_round: int, writes: bool = True
   ):
     path = workdir / 'metrics.jsonl'
-    kept = [r for r in read_rows(path) if r['round'] < first_round]
-    self.rows, self._writes = kept, writes
+    try:
+      kept = [r for r in read_rows(path) if r['round'] < first_round]
+    except bounds.UNEXPECTED as error:  # JSON, but no rows
+      remedy = 'delete it, and the run goes on without its earlier rows'
+      raise bounds.damaged(path, error, remedy) from error
+    self.rows, self._writes, self._workdir = kept, writes, workdir
     if not writes:
       return
+    samples = list(_samples(workdir, kept[-1]['round'] if kept else 0))
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(''.join(json.dumps(r) + '\n' for r in kept))
     os.replace(temporary, path)
@@ -61,6 +75,8 @@ class Writer:
     self._board = EventsWriter(str(workdir / 'tensorboard' / 'events'))
     for row in kept:
       self._show(row)
+    for event in samples:
+      self._board.write_event(event)
     self._board.flush()
 
   def write(self, row: Row) -> None:
@@ -73,11 +89,18 @@ class Writer:
     self._show(row)
     self._board.flush()
 
+  def write_people(self, people: dict) -> None:
+    """Replaces people.json by the newest evaluation's."""
+    if self._writes:
+      write_json(self._workdir / 'people.json', people)
+
   def _show(self, row: Row) -> None:
     event = Event(wall_time=time.time(), step=row['round'])
     for name, value in row.items():
       if not isinstance(value, list):
         event.summary.value.add(tag=name, simple_value=value)
+      elif np.isfinite(value).all() and sum(value):
+        event.summary.MergeFrom(_histogram(name, np.array(value)))
     self._board.write_event(event)
 
   def sync(self) -> None:
@@ -89,6 +112,49 @@ class Writer:
     if self._writes:
       self._file.close()
       self._board.close()
+
+
+def _histogram(name: str, value_K: np.ndarray):
+  """Returns a list of a row for TensorBoard; no more than it tells."""
+  if name in _VALUES:
+    return summary.histogram(name, value_K, bins=_BINS)
+  if name not in _COUNTS:
+    return summary.Summary()
+  at_K = np.arange(len(value_K)) + (name == 'energy/slots')  # slots from 1
+  held = at_K[value_K > 0]
+  return summary.histogram_raw(
+    name, held[0], held[-1], value_K.sum(), (value_K * at_K).sum(),
+    (value_K * at_K**2).sum(), at_K + 0.5, value_K,
+  )  # fmt: skip
+
+
+def _samples(workdir: pathlib.Path, step: int) -> Iterator[Event]:
+  """Yields the first lines of generations.jsonl as texts."""
+  path = workdir / 'generations.jsonl'
+  try:
+    lines = [line for line in read_rows(path) if isinstance(line, dict)]
+  except ValueError as error:  # its UTF-8
+    raise bounds.damaged(path, error, 'delete it, or generate anew') from error
+  for number, line in enumerate(lines[:MOST_SAMPLES]):
+    parts = [
+      f'{k}: {line.get(k)}' for k in ('prompt', 'reference', 'generated')
+    ]
+    # Indented, so that Markdown leaves what people wrote alone.
+    text = '\n'.join('    ' + x for part in parts for x in part.splitlines())
+    text = text.encode(errors='replace').decode()  # JSON may hold half a pair
+    name = f'sample_{number}/{line.get("kind")}_{line.get("client")}'
+    value = summary.text(name, text)
+    yield Event(wall_time=time.time(), step=step, summary=value)
+
+
+def show_samples(workdir: pathlib.Path, step: int) -> None:
+  """Adds generations.jsonl to the TensorBoard of a run that has ended."""
+  events = list(_samples(workdir, step))
+  (workdir / 'tensorboard').mkdir(exist_ok=True)
+  board = EventsWriter(str(workdir / 'tensorboard' / 'events'), '.samples')
+  for event in events:
+    board.write_event(event)
+  board.close()
 
 
 def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:

@@ -115,7 +115,11 @@ def parse_grid(text: str, config: Config) -> list[Fields]:
 
 
 def name_of(fields: Fields) -> str:
-  """Returns a folder's name for a point, e.g. 'method=fedit,r_max=50'."""
+  """Returns a folder's name for a point.
+
+  >>> name_of({'method': 'fedit', 'federated.r_max': 50})
+  'method=fedit,r_max=50'
+  """
   parts = [f'{k.rpartition(".")[2]}={v}' for k, v in fields.items()]
   return ','.join(parts).replace('/', '_') or 'default'
 
@@ -171,9 +175,9 @@ def programs(runs: Sequence[Run], together: int = 0) -> list[list[Run]]:
   ]
 
 
-def summary_of(run: Run) -> dict | None:
-  """Returns the summary of a run that has done all its rounds."""
-  path = run.workdir / 'summary.json'
+def read_summary(workdir: pathlib.Path) -> dict | None:
+  """Returns the summary of a run if it has one, its numbers checked."""
+  path = workdir / 'summary.json'
   if not path.exists():
     return None
   remedy = 'delete it, the run then ends anew from its checkpoint'
@@ -185,7 +189,15 @@ def summary_of(run: Run) -> dict | None:
   numbers += [last.get(f'eval/{who}/loss') for who in ('seen', 'unseen')]
   if not all(map(_is_number, numbers)) or not all(map(math.isfinite, sizes)):
     raise bounds.damaged(path, 'numbers are absent', remedy)
-  finished = run.config and last.get('round') == run.config.federated.num_rounds
+  return summary
+
+
+def summary_of(run: Run) -> dict | None:
+  """Returns the summary of a run that has done all its rounds."""
+  summary = read_summary(run.workdir)
+  if not summary or not run.config:
+    return None
+  finished = summary['last'].get('round') == run.config.federated.num_rounds
   return summary if finished else None
 
 
@@ -278,13 +290,17 @@ def report(found: list[dict], workdir: pathlib.Path) -> str:
   return table(found)
 
 
-def _size(count: float) -> str:
-  """Renders a number of bytes or parameters, e.g. 1.2M."""
+def size(count: float) -> str:
+  """Renders a number of bytes or parameters.
+
+  >>> size(950), size(1_234_567)
+  ('950', '1.23M')
+  """
   power = min(4, (len(str(int(count))) - 1) // 3)
   return f'{count / 1000**power:.3g}{" kMGT"[power]}'.replace(' ', '')
 
 
-def _over_seeds(found: Sequence[dict]) -> dict[str, list[dict]]:
+def over_seeds(found: Sequence[dict]) -> dict[str, list[dict]]:
   """Groups results that differ in the seed alone."""
   groups: dict[str, list[dict]] = {}
   for result in found:
@@ -293,7 +309,7 @@ def _over_seeds(found: Sequence[dict]) -> dict[str, list[dict]]:
   return groups
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
   """Renders a mean and, of several, their standard deviation."""
   text = f'{statistics.mean(values):.{digits}f}'
   if len(values) > 1:
@@ -310,11 +326,11 @@ def _cells(name: str, seeds: list[dict]) -> Iterator[str]:
     return
   mean = lambda field: statistics.mean(r[field] for r in good)  # noqa: E731
   for who in ('seen', 'unseen'):
-    text = _spread([r['last'][f'eval/{who}/loss'] for r in good], 3)
+    text = spread([r['last'][f'eval/{who}/loss'] for r in good], 3)
     yield f'{text} ({missing} failed)' if missing else text
-  yield _size(mean('comm/up_bytes'))
-  yield _size(mean('comm/down_bytes'))
-  yield _size(mean('train/parameters'))
+  yield size(mean('comm/up_bytes'))
+  yield size(mean('comm/down_bytes'))
+  yield size(mean('train/parameters'))
   yield f'{mean("aggregation/error"):.3f}'
   yield f'{mean("time/this_call_s"):.0f}'
 
@@ -327,7 +343,7 @@ def table(found: Sequence[dict]) -> str:
   heads = ('', 'loss seen', 'loss unseen', 'bytes up', 'bytes down',
            'trained', 'aggregation error', 'seconds')  # fmt: skip
   rows = [heads, ('---', *('---:',) * (len(heads) - 1))]
-  rows += [tuple(_cells(*group)) for group in _over_seeds(found).items()]
+  rows += [tuple(_cells(*group)) for group in over_seeds(found).items()]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join(
     f'| {" | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True))} |'
@@ -370,7 +386,7 @@ def _plot(found: Sequence[dict], workdir: pathlib.Path) -> None:
   """
   figure = matplotlib.figure.Figure((13, 5.5), layout='constrained')
   by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-  good = _over_seeds([r for r in found if 'error' not in r])
+  good = over_seeds([r for r in found if 'error' not in r])
   for i, (name, seeds) in enumerate(good.items()):
     style = {'color': f'C{i % 10}', 'ls': ('-', '--', ':', '-.')[i // 10 % 4]}
     rounds, megabytes, losses = _curves(seeds, workdir)

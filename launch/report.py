@@ -1,0 +1,41 @@
+"""Compares runs: python -m launch.report DIR [DIR ...] --out=FILE.html.
+
+A DIR is a run's --workdir or that of a sweep. The page is one file that needs no
+network and no script.
+"""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # it computes nothing
+
+from absl import flags as absl_flags
+
+from hetlora_jax import report
+from launch import errors, program
+
+OUT = absl_flags.DEFINE_string('out', None, 'Page to write, e.g. report.html.')
+
+
+def run(argv: list[str]) -> None:
+  """Writes the page and says where it is."""
+  if len(argv) < 2:
+    errors.fail('no folder is given: name the --workdir of runs or of a sweep')
+  if not OUT.value:
+    errors.fail('--out is missing: name the page, e.g. --out=report.html')
+  try:
+    count = report.write(
+      [pathlib.Path(word) for word in argv[1:]], pathlib.Path(OUT.value)
+    )
+  except (ValueError, OSError) as error:
+    errors.fail(error)
+  print(f'{OUT.value} compares {count} run{"s" * (count != 1)}.')
+
+
+def main() -> None:
+  """Starts the program, hetlora-report too."""
+  program.start(run, __name__)
+
+
+if __name__ == '__main__':
+  main()
