@@ -5,8 +5,9 @@ python -m benchmarks.grid [--devices=1,2] [--fields=federated.num_rounds=9,...]
 First the 18 runs one after another, each `launch.train` in a process of its
 own; then `launch.sweep` with one program, on one device and on one a core. All start
 without compiled programs and keep theirs. Prints the times, their ratio, and the
-largest relative difference between the losses of a point and of its own run; ranks
-are compared too.
+largest relative difference between the losses of a point and of its own run: the
+one that was timed, on one device, and (of every sixth point) one on the devices of
+the grid; ranks are compared too.
 """
 
 import json
@@ -35,6 +36,7 @@ _GRID = (
   'federated.gamma=[0.85,0.95,0.99] x federated.tail_penalty=[0.0,0.1,1.0] x '
   'seed=[0,1]'
 )
+_EVERY = 6  # points between those that also run alone on the grid's devices
 
 
 def _timed(
@@ -81,28 +83,45 @@ def _together(folder: pathlib.Path, alone: pathlib.Path, devices: str, points):
     folder, 'sweep', f'--grid={_GRID}', f'--workdir={folder}',
     f'--config.mesh.sweep={devices}', JAX_NUM_CPU_DEVICES=devices,
   )  # fmt: skip
-  names = [sweep.name_of(point) for point in points]
-  compared = [_difference(alone / name, folder / name) for name in names]
   found = json.loads((folder / 'sweep.json').read_text())
+  here = folder / 'alone'
+  for point in points[::_EVERY]:
+    _alone(here, point, f'--config.mesh.sweep={devices}', devices=devices)
   return {
     'devices': int(devices), 'seconds': seconds,
     'points_together': found[0]['points_together'],
-    'largest_relative_difference': max(gap for gap, _ in compared),
-    'ranks_equal': all(same for _, same in compared),
+    'from_one_device': _compare(alone, folder, points),
+    'from_these_devices': _compare(here, folder, points[::_EVERY]),
   }  # fmt: skip
+
+
+def _compare(alone: pathlib.Path, together: pathlib.Path, points) -> dict:
+  """Compares points of a grid with their own runs."""
+  names = [sweep.name_of(point) for point in points]
+  gaps, same = zip(
+    *[_difference(alone / name, together / name) for name in names], strict=True
+  )
+  return {'largest_relative_difference': max(gaps), 'ranks_equal': all(same)}
+
+
+def _alone(folder: pathlib.Path, point, *words: str, devices='1') -> float:
+  """Runs one point by itself; returns its seconds."""
+  return _timed(
+    folder, 'train', f'--workdir={folder / sweep.name_of(point)}', *words,
+    *[f'--config.{k}={v}' for k, v in point.items()], JAX_NUM_CPU_DEVICES=devices,
+  )  # fmt: skip
+
+
+def _say(compared: dict) -> str:
+  equal = 'equal' if compared['ranks_equal'] else 'NOT equal'
+  return f'{compared["largest_relative_difference"]:.1e} apart, ranks {equal}'
 
 
 def main() -> None:
   points = sweep.parse_grid(_GRID, config.resolve(tiny.get_config()))
   with tempfile.TemporaryDirectory() as name:
     alone = pathlib.Path(name, 'alone')
-    each = [
-      _timed(
-        alone, 'train', f'--workdir={alone / sweep.name_of(point)}',
-        *[f'--config.{k}={v}' for k, v in point.items()],
-      )
-      for point in points
-    ]  # fmt: skip
+    each = [_alone(alone, point) for point in points]
     print(f'{len(each)} runs: {sum(each):.0f} s, the first {each[0]:.0f} s, '
           f'then {np.median(each[1:]):.0f} s each', flush=True)  # fmt: skip
     grids = []
@@ -113,9 +132,9 @@ def main() -> None:
       print(
         f'one program of {grid["points_together"]} points on {devices} '
         f'device(s): {grid["seconds"]:.0f} s, '
-        f'{sum(each) / grid["seconds"]:.2f} times as fast; losses apart by '
-        f'{grid["largest_relative_difference"]:.1e} at most, ranks '
-        f'{"equal" if grid["ranks_equal"] else "NOT equal"}',
+        f'{sum(each) / grid["seconds"]:.2f} times as fast; from runs on one '
+        f'device {_say(grid["from_one_device"])}, from runs on the same ones '
+        f'{_say(grid["from_these_devices"])}',
         flush=True,
       )
   machine.write(

@@ -11,18 +11,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetlora_jax import base_model, build, communication, metrics, sharding
+from hetlora_jax import base_model, build, communication, sharding
 from hetlora_jax.config import Config, ConfigError, flat, to_dict
-from hetlora_jax.data import cohorts, people
+from hetlora_jax.data import cohorts, partition, people
 from hetlora_jax.evaluation import perplexity
 from hetlora_jax.methods.registry import rule_names
-from hetlora_jax.models import decoder
 from hetlora_jax.types import (
   Cohort,
   Hyperparameters,
@@ -93,12 +92,20 @@ def _load_people(config: Config, words) -> people.People:
     crowd = people.load(
       d.name,
       words,
+      path=d.path,
       min_examples=d.min_examples,
       unseen_fraction=d.unseen_fraction,
       heldout_fraction=d.heldout_fraction,
       max_context_turns=d.context_turns,
+      most_tokens=d.tokens_per_example,
       num_people=d.num_people,
       copies=d.copies,
+      by=partition.Partition(
+        name=d.partition,
+        clients=d.partition_clients,
+        alpha=d.partition_alpha,
+        seed=d.partition_seed,
+      ),
     )
   except ValueError as error:
     raise ConfigError(f'config.data: {error}') from error
@@ -131,29 +138,36 @@ def _stack(trees: Sequence[PyTree]) -> PyTree:
 
 
 def _fill_up(points: Sequence[Config]) -> tuple[Config, ...]:
-  """Repeats the last point until `sweep` divides their number."""
-  c, count = points[0], len(points)
+  """Repeats the last point until `sweep` divides their number.
+
+  So a point runs alone as it does among others, on the devices of a sweep.
+  """
+  c = points[0]
   if any(program_of(p) != program_of(c) for p in points):
     raise ValueError('points that differ in their program cannot run together')
-  if count < c.mesh.sweep:
-    raise ConfigError(
-      f'config.mesh.sweep={c.mesh.sweep} exceeds the {count} point(s) that run '
-      'together: lower it (launch.sweep runs several in one program).'
-    )
-  return (*points, *[points[-1]] * (-count % c.mesh.sweep))
+  return (*points, *[points[-1]] * (-len(points) % c.mesh.sweep))
 
 
-def prepare(*points: Config) -> Experiment:
-  """Builds and checks everything; raises ConfigError before any writing."""
+def prepare(
+  *points: Config, model: base_model.BaseModel | None = None
+) -> Experiment:
+  """Builds and checks everything; raises ConfigError before any writing.
+
+  Args:
+    *points: differ in `VARIES` alone.
+    model: your own (`base_model.own`), instead of what `config.model` and
+      `config.lora.targets` name.
+  """
   points = _fill_up(points)
   config = points[0]
   mesh = sharding.make_mesh(*[getattr(config.mesh, a) for a in sharding.AXES])
-  model = base_model.load(config, mesh)
-  crowd = _load_people(config, model.tokenizer)
-  dtype = base_model.compute_dtype(config)
-  dims = decoder.adapter_dims(model.config, config.lora.targets)
-  loss = decoder.make_loss(model.config, dtype, config.model.remat)
-  rules, at_once = build.make_rules(config, loss), config.mesh.points_at_once
+  if model:
+    model = base_model.place(model, mesh)
+  else:
+    model = base_model.of_config(config, mesh)
+  crowd, dims = _load_people(config, model.tokenizer), model.dims
+  rules = build.make_rules(config, model.loss)
+  at_once = config.mesh.points_at_once
   rank_KN = np.stack([build.draw_ranks(p, crowd.num_examples) for p in points])
   state = _stack(
     [
@@ -188,15 +202,11 @@ def prepare(*points: Config) -> Experiment:
     evaluate=evaluate,
     take_point=_make_take(state, mesh),
     mesh=mesh,
-    base_identity={
-      'sha256': model.fingerprint,
-      'dtype': dtype.name,
-      'shape': dataclasses.asdict(model.config),
-    },
+    base_identity=model.identity,
     description={
       'model': config.model.source,
-      'model_fingerprint': model.fingerprint,
-      'dtype': dtype.name,
+      'model_fingerprint': model.identity['sha256'],
+      'dtype': model.identity['dtype'],
       'training_people': len(crowd.client_ids),
       'unseen_people': len(crowd.groups['unseen'].ids),
       'base_parameters': sum(x.size for x in jax.tree.leaves(model.params)),
@@ -263,16 +273,25 @@ def cohorts_ahead(x: Experiment, first: int, last: int) -> Iterator[Cohort]:
       yield last_one.result()
 
 
-def evaluate(x: Experiment, state: ServerState) -> list[metrics.Row]:
-  """Returns every point's loss and perplexity of seen and unseen people."""
-  rows = [{} for _ in x.points]
-  for name, function in x.evaluate.items():
-    cohort = x.evaluation[name.removesuffix('_own')]
-    loss_K = jax.device_get(function(x.base, state, cohort, x.hyper))
-    for row, loss in zip(rows, loss_K.tolist(), strict=True):
-      row[f'eval/{name}/loss'] = loss
-      row[f'eval/{name}/perplexity'] = math.exp(min(loss, 700.0))
-  return rows
+class Evaluation(NamedTuple):
+  """Everybody's summed loss and token count; padding people have no tokens."""
+
+  loss_KE: np.ndarray
+  tokens_KE: np.ndarray
+
+
+def evaluate(x: Experiment, state: ServerState) -> dict[str, Evaluation]:
+  """Returns the losses of seen and unseen people, by name of the set."""
+  return {
+    name: Evaluation(
+      *jax.device_get(
+        function(
+          x.base, state, x.evaluation[name.removesuffix('_own')], x.hyper
+        )
+      )
+    )
+    for name, function in x.evaluate.items()
+  }
 
 
 def _shape_of_one(state: ServerState, mesh) -> ServerState:

@@ -3,15 +3,18 @@
 The functions take an `experiment.Experiment`.
 """
 
+import math
 import os
 import platform
 import resource
 import time
 
 import jax
+import numpy as np
 
 from hetlora_jax import communication, diagnostics, metrics
 from hetlora_jax.checks import WIRE_DTYPES
+from hetlora_jax.data.people import evenly_spaced
 from hetlora_jax.methods.registry import rule_names
 
 
@@ -46,6 +49,45 @@ def round_row(
   }
 
 
+def evaluation_row(found: dict, k: int) -> metrics.Row:
+  """Returns a point's loss and perplexity a token, of every evaluation set."""
+  row = {}
+  for name, (loss_KE, tokens_KE) in found.items():
+    loss = float(loss_KE[k].sum(dtype=np.float64) / tokens_KE[k].sum())
+    row[f'eval/{name}/loss'] = loss
+    row[f'eval/{name}/perplexity'] = math.exp(min(loss, 700.0))
+  return row
+
+
+def people(x, found: dict, k: int) -> dict[str, list[dict]]:
+  """Returns what people.json holds: everybody's summed loss and token count.
+
+  `rank` is that drawn for a person; those unseen in training have none.
+  """
+  out = {}
+  for name, (loss_KE, tokens_KE) in found.items():
+    kind = 'unseen' if name == 'unseen' else 'heldout'
+    who_E = evaluated_people(x, kind)
+    out[name] = [
+      {
+        'client': x.people.groups[kind].ids[i],
+        'rank': None if kind == 'unseen' else int(x.initial_rank[k, i]),
+        'loss_sum': float(loss),
+        'tokens': int(tokens),
+      }
+      for i, loss, tokens in zip(
+        who_E, loss_KE[k], tokens_KE[k], strict=False
+      )  # fmt: skip
+    ]
+  return out
+
+
+def evaluated_people(x, kind: str) -> np.ndarray:
+  """Returns the places of the people that are evaluated, among their kind."""
+  count = len(x.people.groups[kind].ids)
+  return evenly_spaced(count, min(x.config.eval.num_people, count))
+
+
 def cumulate(row: metrics.Row, rows: list[metrics.Row]) -> None:
   """Adds the bytes sent since the start to a row."""
   for way in ('up', 'down'):
@@ -60,8 +102,8 @@ def cumulate(row: metrics.Row, rows: list[metrics.Row]) -> None:
     row[f'comm/total_{way}_bytes'] = before + row[f'comm/{way}_bytes']
 
 
-def summarise(x, rows: list[metrics.Row], seconds, command):
-  """Returns what summary.json holds."""
+def totals(rows: list[metrics.Row]) -> dict:
+  """Returns the part of summary.json that rows with an evaluation tell."""
   evaluations = [r for r in rows if 'eval/seen/loss' in r]
   rounds = [r for r in rows if 'train/loss' in r]
   only_evaluations = [
@@ -70,15 +112,6 @@ def summarise(x, rows: list[metrics.Row], seconds, command):
   ]
   total = lambda name: sum(r[name] for r in rounds)  # noqa: E731
   return {
-    'command': command,
-    'finished': time.strftime('%Y-%m-%d %H:%M:%S'),
-    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
-    f'{jax.device_count()} {jax.default_backend()} device(s)',
-    # Of this process on its host, in 10^6 bytes; Linux counts in kibibytes.
-    'memory/host_peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    * 1.024e-3,
-    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
-    **x.description,
     'first': only_evaluations[0],
     'last': only_evaluations[-1],
     'rounds': len(rounds),
@@ -91,6 +124,22 @@ def summarise(x, rows: list[metrics.Row], seconds, command):
     'train/parameters': total('train/parameters') / max(len(rounds), 1),
     'aggregation/error': total('aggregation/error') / max(len(rounds), 1),
     'time/rounds_s': total('time/round_s'),
+  }
+
+
+def summarise(x, rows: list[metrics.Row], seconds, command):
+  """Returns what summary.json holds."""
+  return {
+    'command': command,
+    'finished': time.strftime('%Y-%m-%d %H:%M:%S'),
+    'machine': f'{platform.machine()}, {os.cpu_count()} cores, '
+    f'{jax.device_count()} {jax.default_backend()} device(s)',
+    # Of this process on its host, in 10^6 bytes; Linux counts in kibibytes.
+    'memory/host_peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    * 1.024e-3,
+    'versions': {'python': platform.python_version(), 'jax': jax.__version__},
+    **x.description,
+    **totals(rows),
     'time/this_call_s': seconds,
   }
 

@@ -19,6 +19,7 @@ from hetlora_jax import (
   results,
   workdirs,
 )
+from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError, to_dict
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.types import ServerState
@@ -65,13 +66,16 @@ def run(
   workdir: pathlib.Path,
   command: str = '',
   branch: Branch | None = None,
+  model: BaseModel | None = None,
 ) -> dict:
   """Runs or continues an experiment and returns its summary; see `run_points`."""
-  return run_points([Point(config, workdir, command)], branch)[0]
+  return run_points([Point(config, workdir, command)], branch, model)[0]
 
 
 def run_points(
-  points: Sequence[Point], branch: Branch | None = None
+  points: Sequence[Point],
+  branch: Branch | None = None,
+  model: BaseModel | None = None,
 ) -> list[dict]:
   """Runs or continues points in one program and returns their summaries.
 
@@ -82,6 +86,7 @@ def run_points(
       all have saved. Of several processes the first alone writes.
 
     branch: what to start from if nothing was saved in the workdirs.
+    model: your own, instead of what the configurations name.
 
   Raises:
     ConfigError: a point cannot run; nothing has been written.
@@ -94,7 +99,7 @@ def run_points(
   console.say(
     f'Loading {c.model.source} and {c.data.name}; the first time takes a while.'
   )
-  x = experiment.prepare(*[p.config for p in points])
+  x = experiment.prepare(*[p.config for p in points], model=model)
   console.say(_introduction(x, len(points)))
   folders = [p.workdir / 'checkpoints' for p in points]
   begun = any(checkpoint.steps(folder) for folder in folders)
@@ -142,17 +147,20 @@ def _on_disk(points: Sequence[Point]) -> Iterator[None]:
     ) from error
 
 
-def evaluate_checkpoint(config: Config, workdir: pathlib.Path) -> metrics.Row:
+def evaluate_checkpoint(
+  config: Config, workdir: pathlib.Path, model: BaseModel | None = None
+) -> metrics.Row:
   """Evaluates the newest undamaged checkpoint of a run."""
   folder = workdir / 'checkpoints'
   if not checkpoint.steps(folder):
     raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
   workdirs.check(config, workdir)
-  x = experiment.prepare(config)
+  x = experiment.prepare(config, model=model)
   checkpoints = checkpoint.Checkpoints([folder], x.base_identity)
   state, first = _start(x, checkpoints, None)
   checkpoints.close()
-  return {'round': first, **experiment.evaluate(x, state)[0]}
+  found = experiment.evaluate(x, state)
+  return {'round': first, **results.evaluation_row(found, 0)}
 
 
 def _introduction(x: Experiment, points: int) -> str:
@@ -223,6 +231,14 @@ def _write(rows, writers, progress) -> None:
   progress.update(rows[: len(writers)])
 
 
+def _evaluate(x: Experiment, state, round: int, writers) -> list[metrics.Row]:
+  """Evaluates all points, writes people.json and returns the rows' part."""
+  found = experiment.evaluate(x, state)
+  for k, writer in enumerate(writers):
+    writer.write_people({'round': round, **results.people(x, found, k)})
+  return [results.evaluation_row(found, k) for k in range(len(x.points))]
+
+
 def _evaluated(writer: metrics.Writer) -> bool:
   return any('eval/seen/loss' in row for row in writer.rows)
 
@@ -238,8 +254,8 @@ def _run_rounds(x: Experiment, state, first: int, writers, checkpoints) -> None:
 
   with console.StopSignal() as stop, console.background() as in_background:
     if not all(map(_evaluated, writers)):
-      rows = [{'round': first, **row} for row in experiment.evaluate(x, state)]
-      _write(rows, writers, progress)
+      found = _evaluate(x, state, first, writers)
+      _write([{'round': first, **row} for row in found], writers, progress)
     free = time.perf_counter()  # when the devices had last finished
     done = first
     for cohorts in experiment.cohorts_ahead(x, first, last):
@@ -253,9 +269,8 @@ def _run_rounds(x: Experiment, state, first: int, writers, checkpoints) -> None:
           results.cumulate(row, writer.rows)
         ends_call = rows[0]['round'] == done
         if ends_call and (done == last or (every and done % every == 0)):
-          for row, losses in zip(
-            rows, experiment.evaluate(x, state), strict=True
-          ):
+          found = _evaluate(x, state, done, writers)
+          for row, losses in zip(rows, found, strict=True):
             row |= losses
           free = time.perf_counter()
         _write(rows, writers, progress)

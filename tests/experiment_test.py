@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from hetlora_jax import checkpoint, config, experiment, metrics, training
+from hetlora_jax import (
+  checkpoint,
+  config,
+  experiment,
+  metrics,
+  results,
+  training,
+)
 from hetlora_jax.data import people
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -273,9 +280,27 @@ def test_two_seeds_differ_in_everything_random():
 
 def test_own_rank_is_evaluated_on_request():
   x = experiment.prepare(small_config(eval__own_rank=True))
-  (row,) = experiment.evaluate(x, x.initial_state)
+  row = results.evaluation_row(experiment.evaluate(x, x.initial_state), 0)
   # B is zero at the start, so every truncation is the base itself.
   assert row['eval/seen_own/loss'] == pytest.approx(row['eval/seen/loss'])
+
+
+def test_people_json_tells_everybodys_part_of_the_last_evaluation(unbroken):
+  told = json.loads((unbroken / 'people.json').read_text())
+  last = json.loads((unbroken / 'summary.json').read_text())['last']
+  x = experiment.prepare(small_config())
+  assert told['round'] == last['round']
+  for name, kind in (('seen', 'heldout'), ('unseen', 'unseen')):
+    cohort = x.evaluation[name]
+    tokens_E = np.asarray(cohort.batches.weight).sum((1, 2))
+    assert [p['tokens'] for p in told[name]] == tokens_E.tolist()
+    loss = sum(p['loss_sum'] for p in told[name]) / tokens_E.sum()
+    assert loss == pytest.approx(last[f'eval/{name}/loss'], rel=1e-6)
+    ids = x.people.groups[kind].ids
+    assert [p['client'] in ids for p in told[name]] == [True] * len(tokens_E)
+  ranks = [x.initial_rank[0][int(i)] for i in x.evaluation['seen'].client_id]
+  assert [p['rank'] for p in told['seen']] == ranks
+  assert {p['rank'] for p in told['unseen']} == {None}
 
 
 def test_tiny_beats_the_unigram_entropy_of_its_data(tmp_path):
@@ -299,3 +324,10 @@ def test_torn_lines_end_the_metrics(tmp_path):
   writer.write({'round': 1, 'x': 2.0})
   writer.close()
   assert path.read_text() == '{"round": 0}\n{"round": 1, "x": 2.0}\n'
+
+
+@pytest.mark.parametrize('line', ['[1]', '7', '{}', '{"round": "one"}'])
+def test_metrics_that_are_no_rows_are_named(line, tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text(f'{line}\n')
+  with pytest.raises(ValueError, match='metrics.jsonl is damaged .*: delete'):
+    metrics.Writer(tmp_path, 1)

@@ -1,7 +1,7 @@
 """Who takes part, and each person's turns as tokens, read when needed.
 
-People are set aside as unseen by a hash of their name and turns held out by
-time, so runs of every seed are evaluated on the same people and turns. A turn
+People are set aside as unseen by a hash of their name (or, where the data set
+says so, by how much they wrote) and turns held out by time, so runs of every seed are evaluated on the same people and turns. A turn
 held out for one person may still be context, which bears no loss, for another.
 """
 
@@ -15,8 +15,9 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from hetlora_jax import bounds
-from hetlora_jax.data import builders
+from hetlora_jax.data import builders, partition
 from hetlora_jax.data.builders import conversations
+from hetlora_jax.data.partition import Partition
 
 Kind = Literal['train', 'heldout', 'unseen']
 
@@ -80,26 +81,33 @@ class People:
     return self.read(int(group.first[client]) + i)
 
 
-def _transcript(
-  context: Sequence[str], mine: Sequence[bool], target: str
-) -> tuple[str, str]:
-  """Renders a prompt and its completion, a line a turn; A writes the target."""
-  names = ['A' if m else 'B' for m in mine]
-  turns = [f'{n}: {text}\n' for n, text in zip(names, context, strict=True)]
-  return ''.join(turns) + 'A:', f' {target}\n'
+def encode(
+  tokenizer: Tokenizer,
+  prompt: str,
+  completion: str,
+  cue: str = '',
+  most_tokens: int = 0,
+) -> Example:
+  """Encodes all apart, as they are when text is generated.
 
-
-def encode(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
-  """Encodes both apart, as they are when text is generated."""
-  prompt_tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+  A prompt that has a cue is cut before it to `most_tokens` positions in all,
+  unless that is 0; one without is left whole, for packing to cut.
+  """
+  prompt_tokens = tokenizer.encode(prompt)
   target_tokens = tokenizer.encode(completion)
-  tokens = np.asarray(prompt_tokens + target_tokens, np.int32)
-  return Example(tokens, len(target_tokens))
+  if cue:
+    cue_tokens = tokenizer.encode(cue)
+    room = max(0, most_tokens - len(cue_tokens) - len(target_tokens))
+    prompt_tokens = prompt_tokens[: room if most_tokens else None] + cue_tokens
+  tokens = [tokenizer.bos_id, *prompt_tokens, *target_tokens]
+  return Example(np.asarray(tokens, np.int32), len(target_tokens))
 
 
-def _render(record: dict, max_context_turns: int) -> tuple[str, str]:
+def _render(
+  render: Callable, record: dict, max_context_turns: int
+) -> conversations.Rendered:
   """Renders a record of the split 'examples'."""
-  return _transcript(
+  return render(
     [text.decode() for text in record['context'][-max_context_turns:]],
     record['mine'][-max_context_turns:],
     record['target'].decode(),
@@ -110,12 +118,16 @@ def corpus(
   dataset: str,
   *,
   data_dir: str | os.PathLike | None = None,
+  path: str = '',
   num_texts: int = 4096,
 ) -> Iterator[str]:
   """Yields transcripts, spread evenly over people, to train a tokenizer on."""
-  examples = builders.open_dataset(dataset, data_dir).examples
-  for row in evenly_spaced(len(examples), num_texts):
-    yield ''.join(_render(examples[int(row)], conversations.MAX_CONTEXT_TURNS))
+  prepared = builders.open_dataset(dataset, data_dir, path)
+  most = conversations.MAX_CONTEXT_TURNS
+  for row in evenly_spaced(len(prepared.examples), num_texts):
+    record = prepared.examples[int(row)]
+    text = _render(prepared.builder.render, record, most)
+    yield text.prompt + text.cue + text.completion
 
 
 def evenly_spaced(available: int, count: int) -> np.ndarray:
@@ -136,9 +148,15 @@ def _is_unseen(client_id: str, fraction: float) -> bool:
 
 
 def _split(
-  everyone: Group, unseen_fraction: float, heldout_fraction: float
+  everyone: Group,
+  unseen_fraction: float,
+  heldout_fraction: float,
+  train_from: int = 0,
 ) -> dict[Kind, Group]:
-  unseen_N = np.array([_is_unseen(i, unseen_fraction) for i in everyone.ids])
+  if train_from:
+    unseen_N = everyone.count < train_from
+  else:
+    unseen_N = np.array([_is_unseen(i, unseen_fraction) for i in everyone.ids])
   unseen = _select(everyone, unseen_N)
   known = _select(everyone, ~unseen_N)
   late_N = np.maximum(1, (known.count * heldout_fraction).astype(np.int64))
@@ -179,20 +197,40 @@ def _select(group: Group, mask_N: np.ndarray) -> Group:
   )
 
 
-def _everyone(dataset: builders.Dataset, min_examples: int) -> Group:
+def everyone(
+  dataset: builders.Dataset, by: Partition
+) -> tuple[Group, np.ndarray | None]:
+  """Returns all clients, and which example each of their rows is.
+
+  None means that a row is an example's own, as it is with natural clients.
+  """
   records = list(dataset.people)
   _check_rows(dataset, records)
-  group = Group(
-    ids=tuple(record['client'].decode() for record in records),
-    first=np.array([record['first'] for record in records]),
-    count=np.array([record['count'] for record in records]),
+  ids = tuple(record['client'].decode() for record in records)
+  count = np.array([record['count'] for record in records])
+  if by.name == partition.NATURAL:
+    first = np.array([record['first'] for record in records])
+    return Group(ids=ids, first=first, count=count), None
+  labels = np.repeat(ids, count)
+  if dataset.builder.labelled:
+    labels = np.concatenate([record['labels'] for record in records])
+  rows = partition.draw(by, labels)
+  count = np.array([len(r) for r in rows])
+  made = Group(
+    ids=tuple(f'{by.name}-{i:06d}' for i in range(len(rows))),
+    first=np.cumsum(count) - count,
+    count=count,
   )
-  if min_examples > group.count.max():
+  return made, np.concatenate(rows)
+
+
+def _busy(clients: Group, min_examples: int) -> Group:
+  if min_examples > clients.count.max():
     raise ValueError(
       f'{min_examples=} leaves nobody: the busiest person has '
-      f'{group.count.max()} examples; lower min_examples.'
+      f'{clients.count.max()} examples; lower min_examples.'
     )
-  return _select(group, group.count >= min_examples)
+  return _select(clients, clients.count >= min_examples)
 
 
 def _check_rows(dataset: builders.Dataset, records: Sequence[dict]) -> None:
@@ -213,13 +251,22 @@ def _check(field: str, value: float, low: float, high: float) -> None:
     raise ValueError(f'{field}={value} must be in [{low}, {high}).')
 
 
-def _reader(
-  dataset: builders.Dataset, tokenizer: Tokenizer, max_context_turns: int
+def reader(
+  dataset: builders.Dataset,
+  tokenizer: Tokenizer,
+  max_context_turns: int = conversations.MAX_CONTEXT_TURNS,
+  most_tokens: int = 0,
+  order_E: np.ndarray | None = None,
 ) -> Callable[[int], Example]:
+  """Returns row -> its example; rows are those of `order_E`, if given."""
+
   @functools.lru_cache(_CACHED_EXAMPLES)
   def read(row: int) -> Example:
-    record = dataset.examples[row]
-    return encode(tokenizer, *_render(record, max_context_turns))
+    row = row if order_E is None else int(order_E[row])
+    text = _render(
+      dataset.builder.render, dataset.examples[row], max_context_turns
+    )
+    return encode(tokenizer, *text, most_tokens=most_tokens)
 
   return read
 
@@ -229,12 +276,15 @@ def load(
   tokenizer: Tokenizer,
   *,
   data_dir: str | os.PathLike | None = None,
+  path: str = '',
   min_examples: int,
   unseen_fraction: float,
   heldout_fraction: float,
   max_context_turns: int = conversations.MAX_CONTEXT_TURNS,
+  most_tokens: int = 0,
   num_people: int = 0,
   copies: int = 1,
+  by: Partition = partition.NATURALLY,
 ) -> People:
   """Splits a data set's people, preparing it first if it never was.
 
@@ -242,7 +292,10 @@ def load(
   `heldout_fraction` of everyone else's turns, one at least, is held out. Of
   those trained on, `num_people` are kept, by a hash of their id; 0 keeps all.
   Each of them stands for `copies` clients, who have the same turns and whatever
-  else is a client's (ranks, draws) for themselves.
+  else is a client's (ranks, draws) for themselves. A text to be summed up is cut
+  to `most_tokens` positions, its cue and target included; 0 leaves it whole.
+  With a partition `by` a rule, clients are made by it; what is held out of them
+  is then drawn, not the latest.
   """
   most_turns = conversations.MAX_CONTEXT_TURNS
   _check('min_examples', min_examples, 2, np.inf)
@@ -250,12 +303,20 @@ def load(
   _check('heldout_fraction', heldout_fraction, 0, 1)
   _check('max_context_turns', max_context_turns, 1, most_turns + 1)
   _check('num_people', num_people, 0, np.inf)
-  prepared = builders.open_dataset(dataset, data_dir)
-  everyone = _everyone(prepared, min_examples)
-  groups = _split(everyone, unseen_fraction, heldout_fraction)
+  prepared = builders.open_dataset(dataset, data_dir, path)
+  clients, order_E = everyone(prepared, by)
+  busy = _busy(clients, min_examples)
+  natural = by.name == partition.NATURAL
+  train_from = prepared.builder.train_from if natural else 0
+  groups = _split(busy, unseen_fraction, heldout_fraction, train_from)
   if not groups['train'].ids:
+    if train_from:
+      raise ValueError(
+        f'{dataset!r} trains on people of {train_from} examples or more, and '
+        'there are none: give it all of its data.'
+      )
     raise ValueError(
-      f'{unseen_fraction=} sets aside all {len(everyone.ids)} people with '
+      f'{unseen_fraction=} sets aside all {len(busy.ids)} people with '
       f'{min_examples=}; lower either.'
     )
   if num_people:
@@ -267,7 +328,8 @@ def load(
     count=np.tile(train.count, copies),
   )
   return People(
-    groups=groups, read=_reader(prepared, tokenizer, max_context_turns)
+    groups=groups,
+    read=reader(prepared, tokenizer, max_context_turns, most_tokens, order_E),
   )
 
 

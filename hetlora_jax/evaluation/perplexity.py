@@ -6,7 +6,7 @@ from hetlora_jax import client, lora, prng, sharding
 from hetlora_jax.types import Array, Cohort, Hyperparameters, Rules, ServerState
 
 
-def summed_loss(
+def losses(
   rules: Rules,
   own: bool,
   at_once: int,
@@ -15,7 +15,7 @@ def summed_loss(
   cohort: Cohort,
   hyper: Hyperparameters,
 ) -> tuple[Array, Array]:
-  """Returns the summed loss of all people, and their token count.
+  """Returns everybody's summed loss and token count: [E] each.
 
   Args:
     rules: the method's.
@@ -41,22 +41,21 @@ def summed_loss(
       view, _ = client.receive(rules, server, memory, hyper, key)
       adapters, scale = view.adapters, view.scale
     batch = jax.tree.map(lambda x: x[0], person.batches)
-    return rules.loss(base, adapters, scale, batch), ()
+    return (), rules.loss(base, adapters, scale, batch)
 
-  (total, count), _ = client.each(one_person, cohort, at_once)
-  return total, count
+  _, (loss_E, tokens_E) = client.each(one_person, cohort, at_once)
+  return loss_E, tokens_E
 
 
 def make_evaluate(rules: Rules, mesh, own: bool, points_at_once: int = 1):
-  """Returns (base, state, cohort, hyper) -> mean losses a token, jitted.
+  """Returns (base, state, cohort, hyper) -> losses and token counts, jitted.
 
-  State and hyper-parameters are of K points, and so are the losses: [K].
+  State and hyper-parameters are of K points, and so are the results: [K, E].
   """
 
   def evaluate(base, state, cohort, hyper):
     at_once = mesh.shape['clients']
-    total, count = summed_loss(rules, own, at_once, base, state, cohort, hyper)
-    return total / count
+    return losses(rules, own, at_once, base, state, cohort, hyper)
 
   points = sharding.each_point(
     mesh, evaluate, (None, 0, None, 0), points_at_once
