@@ -1,0 +1,262 @@
+"""Runs what is missing of the reproduction study: python -m benchmarks.study.
+
+First every arm of configs/study.py at every learning rate with the first seed,
+then, at the rate that was best for validation people, with the other seeds. Every
+run ends in docs/results/raw/TASK/RUN.json; one that has its file is not run again,
+and one that was killed goes on from its checkpoint. Subject lines are also written,
+and scored by ROUGE. The untouched model, without and with examples in its prompt,
+is the floor. `benchmarks.study_report` makes docs/results.md of these files.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+from absl import flags
+
+from benchmarks import machine
+from configs import study
+from hetlora_jax import completions, config, console, metrics, sweep, training
+
+_RAW = flags.DEFINE_string('raw', 'docs/results/raw', 'Folder of the results.')
+_WORKDIR = flags.DEFINE_string('workdir', 'runs/study', 'Folder of the runs.')
+_TASKS = flags.DEFINE_list('tasks', list(study.TASKS), 'Tasks to run.')
+_TOGETHER = flags.DEFINE_integer('together', 3, 'Most runs in one program.')
+_ONLY = flags.DEFINE_list(
+  'only', [], 'Names of runs that share a program, to run in this process.'
+)
+
+
+_FLOORS = 'floors'  # in the place of names
+
+
+def slug(arm: str) -> str:
+  """Returns an arm's name as part of a file's, e.g. 'hetlora_0.85'."""
+  return re.sub(r'[^a-z0-9.]+', '_', arm.lower())
+
+
+def name_of(arm: str, rate: float, seed: int) -> str:
+  return f'{slug(arm)}-lr{rate:g}-seed{seed}'
+
+
+def load(folder: pathlib.Path, task: str) -> dict[str, dict]:
+  """Returns all results of a task by name."""
+  paths = sorted((folder / task).glob('*.json'))
+  return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def for_validation(client: str) -> bool:
+  """Tells whether a person never trained on chooses rates, or is reported."""
+  return bool(hashlib.blake2b(client.encode()).digest()[0] % 2)
+
+
+def validation_loss(result: dict) -> float:
+  """Returns the loss a token of the validation people, inf if it is NaN."""
+  people = [
+    p for p in result['people']['unseen'] if for_validation(p['client'])
+  ]
+  loss = sum(p['loss_sum'] for p in people) / sum(p['tokens'] for p in people)
+  return loss if math.isfinite(loss) else math.inf
+
+
+def best_rate(arm: str, results: dict[str, dict]) -> float | None:
+  """Returns the rate whose run of the first seed validates best, if all ran."""
+  _, rates = study.rates(arm)
+  names = [name_of(arm, rate, study.SEEDS[0]) for rate in rates]
+  if not all(name in results for name in names):
+    return None
+  losses = [validation_loss(results[name]) for name in names]
+  return rates[losses.index(min(losses))]
+
+
+def _run(task: str, arm: str, rate: float, seed: int) -> sweep.Run:
+  field, _ = study.rates(arm)
+  fields = study.ARMS[arm] | {field: rate, 'seed': seed}
+  name = name_of(arm, rate, seed)
+  workdir = pathlib.Path(_WORKDIR.value) / task / name
+  words = [f'--config.{k}={v}' for k, v in fields.items()]
+  command = shlex.join(
+    ['python', '-m', 'launch.train', f'--config=configs/study.py:{task}',
+     *words, f'--workdir={workdir}']
+  )  # fmt: skip
+  base = config.build(study.get_config(task))
+  resolved = sweep.with_fields(base, fields)
+  return sweep.Run(name, fields, resolved, workdir, command)
+
+
+def runs(
+  task: str, results: dict[str, dict]
+) -> Iterator[tuple[str, sweep.Run]]:
+  """Yields arms and runs: all rates of the first seed, then other seeds.
+
+  The latter only of arms whose rate can be chosen.
+  """
+  for arm in study.ARMS:
+    for rate in study.rates(arm)[1]:
+      yield arm, _run(task, arm, rate, study.SEEDS[0])
+  for arm in study.ARMS:
+    rate = best_rate(arm, results)
+    for seed in study.SEEDS[1:] if rate else ():
+      yield arm, _run(task, arm, rate, seed)
+
+
+def _curve(rows: Sequence[metrics.Row]) -> dict[str, list]:
+  """Returns losses, and what was sent and seen until then, at evaluations."""
+  sent = {0: (0, 0, 0)}
+  for row in rows:
+    if 'train/loss' in row:
+      up, down = row['comm/total_up_bytes'], row['comm/total_down_bytes']
+      tokens = sent[row['round'] - 1][2] + row['train/tokens']
+      sent[row['round']] = (up, down, tokens)
+  evaluated = [row for row in rows if 'eval/seen/loss' in row]
+  return {
+    'round': [row['round'] for row in evaluated],
+    'seen': [row['eval/seen/loss'] for row in evaluated],
+    'unseen': [row['eval/unseen/loss'] for row in evaluated],
+    'up_bytes': [sent[row['round']][0] for row in evaluated],
+    'down_bytes': [sent[row['round']][1] for row in evaluated],
+    'target_tokens': [sent[row['round']][2] for row in evaluated],
+  }
+
+
+_OF_ROUNDS = (
+  'train/loss', 'aggregation/error', 'rank/mean', 'rank/pruned',
+  'energy/effective_slots', 'weight/effective_clients', 'time/round_s',
+)  # fmt: skip
+
+
+def collect(task: str, arm: str, run: sweep.Run, summary: dict) -> dict:
+  """Returns what is kept of a finished run."""
+  rows = metrics.read_rows(run.workdir / 'metrics.jsonl')
+  rounds = [row for row in rows if 'train/loss' in row]
+  return {
+    'task': task, 'arm': arm, 'fields': run.fields, 'command': run.command,
+    'finished': summary['finished'], 'machine': machine.describe(),
+    'curve': _curve(rows),
+    'rounds': {name: [row[name] for row in rounds] for name in _OF_ROUNDS},
+    'energy/slots': rounds[-1]['energy/slots'],
+    'rank/histogram': [rounds[0]['rank/histogram'], rounds[-1]['rank/histogram']],
+    'train/parameters': summary['train/parameters'],
+    'people': json.loads((run.workdir / 'people.json').read_text()),
+  }  # fmt: skip
+
+
+def _texts(found: dict) -> dict[str, list[dict]]:
+  """Returns everybody's RougeL, of texts written and teacher-forced."""
+  return {
+    name: [
+      {'client': p['client'], **{t: p[t]['rougeL'] for t in completions.TEXTS}}
+      for p in found[name]['people']
+    ]
+    for name in completions.SETS
+  }
+
+
+def _do_floors(task: str) -> None:
+  """Evaluates the untouched model with so many examples in its prompt."""
+  folder = pathlib.Path(_RAW.value) / task / 'floor'
+  folder.mkdir(parents=True, exist_ok=True)
+  workdir = pathlib.Path(_WORKDIR.value) / task / 'floor'
+  for shots in study.SHOTS:
+    choice = completions.Choice(untouched=True, shots=shots)
+    c = config.resolve(study.get_config(task))
+    found = completions.run(c, workdir / f'shots{shots}', choice)
+    people = {name: found[name]['people'] for name in completions.SETS}
+    metrics.write_json(
+      folder / f'shots{shots}.json',
+      {'shots': shots, 'people': people, 'texts': _texts(found)},
+    )
+
+
+def _do(task: str, chosen: Sequence[tuple[str, sweep.Run]]) -> None:
+  """Runs points of one program in this process and writes their results."""
+  folder = pathlib.Path(_RAW.value) / task
+  folder.mkdir(parents=True, exist_ok=True)
+  summaries = training.run_points(
+    [training.Point(r.config, r.workdir, r.command) for _, r in chosen]
+  )
+  for (arm, run), summary in zip(chosen, summaries, strict=True):
+    result = collect(task, arm, run, summary)
+    if task in study.WRITTEN:
+      found = completions.run(run.config, run.workdir, completions.Choice())
+      result['texts'] = _texts(found)
+    metrics.write_json(folder / f'{run.name}.json', result)
+    shutil.rmtree(run.workdir / 'checkpoints')  # a whole model, of some
+
+
+def _missing(task: str) -> list[tuple[str, sweep.Run]]:
+  results = load(pathlib.Path(_RAW.value), task)
+  return [(a, r) for a, r in runs(task, results) if r.name not in results]
+
+
+def _together(run: sweep.Run) -> int:
+  # States of full fine-tuning are whole models: one at a time.
+  full = run.config.method == 'full_finetuning'
+  return 1 if full else _TOGETHER.value
+
+
+def _programs(missing: Sequence[sweep.Run]) -> Iterator[list[sweep.Run]]:
+  for group in sweep.programs(missing):
+    size = _together(group[0])
+    for i in range(0, len(group), size):
+      yield group[i : i + size]
+
+
+def _command(task: str, names: str) -> list[str]:
+  return [
+    sys.executable, '-m', 'benchmarks.study', f'--raw={_RAW.value}',
+    f'--workdir={_WORKDIR.value}', f'--tasks={task}', f'--only={names}',
+  ]  # fmt: skip
+
+
+def _start(task: str) -> bool:
+  """Starts the programs that a task lacks; returns False if interrupted."""
+  commands = {}
+  if _floors_missing(task):
+    commands[f'{task}: the untouched model'] = _command(task, _FLOORS)
+  for group in _programs([run for _, run in _missing(task)]):
+    names = ','.join(run.name for run in group)
+    commands[f'{task}: {names}'] = _command(task, names)
+  logs = pathlib.Path(_WORKDIR.value) / 'logs'
+  return sweep.start_all(commands, logs, parallel=1)
+
+
+def _floors_missing(task: str) -> bool:
+  folder = pathlib.Path(_RAW.value) / task / 'floor'
+  return not all((folder / f'shots{n}.json').exists() for n in study.SHOTS)
+
+
+def main() -> None:
+  jax.config.update('jax_platforms', 'cpu' if not _ONLY.value else None)
+  if _ONLY.value:
+    if sweep.CHILD in os.environ:
+      console.end_with_parent()
+    (task,) = _TASKS.value
+    if _ONLY.value == [_FLOORS]:
+      _do_floors(task)
+      return
+    try:
+      _do(task, [(a, r) for a, r in _missing(task) if r.name in _ONLY.value])
+    except training.Interrupted:
+      sys.exit(console.SAVED)
+    return
+  for _ in range(2):  # the second time the other seeds, at the rates chosen
+    for task in _TASKS.value:
+      if not _start(task):
+        console.say('Stopped; the same line goes on.')
+        sys.exit(console.SAVED)
+  left = sum(len(_missing(t)) + _floors_missing(t) for t in _TASKS.value)
+  console.say(f'{left} runs failed.' if left else 'The study is complete.')
+  sys.exit(1 if left else 0)
+
+
+if __name__ == '__main__':
+  machine.run(main)

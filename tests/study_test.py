@@ -1,0 +1,135 @@
+"""The reproduction study: its runs, and what the page says of their results."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from absl import flags
+
+from benchmarks import study as runner
+from benchmarks import study_report as report
+from configs import study
+
+if not flags.FLAGS.is_parsed():
+  flags.FLAGS(['tests'])
+
+
+def result(arm, losses, *, tokens=10, tail=0.0, up=1e6):
+  """Returns a result with evaluations at rounds 0, 6, ... of given losses."""
+  count = len(losses)
+  people = {
+    kind: [
+      {'client': f'{kind}{i}', 'rank': 5, 'tokens': tokens + i,
+       'loss_sum': (losses[-1] + tail * (i % 2)) * (tokens + i)}
+      for i in range(20)
+    ]
+    for kind in ('seen', 'unseen')
+  }  # fmt: skip
+  one = {name: [1.0, 2.0] for name in runner._OF_ROUNDS}
+  return {
+    'arm': arm, 'people': people, 'rounds': one, 'train/parameters': 1e4,
+    'machine': {'processor': 'x', 'cores': '2', 'jax': '0'},
+    'curve': {
+      'round': [6 * i for i in range(count)], 'seen': list(losses),
+      'unseen': list(losses), 'target_tokens': [0] * count,
+      'up_bytes': [up * i for i in range(count)], 'down_bytes': [0.0] * count,
+    },
+  }  # fmt: skip
+
+
+def results_of(losses_of_arms):
+  """Returns results of arms at three rates and seeds; the middle is best."""
+  out = {}
+  for arm, losses in losses_of_arms.items():
+    _, rates = study.rates(arm)
+    for rate, worse in zip(rates, (0.5, 0.0, 0.2), strict=True):
+      for seed in study.SEEDS if not worse else study.SEEDS[:1]:
+        shifted = [x + worse + 0.01 * seed for x in losses]
+        out[runner.name_of(arm, rate, seed)] = result(arm, shifted)
+  return out
+
+
+FOUND = {
+  'LoRA r = 5': [4.0, 3.8, 3.6],
+  'LoRA r = 50': [4.0, 3.5, 3.7],
+  report.OURS: [4.0, 3.4, 3.2],
+}
+
+
+@pytest.mark.parametrize('task', study.TASKS)
+def test_every_arm_is_a_run_of_its_own_name(task):
+  runs = list(runner.runs(task, {}))
+  assert len(runs) == len(study.ARMS) * len(study.RATES)
+  assert len({run.name for _, run in runs}) == len(runs)
+  assert {run.config.data.name for _, run in runs} == {report.NAMES[task]}
+  shares = {
+    (run.config.federated.num_rounds, run.config.federated.clients_per_round,
+     run.config.federated.local_steps, run.config.federated.local_batch)
+    for _, run in runs
+  }  # fmt: skip
+  assert len(shares) == 1  # no arm is smaller than another
+
+
+def test_other_seeds_run_at_the_rate_that_validates_best():
+  done = results_of({'FedEx': [4.0, 3.0]})
+  names = [run.name for _, run in runner.runs('chat', done)]
+  assert names[-2:] == ['fedex-lr0.002-seed1', 'fedex-lr0.002-seed2']
+  del done['fedex-lr0.008-seed0']
+  assert runner.best_rate('FedEx', done) is None
+
+
+def test_people_who_choose_rates_are_not_reported():
+  arm = report.arms(results_of(FOUND))[report.OURS]
+  reported = report.loss(arm, 'unseen'), arm.losses('unseen')[0].shape
+  for r in arm.results:
+    for person in r['people']['unseen']:
+      if runner.for_validation(person['client']):
+        person['loss_sum'] = 1e9
+  assert (report.loss(arm, 'unseen'), arm.losses('unseen')[0].shape) == reported
+  assert 0 < reported[1][1] < 20
+
+
+def test_a_loss_that_is_not_finite_is_never_chosen():
+  done = results_of({'FedEx': [4.0, 3.0]})
+  for person in done['fedex-lr0.002-seed0']['people']['unseen']:
+    person['loss_sum'] = math.nan
+  assert runner.best_rate('FedEx', done) == 0.008
+
+
+def test_intervals_hold_the_mean_and_gaps_are_paired():
+  found = report.arms(results_of(FOUND))
+  a, b = found['LoRA r = 5'], found[report.OURS]
+  low, high = report.interval(report.draws(a, 'seen'))
+  assert low < report.loss(a, 'seen') < high
+  gap = report.gap(a, b, 'seen')
+  # Every person's loss differs by the same 0.4, so a paired gap has no spread.
+  np.testing.assert_allclose([gap.mean, gap.low, gap.high], 0.4, atol=1e-6)
+
+
+def test_bytes_are_interpolated_where_a_target_is_crossed():
+  arm = report.arms(results_of(FOUND))[report.OURS]
+  assert report.bytes_to(arm, 3.41 + 0.3) == pytest.approx(0.5e6)
+  assert report.bytes_to(arm, 1.0) is None
+
+
+def test_a_claim_needs_intervals_beyond_zero():
+  sure, unsure = (
+    report.Gap(mean=0.1, low=low, high=0.2) for low in (0.05, -0.01)
+  )
+  assert report._verdict([sure, sure], 1) == 'confirmed'
+  assert report._verdict([sure, unsure], 1) == 'undecidable here'
+  assert report._verdict([sure], -1) == 'not confirmed'
+
+
+def test_the_page_tells_what_ran(tmp_path):
+  raw = tmp_path / 'raw' / 'chat'
+  raw.mkdir(parents=True)
+  for name, content in results_of(FOUND).items():
+    (raw / f'{name}.json').write_text(json.dumps(content))
+  page = report.page(tmp_path / 'raw', tmp_path)
+  assert '15 of 180 runs are done; the others are missing' in page
+  assert '| HetLoRA beats homogeneous LoRA of low rank | +0.400' in page
+  assert f'{math.exp(3.21):.2f} [' in page  # the mean of three seeds
+  assert (tmp_path / 'chat_curves.png').stat().st_size > 10_000
+  assert 'No arm has run' in page  # of the other task
