@@ -116,6 +116,8 @@ def get_config() -> ml_collections.ConfigDict:
   lora.fold_scale = False
   # How A is drawn: 'gaussian' or 'kaiming_uniform'; B starts at zero.
   lora.init = 'gaussian'
+  # PEFT folder with the adapters to start from, of any rank up to r_max.
+  lora.from_peft = ''
 
   o = c.client_optimizer = ml_collections.ConfigDict()
   # 'adam', 'adamw' or 'sgd'; moments start afresh every round.
@@ -158,8 +160,21 @@ def get_config() -> ml_collections.ConfigDict:
   x.vocab_size = 384
 
   d = c.data = ml_collections.ConfigDict()
-  # Data set: 'chitchat' or 'synthetic'.
+  # Data set: 'chitchat', 'mail_subject', 'multi_session_chat', 'reddit_tldr',
+  # 'synthetic', or 'text_folder': your own data (docs/data.md).
   d.name = 'chitchat'
+  # File or folder of your data, or of a data set that you downloaded.
+  d.path = ''
+  # Who the clients are: 'natural' (who wrote it), or made by a rule from all
+  # examples: 'iid', 'dirichlet', 'by_size', 'pathological'.
+  d.partition = 'natural'
+  # Clients that such a rule makes.
+  d.partition_clients = 100
+  # Its number: of 'dirichlet' the concentration, of 'by_size' the exponent of
+  # the power law, of 'pathological' the shards of one label that a client gets.
+  d.partition_alpha = 1.0
+  # Its seed, so that clients are the same for every `seed`.
+  d.partition_seed = 0
   # People with fewer examples are left out.
   d.min_examples = 20
   # People who may be trained on, the same for every seed; 0 is all.
@@ -175,7 +190,8 @@ def get_config() -> ml_collections.ConfigDict:
   d.context_turns = 4
   # Tokens of a packed row.
   d.row_tokens = 256
-  # Room for tokens, times local_batch; longer contexts lose their start.
+  # Room for tokens, times local_batch; longer contexts lose their start, texts
+  # that are summed up their end.
   d.tokens_per_example = 96
   # Room for target tokens, times local_batch; longer targets lose their end.
   d.targets_per_example = 32

@@ -1,11 +1,16 @@
-"""The base model of a run: a pretrained one, or a random one for `tiny`."""
+"""The base model of a run: a pretrained one, a random one for `tiny`, or yours."""
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from hetlora_jax import prng, sharding
@@ -13,6 +18,101 @@ from hetlora_jax.config import Config, ConfigError, RandomModel
 from hetlora_jax.data import people
 from hetlora_jax.data.tokenizer import Tokenizer
 from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.types import Array, Loss, PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseModel:
+  """All that a run needs of a model; `own` makes one of yours."""
+
+  params: PyTree  # frozen; nested dicts
+  dims: dict[str, tuple[int, int, int]]  # target -> (layers, d_in, d_out)
+  loss: Loss
+  tokenizer: people.Tokenizer
+  identity: dict[str, Any]  # what a checkpoint belongs to, for JSON
+
+
+def of_config(config: Config, mesh: Mesh) -> BaseModel:
+  """Returns the model that a configuration names, on its devices."""
+  model, dtype = load(config, mesh), compute_dtype(config)
+  return BaseModel(
+    params=model.params,
+    dims=decoder.adapter_dims(model.config, config.lora.targets),
+    loss=decoder.make_loss(model.config, dtype, config.model.remat),
+    tokenizer=model.tokenizer,
+    identity={
+      'sha256': model.fingerprint,
+      'dtype': dtype.name,
+      'shape': dataclasses.asdict(model.config),
+    },
+  )
+
+
+def own(
+  params: PyTree,
+  apply: Callable[..., Array],
+  targets: Sequence[str],
+  tokenizer: people.Tokenizer,
+) -> BaseModel:
+  """Makes any model the base of a run; see `experiment.prepare`.
+
+  Args:
+    params: nested dicts of arrays, no name twice. They stay frozen.
+    apply: a pure function (params, adapters, scale, batch) -> logits [P, T, V].
+      `scale * a @ b` of `adapters[t]` [layers, ...] is to be added to the matrix
+      named t. The rows of `batch` (see `types.Batch`) hold several examples;
+      what belongs together has the same `batch.segment`.
+    targets: names of the adapted matrices, [layers, d_in, d_out] each.
+    tokenizer: has `bos_id` and `encode`.
+
+  Raises:
+    ConfigError: a target is no such matrix.
+  """
+  named = {
+    str(path[-1].key): np.asarray(leaf)
+    for path, leaf in jax.tree.leaves_with_path(params)
+  }
+  for target in targets:
+    if target not in named or named[target].ndim != 3:
+      known = [name for name, leaf in named.items() if leaf.ndim == 3]
+      raise ConfigError(
+        f'{target=} is no matrix [layers, d_in, d_out] of the model; these '
+        f'are: {", ".join(known)}.'
+      )
+  shapes = {name: list(leaf.shape) for name, leaf in sorted(named.items())}
+  digest = hashlib.sha256()
+  for _, leaf in sorted(named.items()):
+    digest.update(leaf.tobytes())
+  return BaseModel(
+    params=params,
+    dims={target: named[target].shape for target in targets},
+    loss=loss_of(apply),
+    tokenizer=tokenizer,
+    identity={
+      'sha256': digest.hexdigest(),
+      'dtype': named[targets[0]].dtype.name,
+      'shape': shapes,
+    },
+  )
+
+
+def loss_of(apply: Callable[..., Array]) -> Loss:
+  """Makes the task of a function that returns logits; see `own`."""
+
+  def loss(base, adapters, scale, batch):
+    logit = apply(base, adapters, scale, batch)
+    logit_MV = logit.reshape(-1, logit.shape[-1])[batch.target_index]
+    nats_M = optax.softmax_cross_entropy_with_integer_labels(
+      logit_MV.astype(jnp.float32), batch.target
+    )
+    return (nats_M * batch.weight).sum(), batch.weight.sum()
+
+  return loss
+
+
+def place(model: BaseModel, mesh: Mesh) -> BaseModel:
+  """Puts the parameters where those of their names live on a mesh."""
+  return dataclasses.replace(model, params=_placed(model.params, mesh))
 
 
 def compute_dtype(config: Config) -> jnp.dtype:
@@ -36,7 +136,7 @@ def load(config: Config, mesh: Mesh) -> pretrained.Pretrained:
   """
   c, dtype = config.model, compute_dtype(config)
   if c.source == 'random':
-    model = _draw(c.random, config.data.name, dtype, mesh)
+    model = _draw(c.random, config.data.name, config.data.path, dtype, mesh)
   else:
     model = _load(c.source, dtype, mesh)
   check_split(config, model.config)
@@ -59,9 +159,9 @@ def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> pretrained.Pretrained:
 
 @functools.lru_cache(1)
 def _draw(
-  c: RandomModel, data: str, dtype: jnp.dtype, mesh: Mesh
+  c: RandomModel, data: str, path: str, dtype: jnp.dtype, mesh: Mesh
 ) -> pretrained.Pretrained:
-  tokenizer = Tokenizer.train(people.corpus(data), c.vocab_size)
+  tokenizer = Tokenizer.train(people.corpus(data, path=path), c.vocab_size)
   shape = random_shape(c, tokenizer.vocab_size)
   params = decoder.init_params(shape, prng.stream(c.seed, 'base'), dtype)
   model = pretrained.Pretrained(shape, params, f'random-{c.seed}', tokenizer)
@@ -69,9 +169,12 @@ def _draw(
 
 
 def _place(model: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained:
-  where = sharding.by_name(mesh, model.params)
-  placed = jax.block_until_ready(sharding.place(model.params, where))
-  return dataclasses.replace(model, params=placed)
+  return dataclasses.replace(model, params=_placed(model.params, mesh))
+
+
+def _placed(params: PyTree, mesh: Mesh) -> PyTree:
+  where = sharding.by_name(mesh, params)
+  return jax.block_until_ready(sharding.place(params, where))
 
 
 def random_shape(c: RandomModel, vocab_size: int) -> decoder.DecoderConfig:

@@ -3,12 +3,15 @@
 Nothing here, nor what uses it, executes what it reads.
 """
 
+import itertools
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 MOST_BYTES = 1 << 28  # of a file that is read whole; Gemma's largest has 33 MB
+MOST_LINE = 1 << 24  # bytes of a line of JSON; Reddit's longest has 0.2 MB
 MOST_NESTED = 64  # levels of lists and objects
 
 # What code that expects another structure raises; KeyError is a LookupError.
@@ -76,6 +79,32 @@ def parse_json(content: bytes | str, path: pathlib.Path, remedy: str) -> dict:
 def read_json(path: pathlib.Path, remedy: str) -> dict:
   """Reads a file that holds one JSON object."""
   return parse_json(read_bytes(path, remedy), path, remedy)
+
+
+def json_lines(
+  path: pathlib.Path, remedy: str
+) -> Iterator[tuple[pathlib.Path, dict]]:
+  """Yields ('FILE:LINE', object) of a file of JSON objects, one a line.
+
+  Blank lines are skipped. Raises OSError or ValueError, which name the line.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f'{path} is not a file: {remedy}.')
+  try:
+    with path.open('rb') as file:
+      for number in itertools.count(1):
+        place = pathlib.Path(f'{path}:{number}')
+        if not (line := file.readline(MOST_LINE + 1)):
+          return
+        if len(line) > MOST_LINE:
+          raise damaged(place, f'more than {MOST_LINE} bytes', remedy)
+        if line.strip():
+          yield place, parse_json(line, place, remedy)
+  except OSError as error:
+    raise OSError(
+      f'{path} cannot be read ({error.strerror}): change its permissions, or '
+      f'{remedy}.'
+    ) from error
 
 
 def _nested(value: Any) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hetlora_jax import lora, ranks
+from hetlora_jax.data import partition
 from hetlora_jax.methods import aggregation, pruning, registry, tail, weighting
 from hetlora_jax.models import decoder
 
@@ -39,6 +40,7 @@ _CHOICES = {
   'server_optimizer.name': SERVER_OPTIMIZERS,
   'model.dtype': DTYPES,
   'communication.wire_dtype': WIRE_DTYPES,
+  'data.partition': (partition.NATURAL, *partition.PARTITIONERS),
 }
 _AT_LEAST = {
   0: (
@@ -46,7 +48,7 @@ _AT_LEAST = {
     'federated.tail_penalty federated.proximal federated.clients_at_once mesh.points_at_once '
     'ranks.exponent methods.energy client_optimizer.learning_rate '
     'client_optimizer.full_learning_rate client_optimizer.weight_decay '
-    'server_optimizer.learning_rate data.num_people eval.every '
+    'server_optimizer.learning_rate data.num_people data.partition_seed eval.every '
     'checkpoint.keep_every federated.norm_bound faults.malicious methods.trim'
   ),
   1: (
@@ -54,7 +56,7 @@ _AT_LEAST = {
     'federated.local_batch federated.r_min federated.r_max data.min_examples '
     'data.context_turns data.row_tokens data.tokens_per_example '
     'data.targets_per_example eval.num_people eval.examples_per_person '
-    'data.copies checkpoint.every checkpoint.keep mesh.sweep mesh.clients mesh.model '
+    'data.copies data.partition_clients checkpoint.every checkpoint.keep mesh.sweep mesh.clients mesh.model '
     'federated.rounds_per_call model.random.width model.random.num_layers '
     'model.random.num_heads model.random.head_dim model.random.mlp_width '
     'model.random.vocab_size'
@@ -156,9 +158,24 @@ def _conditions(c) -> Iterator[tuple[str, Any, bool, str]]:
     bool(c.lora.targets) and set(c.lora.targets) <= set(decoder.TARGETS),
     f'name one or more of {", ".join(decoder.TARGETS)}',
   )  # fmt: skip
+  start, trainable = c.lora.from_peft, registry.rule_names(c)['trainable']
+  yield (
+    'lora.from_peft', repr(start), not start or trainable != 'base',
+    'full fine-tuning has no adapters; merge it and give that as model.source',
+  )  # fmt: skip
+  yield (
+    'lora.scale', c.lora.scale, not start or c.lora.scale > 0,
+    'at scale 0 no adapter can be that of lora.from_peft',
+  )  # fmt: skip
   for name in ('unseen_fraction', 'heldout_fraction'):
     value = getattr(c.data, name)
     yield f'data.{name}', value, 0 < value < 1, 'it must be in (0, 1)'
+  alpha, rule = c.data.partition_alpha, c.data.partition
+  yield (
+    'data.partition_alpha', alpha,
+    0 < alpha < 2**31 and (rule != 'pathological' or alpha.is_integer()),
+    "it must be positive, and of 'pathological' a whole number of shards",
+  )  # fmt: skip
   yield (
     'data.context_turns', c.data.context_turns, c.data.context_turns <= 4,
     'the data sets keep 4 turns',

@@ -83,6 +83,7 @@ class LoraConfig:
   scale_rule: str
   fold_scale: bool
   init: str
+  from_peft: str
 
 
 @_record
@@ -121,6 +122,11 @@ class Model:
 @_record
 class Data:
   name: str
+  path: str
+  partition: str
+  partition_clients: int
+  partition_alpha: float
+  partition_seed: int
   min_examples: int
   num_people: int
   copies: int
@@ -204,7 +210,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def flat(tree: dict, prefix: str = '') -> dict[str, Any]:
-  """Joins the keys of nested dicts with dots."""
+  """Joins the keys of nested dicts with dots.
+
+  >>> flat({'seed': 0, 'lora': {'scale': 2.0}})
+  {'seed': 0, 'lora.scale': 2.0}
+  """
   out = {}
   for name, value in tree.items():
     if isinstance(value, dict):

@@ -239,7 +239,7 @@ def make_folder(folder: pathlib.Path, tokenizer: str = 'model') -> None:
     raw['vocab_size'] = tokenizer_test._folder_with_bpe(folder).get_vocab_size()
   (folder / 'config.json').write_text(json.dumps(raw))
   config = reader._config(folder, raw)
-  tensors = _named(config, reader._names(config.family, {}))
+  tensors = _named(config, reader.tensor_names(config.family))
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   index = {'weight_map': dict.fromkeys(tensors, 'model.safetensors')}
   path = folder / 'model.safetensors.index.json'
@@ -409,6 +409,44 @@ MODELS = {
 }
 
 
+# --- Adapters --------------------------------------------------------------
+
+
+def make_adapter(name: str):
+  """Returns a maker of a PEFT folder that damages a file of it."""
+
+  def make(folder: pathlib.Path) -> pathlib.Path:
+    golden = ROOT / 'tests' / 'golden' / 'peft_tiny_llama'
+    shutil.copytree(golden, folder, dirs_exist_ok=True)
+    return folder / name
+
+  return make
+
+
+def read_adapter(folder: pathlib.Path) -> list:
+  import numpy as np
+
+  from hetlora_jax.models.pretrained import peft
+  from hetlora_jax.types import Lora
+
+  dims = {'q': (24, 32), 'v': (24, 16), 'down': (40, 24)}
+  like = {
+    t: Lora(np.zeros((3, d_in, 4)), np.zeros((3, 4, d_out)))
+    for t, (d_in, d_out) in dims.items()
+  }
+  found = peft.read(folder, like, 1.3)
+  return [x.tobytes() for padded in found.values() for x in padded.adapter]
+
+
+ADAPTERS = {
+  name: Format(make_adapter(name), read_adapter, damage)
+  for name, damage in (
+    ('adapter_config.json', json_file),
+    ('adapter_model.safetensors', binary_file),
+  )
+}
+
+
 # --- Data sets -------------------------------------------------------------
 
 
@@ -486,6 +524,47 @@ def read_chitchat(folder: pathlib.Path) -> list:
     shutil.rmtree(data, ignore_errors=True)
 
 
+def make_lines(folder: pathlib.Path) -> pathlib.Path:
+  path = folder / 'mine.jsonl'
+  line = {'client': 'ann', 'context': ['Hi.', 'Oh?'], 'target': 'Yes.'}
+  lines = [json.dumps(line | {'time': i, 'label': 'x'}) for i in range(9)]
+  path.write_text('\n'.join(lines))
+  return path
+
+
+def make_mails(folder: pathlib.Path) -> pathlib.Path:
+  import mail_subject_test
+
+  path = folder / 'mails.tgz'
+  body = mail_subject_test.BODY
+  return mail_subject_test.pack(
+    path,
+    [mail_subject_test.message(f'Part {i}', f'{i} {body}') for i in range(9)],
+  )
+
+
+def read_own(name: str, file: str):
+  """Returns a reader of a user's file, which leaves nothing half-written."""
+
+  def read(folder: pathlib.Path) -> list:
+    from hetlora_jax.data import builders
+
+    data = folder / 'tfds'
+    try:
+      with contextlib.redirect_stdout(io.StringIO()):
+        path = str(folder / file)
+        examples = builders.open_dataset(name, data, path).examples
+      return [(r['client'], r['time'], r['target']) for r in examples]
+    except Exception as error:
+      if list(data.rglob('*.array_record*')):
+        raise AssertionError('a half-written directory is left') from error
+      raise
+    finally:
+      shutil.rmtree(data, ignore_errors=True)
+
+  return read
+
+
 DATA = {
   **{
     f'{name}{", no seal" * (not sealed)}': Format(
@@ -503,6 +582,12 @@ DATA = {
     make_data('sha256.json', sealed=True), read_data, json_file
   ),
   "chitchat's dataset.json": Format(make_chitchat, read_chitchat, json_file),
+  'JSONL of text_folder': Format(
+    make_lines, read_own('text_folder', 'mine.jsonl'), jsonl_file
+  ),
+  'tarball of mail_subject': Format(
+    make_mails, read_own('mail_subject', 'mails.tgz'), binary_file
+  ),
 }
 
 
@@ -613,7 +698,7 @@ RUNS = {
     make_run('metrics.jsonl'), read_rows, jsonl_file
   ),
 }
-GROUPS = {'models': MODELS, 'data': DATA, 'runs': RUNS}
+GROUPS = {'models': MODELS, 'adapters': ADAPTERS, 'data': DATA, 'runs': RUNS}
 
 
 # --- Running cases ---------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hetlora_jax.data import builders, people
+from hetlora_jax.data.builders import conversations
 
 
 class Characters:
@@ -186,8 +187,9 @@ def test_context_is_the_latest_turns():
   record = dict(
     context=[b'one', b'two', b'three'], mine=[True, False, True], target=b'x'
   )
-  assert people._render(record, 2) == ('B: two\nA: three\nA:', ' x\n')
-  assert people._render(record, 4)[0] == 'A: one\nB: two\nA: three\nA:'
+  chat = conversations.render_chat
+  assert people._render(chat, record, 2) == ('B: two\nA: three\nA:', ' x\n', '')
+  assert people._render(chat, record, 4).prompt.startswith('A: one\nB: two\nA:')
 
 
 def test_an_example_that_is_not_there_is_named(load):

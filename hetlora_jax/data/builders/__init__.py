@@ -14,11 +14,24 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 
 from hetlora_jax import bounds
-from hetlora_jax.data.builders import chitchat, conversations, synthetic
+from hetlora_jax.data.builders import (
+  chitchat,
+  conversations,
+  mail_subject,
+  multi_session_chat,
+  reddit_tldr,
+  synthetic,
+  text_folder,
+)
+from hetlora_jax.models.pretrained import sources
 
 BUILDERS: dict[str, type[conversations.ConversationBuilder]] = {
   'chitchat': chitchat.Chitchat,
+  'mail_subject': mail_subject.MailSubject,
+  'multi_session_chat': multi_session_chat.MultiSessionChat,
+  'reddit_tldr': reddit_tldr.RedditTldr,
   'synthetic': synthetic.Synthetic,
+  'text_folder': text_folder.TextFolder,
 }
 
 
@@ -32,6 +45,7 @@ class Dataset(NamedTuple):
   examples: Sequence[dict]
   people: Sequence[dict]
   folder: pathlib.Path = pathlib.Path()  # where they were prepared
+  builder: type[conversations.ConversationBuilder] = chitchat.Chitchat
 
 
 class _Records(Sequence):
@@ -111,16 +125,25 @@ def _open_prepared(builder: tfds.core.DatasetBuilder) -> Dataset:
   folder = pathlib.Path(builder.data_path)
   open_split: Any = builder.as_data_source
   examples, people = open_split('examples'), open_split('people')
-  return Dataset(_Records(examples, folder), _Records(people, folder), folder)
+  return Dataset(
+    _Records(examples, folder), _Records(people, folder), folder, type(builder)
+  )
+
+
+def _digest(files: Sequence[pathlib.Path]) -> str:
+  """Returns a digest of the names and contents of files."""
+  lines = [f'{file.name} {sources.digest(file)}\n' for file in files]
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]
 
 
 def open_dataset(
-  name: str, data_dir: str | os.PathLike | None = None
+  name: str, data_dir: str | os.PathLike | None = None, path: str = ''
 ) -> Dataset:
   """Opens a data set, preparing it if it never was.
 
   A name may end in one of the builder's configs, as in 'synthetic/seed1'.
-  Without `data_dir` it lives in $HETLORA_CACHE or ~/.cache/hetlora_jax.
+  Without `data_dir` it lives in $HETLORA_CACHE or ~/.cache/hetlora_jax. Files
+  of a user at `path` are prepared anew if their content has changed.
 
   Raises:
     ValueError: no such data set, or its folder is damaged.
@@ -130,10 +153,13 @@ def open_dataset(
   if kind not in BUILDERS:
     raise ValueError(f'dataset={name!r} is unknown; one of {list(BUILDERS)}.')
   data_dir = pathlib.Path(data_dir or _default_data_dir())
+  if path:
+    data_dir = data_dir / 'files' / _digest(BUILDERS[kind].files(path))
   make_builder = functools.partial(
     BUILDERS[kind],
     data_dir=data_dir,
     config=config or None,
+    path=path,
     file_format='array_record',
   )
   folder = _place(kind, config, data_dir)

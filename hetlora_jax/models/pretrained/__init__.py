@@ -57,6 +57,11 @@ def load(
   return Pretrained(config, params, fingerprint, tokenizer)
 
 
+def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
+  """Loads the tokenizer of a base model alone; see `load`."""
+  return _open(sources.resolve(source).path).tokenizer
+
+
 def _open(path: pathlib.Path) -> layout.Checkpoint:
   reader = safetensors if path.is_dir() else gguf
   checkpoint = reader.open_checkpoint(path)

@@ -1,0 +1,121 @@
+"""Reddit posts summed up by their authors: Webis-TLDR-17, TFDS's `reddit`.
+
+Völske, Potthast, Syed, Stein (2017), "TL;DR: Mining Reddit to Learn Automatic
+Summarization"; CC BY 4.0. As in HetLoRA (arXiv 2401.06432), authors of 100
+posts or more are trained on; all others are the unseen people.
+"""
+
+import collections
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from hetlora_jax import bounds
+from hetlora_jax.data.builders import conversations
+
+FILE = 'corpus-webis-tldr-17.json'
+AGAIN = 'fetch the corpus again'
+MOST_CHARACTERS = 4000  # of a post; its end is cut
+FEWEST_POSTS = 2  # of an author, to train on one and hold one out
+NOBODY = frozenset({'', '[deleted]', '[removed]', 'None'})
+_PHRASE = 3  # words; a post may well hold the words of a shorter summary
+_TLDR = re.compile(r'\btl\s*[;:,.\-/]?\s*dr\b.*', re.I | re.S)
+
+
+def _text(record: dict, name: str) -> str:
+  value = record.get(name) or ''
+  value = value.decode() if isinstance(value, bytes) else value
+  if not isinstance(value, str):
+    raise ValueError(f'{name}={value!r}')
+  return ' '.join(value.split())
+
+
+def _content(record: dict, summary: str) -> str:
+  """Returns a post without its summary and what introduces that."""
+  content = _TLDR.sub('', _text(record, 'content'))
+  if len(summary.split()) >= _PHRASE:
+    content = re.sub(rf'(?<!\w){re.escape(summary)}(?!\w)', '', content)
+  return ' '.join(content.split())[:MOST_CHARACTERS]
+
+
+def turn(record: dict, row: int) -> conversations.Turn | None:
+  """Returns the example of a post, or None if its author or text is gone."""
+  author, summary = _text(record, 'author'), _text(record, 'summary')
+  content = _content(record, summary) if summary else ''
+  if author in NOBODY or not content or content in NOBODY:
+    return None
+  return conversations.Turn(
+    client=author,
+    time=row,  # the corpus has no dates
+    context=[content],
+    mine=[True],
+    target=summary,
+    label=_text(record, 'subreddit'),
+  )
+
+
+def _tfds_folder() -> pathlib.Path:
+  return pathlib.Path(tfds.core.constants.DATA_DIR).expanduser()
+
+
+def find(path: str) -> pathlib.Path:
+  """Returns the corpus at a user's path, or where TFDS has unpacked it."""
+  place = pathlib.Path(path).expanduser() if path else _tfds_folder()
+  if place.is_file():
+    return place
+  pattern = '**/' if path else 'downloads/**/'
+  for found in sorted(place.glob(f'{pattern}{FILE}')):
+    return found
+  raise FileNotFoundError(
+    f'{place} has no {FILE}: download and unpack the Webis-TLDR-17 corpus '
+    '(Zenodo record 1043504) and give its folder as data.path.'
+  )
+
+
+def _records(path: str) -> Iterator[tuple[pathlib.Path, dict]]:
+  """Yields the posts of a user's file, or those that TFDS has prepared."""
+  if not path:
+    builder: Any = tfds.builder('reddit', data_dir=_tfds_folder())
+    place, kind = pathlib.Path(builder.data_path), builder.info.file_format
+    if place.exists() and kind and kind.value == 'array_record':
+      yield from ((place, post) for post in builder.as_data_source('train'))
+      return
+  yield from bounds.json_lines(find(path), AGAIN)
+
+
+def _checked(path: str) -> Iterator[conversations.Turn]:
+  for row, (place, record) in enumerate(_records(path)):
+    try:
+      post = turn(record, row)
+    except ValueError as error:
+      raise bounds.damaged(place, error, AGAIN) from error
+    if post is not None:
+      yield post
+
+
+class RedditTldr(conversations.ConversationBuilder):
+  """Makes every post an example of its author: content, then summary."""
+
+  labelled: ClassVar[bool] = True  # by subreddit
+  train_from: ClassVar[int] = 100
+
+  @classmethod
+  def files(cls, path: str) -> list[pathlib.Path]:
+    return [find(path)]
+
+  @staticmethod
+  def render(
+    context: Sequence[str], mine: Sequence[bool], target: str
+  ) -> conversations.Rendered:
+    del mine
+    return conversations.render_summary(context, 'TL;DR:', target)
+
+  def turns(self) -> Iterator[conversations.Turn]:
+    # Read twice: most authors posted once, and only the others must fit memory.
+    posts = collections.Counter(post.client for post in _checked(self.path))
+    for post in _checked(self.path):
+      if posts[post.client] >= FEWEST_POSTS:
+        yield post

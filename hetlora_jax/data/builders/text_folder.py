@@ -1,0 +1,118 @@
+"""Your own data: JSON Lines files with a client, a context and a target.
+
+  {"client": "ann", "context": ["How are you?"], "target": "Fine."}
+
+`context` is a text or a list of texts, oldest first, by others unless `mine`
+says which are the client's. `time`, an integer, orders a client's examples
+(else their lines do) and `label` says what they are about.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from hetlora_jax import bounds
+from hetlora_jax.data.builders import conversations
+
+FIELDS = {'client': str, 'context': list, 'target': str}
+OPTIONAL = {'mine': list, 'time': int, 'label': str}
+_OF_LISTS = {'context': str, 'mine': bool}
+REMEDY = (
+  'correct the line; it needs client (text), context (text or list of texts) '
+  'and target (text)'
+)
+
+
+def _is(value: Any, kind: type, inner: type | None) -> bool:
+  if kind is int:
+    return type(value) is int and abs(value) < 2**63
+  if not isinstance(value, kind):
+    return False
+  return inner is None or all(isinstance(x, inner) for x in value)
+
+
+def _texts(value: Any) -> list[str]:
+  values = value if isinstance(value, list) else [value]
+  return [x for x in values if isinstance(x, str)]
+
+
+def _is_unicode(text: str) -> bool:
+  """Tells whether UTF-8 can hold a text; JSON's escapes may be half a pair."""
+  return not any('\ud800' <= letter <= '\udfff' for letter in text)
+
+
+def _problem(record: dict) -> str:
+  """Says what is wrong with a line, or nothing."""
+  for name in FIELDS:
+    if name not in record:
+      return f'no {name}'
+  for name, value in record.items():
+    kind = (FIELDS | OPTIONAL).get(name)
+    if kind is None:
+      return f'{name!r} is no field'
+    if not _is(value, kind, _OF_LISTS.get(name)):
+      return f'{name}={value!r}'
+  texts = [x for value in record.values() for x in _texts(value)]
+  if not all(_is_unicode(text) for text in texts):
+    return 'half a surrogate pair is not text'
+  for name in ('client', 'target'):
+    if not record[name].strip():
+      return f'{name} is empty'
+  if not record['context']:
+    return 'context is empty'
+  if len(record.get('mine', record['context'])) != len(record['context']):
+    return 'mine is not as long as context'
+  return ''
+
+
+def _turn(record: dict, place: pathlib.Path, line: int) -> conversations.Turn:
+  if isinstance(record.get('context'), str):
+    record['context'] = [record['context']]
+  if problem := _problem(record):
+    raise bounds.damaged(place, problem, REMEDY)
+  most = conversations.MAX_CONTEXT_TURNS
+  context = record['context'][-most:]
+  return conversations.Turn(
+    client=record['client'],
+    time=record.get('time', line),
+    context=context,
+    mine=record.get('mine', [False] * len(context))[-most:],
+    target=record['target'],
+    label=record.get('label', record['client']),
+  )
+
+
+def jsonl_files(path: str) -> list[pathlib.Path]:
+  """Returns a file, or the *.jsonl files in a folder, by name."""
+  place = pathlib.Path(path).expanduser()
+  files = sorted(place.glob('*.jsonl')) if place.is_dir() else [place]
+  if not files or not all(file.is_file() for file in files):
+    raise FileNotFoundError(
+      f'data.path={path} is no .jsonl file nor a folder with one: give the '
+      'path of your data.'
+    )
+  return files
+
+
+class TextFolder(conversations.ConversationBuilder):
+  """Makes every line of a user's files an example."""
+
+  labelled: ClassVar[bool] = True
+
+  @classmethod
+  def files(cls, path: str) -> list[pathlib.Path]:
+    return jsonl_files(path)
+
+  def turns(self) -> Iterator[conversations.Turn]:
+    if not self.path:
+      raise ValueError(
+        "data set 'text_folder' is yours: give the path of its .jsonl files as "
+        'data.path.'
+      )
+    lines = 0
+    for file in jsonl_files(self.path):
+      for place, record in bounds.json_lines(file, REMEDY):
+        lines += 1
+        yield _turn(record, place, lines)
+    if not lines:
+      raise bounds.damaged(pathlib.Path(self.path), 'it has no lines', REMEDY)

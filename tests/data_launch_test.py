@@ -1,0 +1,139 @@
+"""python -m launch.data: tables, histograms and errors of one line."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+
+from hetlora_jax.data import partition, statistics
+from hetlora_jax.models import pretrained
+from launch import data
+
+ROOT = pathlib.Path(__file__).parent.parent
+LINES = [
+  {'client': f'p{i % 5}', 'context': 'x' * (i + 1), 'target': 'abc',
+   'label': 'odd' if i % 2 else 'even'}
+  for i in range(20)
+]  # fmt: skip
+
+
+class Letters:
+  bos_id = 2
+
+  def encode(self, text):
+    return [ord(letter) for letter in text]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('HETLORA_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setattr(pretrained, 'load_tokenizer', lambda _: Letters())
+
+
+@pytest.fixture
+def mine(tmp_path):
+  path = tmp_path / 'mine.jsonl'
+  path.write_text(''.join(f'{json.dumps(line)}\n' for line in LINES))
+  return path
+
+
+@pytest.fixture
+def launch(capsys):
+  def launch(*words):
+    flags.FLAGS.unparse_flags()
+    try:
+      data.run(flags.FLAGS(['data', *words]))
+    finally:
+      flags.FLAGS.unparse_flags()
+      for name in ('dataset', 'path', 'stats', 'out', 'partition', 'partition_clients'):  # fmt: skip
+        flags.FLAGS[name].value = flags.FLAGS[name].default
+    return capsys.readouterr().out
+
+  return launch
+
+
+def test_it_prepares_and_says_where(launch, mine, tmp_path):
+  out = launch('--dataset=text_folder', f'--path={mine}')
+  assert f'text_folder is in {tmp_path}/cache/tfds/files/' in out
+  assert out.endswith(': 20 examples of 5 clients.\n')
+
+
+def test_statistics_are_those_of_the_data(mine):
+  found = statistics.collect('text_folder', Letters(), str(mine))
+  assert found.examples_N.tolist() == [4] * 5
+  assert sorted(found.context_E) == [i + 8 for i in range(20)]  # <bos>B: x\nA:
+  assert set(found.target_E) == {5}
+  assert found.label_counts == {'even': 10, 'odd': 10}
+
+
+def test_clients_of_a_rule_are_counted(launch, mine):
+  by = partition.Partition(name='by_size', clients=3)
+  found = statistics.collect('text_folder', Letters(), str(mine), by)
+  assert found.examples_N.tolist() == [11, 5, 4]
+  out = launch('--dataset=text_folder', f'--path={mine}', '--stats', '--partition=iid', '--partition_clients=4')  # fmt: skip
+  assert '20 examples of 4 clients' in out
+
+
+def test_it_prints_a_table_and_draws(launch, mine, tmp_path):
+  out = launch('--dataset=text_folder', f'--path={mine}', '--stats', f'--out={tmp_path}/deep/out')  # fmt: skip
+  lines = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
+  assert lines['examples a client'] == ['4'] * 8
+  assert lines['context tokens'] == '17.5 8 8.95 12.75 17.5 22.25 26.05 27'.split()  # fmt: skip
+  assert 'clients of at least  2: 5, 5: 0' in out
+  assert 'labels (2)           even 10, odd 10' in out
+  content = (tmp_path / 'deep/out/text_folder.png').read_bytes()
+  assert content.startswith(b'\x89PNG') and len(content) > 10_000
+
+
+def test_clients_of_at_least_so_many_are_counted(mine):
+  found = statistics.collect('text_folder', Letters(), str(mine))
+  some = dataclasses.replace(found, examples_N=np.array([2, 5, 20]))
+  want = '2: 3, 5: 2, 10: 1, 20: 1, 50: 0, 100: 0'
+  assert f'clients of at least  {want}' in statistics.table(some)
+
+
+@pytest.mark.parametrize('count', [1, 2, 1000])
+def test_any_counts_can_be_drawn(tmp_path, count):
+  same = np.ones(count, np.int64)
+  found = statistics.Statistics(
+    name='x', folder=tmp_path, examples_N=same, context_E=same, target_E=same,
+    label_counts={f'label {"long " * 9}{i}': 1 for i in range(count)},
+  )  # fmt: skip
+  statistics.plot(found, tmp_path / 'x.png')
+  assert (tmp_path / 'x.png').exists()
+  assert statistics.table(found).startswith(f'x: {count:,} examples')
+
+
+@pytest.mark.parametrize(
+  ('words', 'message'),
+  [
+    ([], '--dataset is missing: name one of chitchat, '),
+    (['--dataset=redit'], "dataset='redit' is unknown; one of"),
+    (['--dataset=synthetic', '--out=x'], '--out is for histograms'),
+    (['--dataset=synthetic', 'x'], "unexpected argument 'x'"),
+    (['--dataset=synthetic', '--path=x'], 'reads no files of yours'),
+    (
+      ['--dataset=synthetic', '--stats', '--partition=x'],
+      "partition='x' is unknown",
+    ),
+  ],
+)
+def test_errors_are_of_one_line(launch, capsys, words, message):
+  with pytest.raises(SystemExit) as exit:
+    launch(*words)
+  assert exit.value.code == 2
+  err = capsys.readouterr().err
+  assert message in err and err.count('\n') == 1
+
+
+def test_help_explains():
+  done = subprocess.run(
+    [sys.executable, '-m', 'launch.data', '--help'],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert 'says what it is like' in done.stdout and '--partition' in done.stdout
