@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -21,7 +22,7 @@ from hetlora_jax import (
   sharding,
 )
 from hetlora_jax.checks import SCALE_RULES
-from hetlora_jax.config import Config
+from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.methods import (
   aggregation,
   personal,
@@ -30,14 +31,18 @@ from hetlora_jax.methods import (
   tail,
 )
 from hetlora_jax.methods.registry import ROLES, rule_names
+from hetlora_jax.models.pretrained import peft
 from hetlora_jax.types import (
+  Adapters,
   Array,
   Deltas,
   Hyperparameters,
+  Lora,
   Loss,
   Memory,
   PyTree,
   Rules,
+  Server,
   ServerState,
 )
 
@@ -217,6 +222,33 @@ def _residual(config: Config, dims: dict, base: PyTree) -> Deltas:
   return {}
 
 
+def _from_peft(
+  config: Config, rules: Rules, adapters: Adapters, residual: Deltas, groups
+) -> tuple[Adapters, Deltas]:
+  """Returns adapters and residual whose sum is that of a PEFT folder.
+
+  Slots beyond its rank keep their A beside B = 0, so that they can be trained.
+  """
+  folder, hyper = config.lora.from_peft, make_hyperparameters(config)
+  with jax.ensure_compile_time_eval():  # a dry run only asks for shapes
+    whole = jnp.full(groups, config.federated.r_max)
+    scale = rules.scale(whole, hyper)
+    try:
+      found = peft.read(pathlib.Path(folder), adapters, float(scale))
+    except (OSError, ValueError) as error:
+      raise ConfigError(f'config.lora.from_peft={folder!r}: {error}') from error
+  adapters = {
+    t: Lora(jnp.where(live[:, None], x.a, adapters[t].a), jnp.asarray(x.b))
+    for t, (x, live) in found.items()
+  }
+  if rule_names(config)['redistribution'] in redistribution.EMPTYING:
+    start = redistribution.fold_all(
+      adapters, {}, Server(adapters, scale), hyper
+    )
+    return start.adapters, start.fold
+  return adapters, residual
+
+
 def init_state(
   config: Config, dims: dict, base: PyTree, rank_N: np.ndarray, rules: Rules
 ) -> ServerState:
@@ -235,6 +267,8 @@ def init_state(
   groups = ranks.num_groups(adapters, config.methods.prune_scope)
   rank_NG = np.repeat(rank_N[:, None], groups, axis=1)
   residual = _residual(config, dims, base)
+  if config.lora.from_peft:
+    adapters, residual = _from_peft(config, rules, adapters, residual, groups)
   everybody = lambda x: jnp.repeat(x[None], len(rank_N), axis=0)  # noqa: E731
   state = ServerState(
     round=jnp.int32(0),

@@ -4,22 +4,22 @@ Precedence: configs/default.py, then the --config file, then --config.X=... on
 the command line (or in a --flagfile).
 """
 
-import os
 import pathlib
 import shlex
 import sys
 from collections.abc import Callable
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import default
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, dryrun, training
+from hetlora_jax import console, dryrun, training, workdirs
 from hetlora_jax.methods import registry
 from hetlora_jax.models.pretrained import sources
 from launch import errors
+from launch import program as program_lib
 
 CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -75,8 +75,7 @@ def explain(config: config_lib.Config) -> str:
 
 def command() -> str:
   """Returns the line that repeats this call."""
-  program = pathlib.Path(sys.argv[0]).stem
-  return shlex.join(['python', '-m', f'launch.{program}', *sys.argv[1:]])
+  return shlex.join([*program_lib.words(), *sys.argv[1:]])
 
 
 def arguments() -> list[str]:
@@ -132,6 +131,7 @@ def run(
   program: Callable[[config_lib.Config, pathlib.Path], None],
   dry_run: Callable[[config_lib.Config], None] = dry_run,
   needs_devices: Callable[[], bool] = lambda: True,
+  config_of_run: bool = False,
 ) -> None:
   """Runs a program on the resolved config and the workdir.
 
@@ -140,6 +140,7 @@ def run(
     dry_run: what to do instead with --dry_run.
     needs_devices: asked once flags are parsed; a program that only starts
       others leaves the devices to them.
+    config_of_run: without --config, take that of the run in --workdir.
   """
 
   def main(argv):
@@ -151,11 +152,15 @@ def run(
     if LIST_METHODS.value:
       print(registry.table())
       return
-    if CONFIG.value is None:
+    of_run = config_of_run and WORKDIR.value and CONFIG.value is None
+    if CONFIG.value is None and not of_run:
       errors.fail('--config is missing: try --config=configs/tiny.py')
     try:
-      _choose_devices(config_lib.build(CONFIG.value).mesh, needs_devices())
-      config = config_lib.resolve(CONFIG.value)
+      raw = CONFIG.value
+      if of_run:
+        raw = workdirs.config_of(pathlib.Path(WORKDIR.value))
+      _choose_devices(config_lib.build(raw).mesh, needs_devices())
+      config = config_lib.resolve(raw)
       if PRINT_CONFIG.value:
         print(explain(config))
         return
@@ -186,8 +191,7 @@ def run(
 
   if '--helpfull' in sys.argv:
     fields = explain(config_lib.resolve(default.get_config()))
-    program_module = sys.modules['__main__']
+    program_module = sys.modules[program.__module__]
     about = f'{program_module.__doc__}\nFields and defaults:\n{fields}\n'
     program_module.__doc__ = about
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  app.run(main, flags_parser=errors.parse)
+  program_lib.start(main, program.__module__, __name__)

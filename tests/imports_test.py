@@ -19,8 +19,9 @@ ORDER = [
   ['checkpoint', 'workdirs'],
   ['build', 'base_model'],
   ['experiment'],
-  ['training', 'dryrun'],
+  ['training', 'dryrun', 'export', 'completions'],
   ['sweep'],
+  ['report'],
 ]  # fmt: skip
 FILES = sorted((ROOT / 'hetlora_jax').rglob('*.py'))
 

@@ -20,7 +20,8 @@ from hetlora_jax.types import (
 )
 
 SPLITS = {'svd_balanced': 0.5, 'svd_a': 1.0, 'svd_b': 0.0}
-FOLDING = ('fold_all', 'fold_residual', 'energy')
+EMPTYING = ('fold_all', 'energy')  # nothing stays in the adapters
+FOLDING = (*EMPTYING, 'fold_residual')
 
 
 def keep(

@@ -1,7 +1,7 @@
 """Reads Hugging Face folders: config.json, *.safetensors and a tokenizer."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -84,9 +84,9 @@ def open_checkpoint(folder: pathlib.Path) -> layout.Checkpoint:
   return layout.Checkpoint(
     path=folder,
     config=config,
-    names=_names(config.family, files),
+    names=tensor_names(config.family, files),
     tensors=files,
-    read=lambda name: _read(files[name], name),
+    read=lambda name: read_tensor(files[name], name),
     repair=_whole_norms if config.family == 'gemma3' else _unchanged,
     tokenizer=Tokenizer.from_folder(folder),
   )
@@ -219,7 +219,7 @@ def _global_every(folder: pathlib.Path, fields: Mapping[str, Any]) -> int:
   return every
 
 
-def _names(family: str, files: Mapping[str, pathlib.Path]) -> dict[str, str]:
+def tensor_names(family: str, files: Collection[str] = ()) -> dict[str, str]:
   """Maps leaves to tensors; Gemma 3 with vision nests them under a prefix."""
   embed = 'embed_tokens.weight'
   prefixes = [n.removesuffix(embed) for n in files if n.endswith(embed)]
@@ -247,7 +247,9 @@ def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
       f'{folder} has no *.safetensors file: save the model with '
       'safe_serialization=True.'
     )
-  return {name: path for path in paths for name in _open(path).offset_keys()}
+  return {
+    name: path for path in paths for name in open_file(path).offset_keys()
+  }
 
 
 def _is_name(shard: Any) -> bool:
@@ -256,8 +258,9 @@ def _is_name(shard: Any) -> bool:
   return plain and len(shard) < 200
 
 
-def _read(path: pathlib.Path, name: str) -> np.ndarray:
-  with _open(path) as file:
+def read_tensor(path: pathlib.Path, name: str) -> np.ndarray:
+  """Returns a tensor as it is stored; raises ValueError if it cannot."""
+  with open_file(path) as file:
     try:
       dtype = file.get_slice(name).get_dtype()
     except safetensors.SafetensorError as error:
@@ -270,7 +273,7 @@ def _read(path: pathlib.Path, name: str) -> np.ndarray:
     return file.get_tensor(name)
 
 
-def _open(path: pathlib.Path) -> safetensors.safe_open:
+def open_file(path: pathlib.Path) -> safetensors.safe_open:
   """Opens a file; the library compares sizes and offsets with the file's."""
   if not path.is_file():
     raise FileNotFoundError(

@@ -1,0 +1,52 @@
+"""Takes adapters out: python -m launch.export --workdir=DIR --out=OUT.
+
+The configuration is that of the run in --workdir, unless --config is given.
+Prints what was written as one JSON object; docs/export.md tells how to load it.
+"""
+
+import json
+import pathlib
+
+from absl import flags as absl_flags
+
+from hetlora_jax import config as config_lib
+from hetlora_jax import export
+from launch import errors, flags
+
+OUT = absl_flags.DEFINE_string(
+  'out', None, 'Folder to make; it must not exist, or be empty.'
+)
+FORMAT = absl_flags.DEFINE_enum(
+  'format',
+  'peft',
+  list(export.FORMATS),
+  "'peft': an adapter for Hugging Face PEFT; 'merged': the model with it, for "
+  "transformers; 'base': the model without.",
+)
+DTYPE = absl_flags.DEFINE_enum(
+  'dtype', 'float32', list(export.DTYPES), 'Type of a whole model.'
+)
+RANK = absl_flags.DEFINE_integer(
+  'rank', None, 'Truncate the global adapters to this rank.'
+)
+CLIENT = absl_flags.DEFINE_string(
+  'client', None, 'Export what a round would send to the person of this id.'
+)
+
+
+def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Writes --out and prints what it is."""
+  if not OUT.value:
+    errors.fail('--out is missing: name a folder to make')
+  choice = export.Choice(FORMAT.value, DTYPE.value, RANK.value, CLIENT.value)
+  about = export.run(config, workdir, pathlib.Path(OUT.value), choice)
+  print(json.dumps(about))
+
+
+def main() -> None:
+  """Starts the program, hetlora-export too."""
+  flags.run(run, config_of_run=True)
+
+
+if __name__ == '__main__':
+  main()

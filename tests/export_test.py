@@ -1,0 +1,554 @@
+"""Adapters go out and come in as PEFT understands them, exactly and whole."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import tiny
+from hetlora_jax import (
+  build,
+  checkpoint,
+  config,
+  experiment,
+  export,
+  lora,
+  metrics,
+)
+from hetlora_jax.config import ConfigError
+from hetlora_jax.data.tokenizer import Tokenizer
+from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models.pretrained import hugging_face, peft
+from hetlora_jax.types import Lora
+
+ROOT = pathlib.Path(__file__).parent.parent
+GOLDEN = ROOT / 'tests' / 'golden'
+BENCH = ROOT / '.venv-bench'  # with torch, transformers and peft
+TARGETS = {'llama': ('q', 'v', 'down'), 'gemma3': ('q', 'o', 'gate')}
+IDS = np.arange(3, 20)
+SLOTS = 8
+
+
+# --- A run that ended ------------------------------------------------------
+
+
+def _config(**overrides):
+  raw = tiny.get_config()
+  raw.update_from_flattened_dict(
+    {
+      'model.source': str(GOLDEN / 'tiny_llama'),
+      'lora.targets': ('q', 'v', 'down'),
+      'lora.scale': 1.7,
+      'federated.r_max': SLOTS,
+    }
+    | {k.replace('__', '.'): v for k, v in overrides.items()}
+  )
+  return config.resolve(raw)
+
+
+def _random(rng, x, slots):
+  """Draws adapters of other ranks in every layer, from 1 to `slots`."""
+  rank = rng.integers(1, slots + 1, x.a.shape[0])
+  rank[0] = slots
+  mask = np.arange(x.a.shape[-1]) < rank[:, None]
+  a, b = (rng.normal(size=f.shape).astype(np.float32) for f in x)
+  return Lora(a / 4 * mask[:, None], b / 4 * mask[..., None])
+
+
+def _trained(x, seed=0):
+  """Returns a state with something everywhere, as if after training."""
+  rng = np.random.default_rng(seed)
+  state = jax.device_get(x.take_point(x.initial_state, 0))
+  adapters = {
+    t: _random(rng, f, SLOTS - 1) for t, f in sorted(state.adapters.items())
+  }
+  residual = {
+    name: (0.1 * rng.normal(size=leaf.shape)).astype(np.float32)
+    for name, leaf in state.residual.items()
+  }
+  for t in set(residual) & set(adapters):  # of rank 5
+    residual[t] = _low_rank(rng, residual[t].shape)
+  personal = jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+    state.memory.personal,
+  )
+  return dataclasses.replace(
+    state,
+    round=np.int32(3),
+    adapters=adapters,
+    residual=residual,
+    memory=dataclasses.replace(state.memory, personal=personal),
+  )
+
+
+def _low_rank(rng, shape):
+  layers, d_in, d_out = shape
+  u, v = rng.normal(size=(layers, d_in, 5)), rng.normal(size=(layers, 5, d_out))
+  return (0.1 * u @ v).astype(np.float32)
+
+
+def _save(workdir, x, state):
+  """Writes a run's folder that ended in a state."""
+  where = jax.tree.map(
+    lambda leaf: leaf.sharding, x.take_point(x.initial_state, 0)
+  )
+  folder = checkpoint.Checkpoints(
+    [workdir / 'checkpoints'], x.base_identity, x.config.checkpoint
+  )
+  folder.save(3, [jax.device_put(state, where)])
+  folder.close()
+  metrics.write_json(workdir / 'config.json', config.to_dict(x.config))
+
+
+def _run(workdir, **overrides):
+  """Returns an experiment and the state that it ended in."""
+  x = experiment.prepare(_config(**overrides))
+  state = _trained(x)
+  _save(workdir, x, state)
+  return x, state
+
+
+def _export(x, tmp_path, format='peft', **choice):
+  out = tmp_path / f'out_{format}_{len(list(tmp_path.iterdir()))}'
+  about = export.run(
+    x.config, tmp_path / 'run', out, export.Choice(format, **choice)
+  )
+  return out, about
+
+
+@functools.cache
+def _log_probs(shape):
+  return jax.jit(decoder.make_log_probs(shape, jnp.float32))
+
+
+def _args(ids):
+  tokens = jnp.asarray(ids)[None]
+  position = jnp.arange(tokens.shape[1])[None]
+  return tokens, jnp.ones_like(tokens), position
+
+
+def _ours(x, state, adapters=None, scale=None):
+  """Returns log p of what the run computes, [T, V]."""
+  shape = decoder.DecoderConfig(**x.base_identity['shape'])
+  base = lora.fold(x.base, state.residual)
+  adapters = state.adapters if adapters is None else adapters
+  scale = x.config.lora.scale if scale is None else scale
+  return _log_probs(shape)(base, adapters, jnp.float32(scale), *_args(IDS))[0]
+
+
+def _of_folder(folder, ids=IDS):
+  model = pretrained.load(folder, dtype=np.float32, cached=False)
+  args = _args(ids)
+  return _log_probs(model.config)(model.params, {}, jnp.float32(1), *args)[0]
+
+
+def _read(folder, x, slots=SLOTS, scale=None):
+  """Reads a PEFT folder: adapters in so many slots, at the run's scale."""
+  like = {
+    t: Lora(np.zeros((n, d_in, slots)), np.zeros((n, slots, d_out)))
+    for t, (n, d_in, d_out) in x.dims.items()
+  }
+  found = peft.read(
+    folder, like, scale or float(np.float32(x.config.lora.scale))
+  )
+  return {t: padded.adapter for t, padded in found.items()}
+
+
+# --- Against PEFT ----------------------------------------------------------
+
+
+def _picked(got, golden, i):
+  return np.take_along_axis(np.asarray(got), golden[f'where_{i}'], 1)
+
+
+@pytest.mark.parametrize('family', TARGETS)
+def test_an_adapter_of_peft_means_the_same_here(family):
+  model = pretrained.load(
+    GOLDEN / f'tiny_{family}', dtype=np.float32, cached=False
+  )
+  dims = decoder.adapter_dims(model.config, TARGETS[family])
+  like = {
+    t: Lora(np.zeros((n, d_in, 6)), np.zeros((n, 6, d_out)))
+    for t, (n, d_in, d_out) in dims.items()
+  }
+  found = peft.read(GOLDEN / f'peft_tiny_{family}', like, 1.3)
+  adapters = {t: x.adapter for t, x in found.items()}
+  golden = np.load(GOLDEN / f'reference_peft_tiny_{family}.npz')
+  plain = np.load(GOLDEN / f'reference_tiny_{family}.npz')
+  for i in range(2):
+    args = (jnp.float32(1.3), *_args(golden[f'ids_{i}']))
+    got = _log_probs(model.config)(model.params, adapters, *args)[0]
+    want = golden[f'log_prob_{i}']
+    assert np.abs(_picked(got, golden, i) - want).max() < 2e-4
+    base = _log_probs(model.config)(model.params, {}, *args)[0]
+    assert np.abs(_picked(base, golden, i) - want).max() > 0.1
+    assert np.abs(_picked(base, plain, i) - plain[f'log_prob_{i}']).max() < 2e-4
+
+
+def test_what_is_exported_is_what_peft_saved(tmp_path):
+  source = GOLDEN / 'peft_tiny_gemma3'
+  c = _config(
+    model__source=str(GOLDEN / 'tiny_gemma3'), lora__targets=TARGETS['gemma3'],
+    lora__scale=2.0, lora__from_peft=str(source),
+  )  # fmt: skip
+  x = experiment.prepare(c)
+  _save(tmp_path / 'run', x, x.take_point(x.initial_state, 0))
+  out, _ = _export(x, tmp_path)
+  got, want = (
+    safetensors.numpy.load_file(f / peft.WEIGHTS) for f in (out, source)
+  )
+  assert got.keys() == want.keys()
+  for name in want:
+    np.testing.assert_array_equal(got[name], want[name])
+  mine, theirs = (
+    json.loads((f / peft.CONFIG).read_text()) for f in (out, source)
+  )
+  assert set(mine['target_modules']) == set(theirs['target_modules'])
+  for field in ('peft_type', 'task_type', 'bias', 'use_rslora', 'r'):
+    assert mine[field] == theirs[field]
+  for layer in range(7):
+    name = f'model.layers.{layer}.mlp.gate_proj'
+    assert mine['rank_pattern'][name] == 2
+    assert mine['alpha_pattern'][name] == 4
+
+
+# --- Out and in ------------------------------------------------------------
+
+
+def test_a_round_trip_is_exact(tmp_path):
+  x, state = _run(tmp_path / 'run')
+  out, about = _export(x, tmp_path)
+  assert (about['rank_min'], about['rank_max']) < (7, 8)
+  started = experiment.prepare(
+    dataclasses.replace(
+      x.config, lora=dataclasses.replace(x.config.lora, from_peft=str(out))
+    )
+  )
+  start = started.take_point(started.initial_state, 0).adapters
+  drawn = x.take_point(x.initial_state, 0).adapters
+  for t, adapter in state.adapters.items():
+    live = adapter.b.any(-1)
+    assert not live.all()
+    np.testing.assert_array_equal(start[t].b, adapter.b)
+    # Slots that are free keep their A, so that they can be trained.
+    free = np.where(live[:, None], adapter.a, drawn[t].a)
+    np.testing.assert_array_equal(start[t].a, free)
+
+
+@pytest.mark.parametrize('rule', ['alpha_over_r', 'alpha_over_sqrt_r'])
+def test_scales_are_folded_where_they_differ(tmp_path, rule):
+  x, state = _run(tmp_path / 'run', lora__scale_rule=rule)
+  out, about = _export(x, tmp_path)
+  scale = 1.7 / SLOTS ** {'alpha_over_r': 1, 'alpha_over_sqrt_r': 0.5}[rule]
+  assert about['scale'] == pytest.approx(scale)
+  other = _read(out, x, scale=0.3)
+  for t, want in lora.deltas(state.adapters, scale).items():
+    np.testing.assert_allclose(lora.deltas(other, 0.3)[t], want, atol=1e-6)
+
+
+def test_methods_that_empty_adapters_start_from_a_residual(tmp_path):
+  x, state = _run(tmp_path / 'run')
+  out, _ = _export(x, tmp_path)
+  dims = {t: np.zeros(d, np.float32) for t, d in x.dims.items()}
+  c = _config(method='flora', lora__from_peft=str(out))
+  rules = build.make_rules(c, x.rules.loss)
+  start = build.init_state(c, x.dims, dims, np.array([2, 3]), rules)
+  for t, want in lora.deltas(state.adapters, 1.7).items():
+    np.testing.assert_allclose(start.residual[t], want, atol=1e-6)
+    assert not start.adapters[t].b.any()
+
+
+# --- Of whom ---------------------------------------------------------------
+
+
+def test_a_rank_gets_its_prefix_at_its_scale(tmp_path):
+  x, state = _run(
+    tmp_path / 'run', lora__scale_rule='alpha_over_r', lora__fold_scale=True
+  )
+  out, about = _export(x, tmp_path, rank=3)
+  assert about['rank_max'] == 3
+  assert about['scale'] == pytest.approx(1.7 / 3)
+  got = lora.deltas(_read(out, x, scale=1.0), 1.0)
+  masks = {t: lora.prefix_mask(jnp.full(3, 3), SLOTS) for t in state.adapters}
+  want = lora.deltas(lora.truncate(state.adapters, masks), 1.7 / SLOTS)
+  for t in want:
+    np.testing.assert_allclose(got[t], want[t], atol=1e-6)
+
+
+@pytest.mark.parametrize('method', ['hetlora', 'fedsa_lora'])
+def test_a_person_gets_what_a_round_would_send(tmp_path, method):
+  x, state = _run(tmp_path / 'run', method=method)
+  who = 4
+  if method == 'fedsa_lora':
+    with pytest.raises(ConfigError, match='leaves b with the people'):
+      _export(x, tmp_path)
+  out, _ = _export(x, tmp_path, client=x.people.client_ids[who])
+  got = lora.deltas(_read(out, x), 1.7)
+  mask = np.arange(SLOTS) < int(state.memory.rank[who, 0])
+  for t, adapter in state.adapters.items():
+    b = adapter.b
+    if method == 'fedsa_lora':
+      b = state.memory.personal[t]['b'][who]
+    want = 1.7 * (adapter.a * mask) @ (b * mask[:, None])
+    np.testing.assert_allclose(got[t], want, atol=1e-5)
+
+
+# --- What was folded into the base -----------------------------------------
+
+
+@pytest.mark.parametrize('method', ['fedex', 'flora'])
+def test_residuals_become_adapters_of_higher_rank(tmp_path, method):
+  x, state = _run(tmp_path / 'run', method=method)
+  out, about = _export(x, tmp_path)
+  assert 5 < about['rank_max'] <= 5 + SLOTS - 1
+  assert about['truncation_error'] < 1e-5
+  got = lora.deltas(_read(out, x, 24, scale=1.0), 1.0)
+  for t, adapter in state.adapters.items():
+    want = state.residual[t] + 1.7 * adapter.a @ adapter.b
+    np.testing.assert_allclose(got[t], want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'source, method',
+  [('tiny_llama', 'fedex'), ('tiny_gemma3', 'hetlora'),
+   ('tiny_gemma3', 'full_finetuning'), ('random', 'hetlora')],
+)  # fmt: skip
+def test_a_merged_model_computes_what_the_run_does(tmp_path, source, method):
+  place = source if source == 'random' else str(GOLDEN / source)
+  x, state = _run(tmp_path / 'run', method=method, model__source=place)
+  out, about = _export(x, tmp_path, 'merged')
+  want = _ours(x, state)
+  np.testing.assert_allclose(_of_folder(out), want, atol=2e-4)
+  assert np.abs(want - _ours(x, dataclasses.replace(
+    state, adapters={}, residual={}
+  ))).max() > 0.1  # fmt: skip
+  again = pretrained.load(out, dtype=np.float32, cached=False)
+  assert about['parameters'] == sum(p.size for p in jax.tree.leaves(x.base))
+  shape = decoder.DecoderConfig(**x.base_identity['shape'])
+  assert again.config == shape
+  text = 'hello  there,\nmy friend!'
+  model = export.base_model.load(x.config, x.mesh)
+  assert again.tokenizer.encode(text) == model.tokenizer.encode(text)
+  fast = Tokenizer.from_folder(
+    _only(out, 'tokenizer.json', 'tokenizer_config.json', 'config.json')
+  )
+  assert fast.encode(text) == model.tokenizer.encode(text)
+  assert (fast.bos_id, fast.eos_id) == (
+    model.tokenizer.bos_id,
+    model.tokenizer.eos_id,
+  )
+
+
+def _only(folder, *names):
+  """Copies some files of a folder into another."""
+  other = folder.with_name(f'{folder.name}_some')
+  other.mkdir()
+  for name in names:
+    shutil.copy(folder / name, other / name)
+  return other
+
+
+def test_a_base_is_exported_as_the_run_has_it(tmp_path):
+  x, state = _run(tmp_path / 'run', model__source=str(GOLDEN / 'tiny_gemma3'))
+  out, _ = _export(x, tmp_path, 'base')
+  again = pretrained.load(out, dtype=np.float32, cached=False)
+  jax.tree.map(
+    np.testing.assert_array_equal, again.params, jax.device_get(x.base)
+  )
+  half, _ = _export(x, tmp_path, 'merged', dtype='bfloat16')
+  tensors = safetensors.numpy.load_file(half / 'model.safetensors')
+  assert {t.dtype.name for t in tensors.values()} == {'bfloat16'}
+  assert np.abs(_of_folder(half) - _ours(x, state)).max() < 0.3
+
+
+# --- Refusals --------------------------------------------------------------
+
+
+def test_all_or_nothing_is_written(tmp_path, monkeypatch):
+  x, _ = _run(tmp_path / 'run')
+  (tmp_path / 'out').mkdir()
+  attempt = functools.partial(
+    export.run, x.config, tmp_path / 'run', tmp_path / 'out'
+  )
+
+  def fails(folder, *args):
+    (folder / 'some').write_text('')
+    raise OSError('disk full')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(hugging_face, 'write', fails)
+    with pytest.raises(OSError, match='disk full'):
+      attempt(export.Choice('merged'))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'run']
+  assert not list((tmp_path / 'out').iterdir())
+  attempt(export.Choice('peft'))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'run']
+  with pytest.raises(ConfigError, match='--out=.* exists'):
+    attempt(export.Choice('peft'))
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+  x, _ = _run(tmp_path / 'run', method='full_finetuning')
+  for choice, message in (
+    (export.Choice('peft'), '--format=merged'),
+    (export.Choice('merged', rank=2), 'has no adapters'),
+    (export.Choice('merged', rank=99), r'in 1\.\.federated.r_max=8'),
+    (export.Choice('merged', rank=2, client='x'), 'one of them'),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      export.run(x.config, tmp_path / 'run', tmp_path / 'out', choice)
+  with pytest.raises(ConfigError, match='no checkpoints'):
+    export.run(x.config, tmp_path, tmp_path / 'out', export.Choice('merged'))
+  with pytest.raises(ConfigError, match='none of the .* people'):
+    export._number(x, 'nobody')
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['run']
+
+
+def _launch(*args):
+  return subprocess.run(
+    [sys.executable, '-m', 'launch.export', *args], cwd=ROOT, check=False,
+    capture_output=True, text=True,
+  )  # fmt: skip
+
+
+def test_the_command_takes_the_configuration_of_the_run(tmp_path):
+  x, _ = _run(tmp_path / 'run')
+  path = tmp_path / 'run' / 'config.json'
+  fields = json.loads(path.read_text())
+  del fields['lora']['from_peft']  # as a run from before has it
+  path.write_text(json.dumps(fields))
+  place = [f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "out"}']
+  done = _launch(*place, '--rank=2')
+  assert done.returncode == 0, done.stderr
+  about = json.loads(done.stdout.splitlines()[-1])
+  assert about['rank_max'] == 2 and about['round'] == 3
+  done = _launch(*place)
+  assert done.returncode == 2
+  assert re.fullmatch(r'Error: --out=\S+ exists: [^\n]+\n', done.stderr)
+
+
+def _spoilt(tmp_path, change=None, weights=None):
+  """Copies the golden adapter with another config or other weights."""
+  folder = tmp_path / 'adapter'
+  shutil.copytree(GOLDEN / 'peft_tiny_llama', folder)
+  path = folder / peft.CONFIG
+  path.write_text(json.dumps(json.loads(path.read_text()) | (change or {})))
+  if weights:
+    path = folder / peft.WEIGHTS
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(weights(tensors), path)
+  return folder
+
+
+NAME = 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
+
+
+@pytest.mark.parametrize(
+  'change, weights, fields, message',
+  [
+    ({'use_dora': True}, None, {}, 'use_dora=True, which is not supported'),
+    ({'peft_type': 'LOHA'}, None, {}, "peft_type='LOHA'"),
+    ({'bias': 'all'}, None, {}, "bias='all'"),
+    ({'init_lora_weights': 'pissa'}, None, {}, "init_lora_weights='pissa'"),
+    ({'r': 7}, None, {}, 'its rank of .* is 7, that of the weights 3'),
+    ({'lora_alpha': None}, None, {}, 'lora_alpha of .* is None'),
+    ({'lora_alpha': float('nan')}, None, {}, 'lora_alpha of .* is nan'),
+    ({'alpha_pattern': {'.*_proj': 3}}, None, {}, 'name each module'),
+    ({'rank_pattern': [1]}, None, {}, 'rank_pattern is'),
+    ({}, lambda t: t | {NAME: t[NAME] * np.nan}, {}, 'not finite'),
+    ({}, lambda t: t | {NAME: t[NAME][:, 1:]}, {}, 'have shapes'),
+    ({}, lambda t: t | {NAME: t[NAME][:0]}, {}, 'empty'),
+    ({}, lambda t: t | {'more': t[NAME]}, {}, 'has the tensor more'),
+    ({}, None, {'lora__targets': ('q', 'v')}, 'has the tensor .*down_proj'),
+    ({}, None, {'lora__targets': ('q', 'v', 'up', 'down')}, 'lacks the tensor'),
+    ({}, None, {'federated__r_max': 2}, r'rank 3, above .*r_max=2'),
+    ({}, None, {'method': 'full_finetuning'}, 'full fine-tuning'),
+    ({}, None, {'lora__scale': 0.0}, 'at scale 0'),
+  ],
+)  # fmt: skip
+def test_what_cannot_be_imported_is_refused(
+  tmp_path, change, weights, fields, message
+):
+  folder = _spoilt(tmp_path, change, weights)
+  with pytest.raises(ConfigError, match=message) as error:
+    c = _config(lora__from_peft=str(folder), **fields)
+    shape = pretrained.safetensors.open_checkpoint(GOLDEN / 'tiny_llama').config
+    dims = decoder.adapter_dims(shape, c.lora.targets)
+    build.init_state(c, dims, {}, np.array([2]), build.make_rules(c, None))
+  assert 'lora.' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_pickled_and_missing_adapters_are_refused(tmp_path):
+  folder = _spoilt(tmp_path)
+  (folder / peft.WEIGHTS).rename(folder / 'adapter_model.bin')
+  with pytest.raises(ValueError, match='safe_serialization=True'):
+    peft.read(folder, {}, 1.0)
+  with pytest.raises(FileNotFoundError, match='adapter_config.json'):
+    peft.read(tmp_path / 'absent', {}, 1.0)
+
+
+# --- The other side, where it is installed ---------------------------------
+
+
+def _theirs(tmp_path, model, adapter, ids):
+  """Returns what peft_parity.py writes of a folder."""
+  out = tmp_path / 'theirs.npz'
+  subprocess.run(
+    [BENCH / 'bin' / 'python', ROOT / 'tests' / 'peft_parity.py',
+     str(model), str(adapter), str(ids), str(out)],
+    check=True, capture_output=True,
+  )  # fmt: skip
+  return np.load(out)
+
+
+def _difference(golden, log_probs):
+  """Returns the largest difference of log p, over texts."""
+  return max(
+    np.abs(
+      _picked(log_probs(golden[f'ids_{i}']), golden, i)
+      - golden[f'log_prob_{i}']
+    ).max()
+    for i in range(sum('ids_' in k for k in golden.files))
+  )
+
+
+SOURCES = ('tiny_llama', 'tiny_gemma3', 'random', 'gemma3_270m')
+
+
+@pytest.mark.slow  # loads torch
+@pytest.mark.parametrize('source', SOURCES)
+@pytest.mark.parametrize('method', ['hetlora', 'fedex'])
+def test_folders_agree_with_peft_and_transformers(tmp_path, source, method):
+  if not (BENCH / 'done').exists():
+    pytest.skip('needs `make .venv-bench/done`')
+  place = str(GOLDEN / source) if 'tiny' in source else source
+  x, state = _run(
+    tmp_path / 'run', method=method, model__source=place,
+    lora__targets=('q', 'k', 'v', 'o', 'gate', 'up', 'down'),
+  )  # fmt: skip
+  shape = decoder.DecoderConfig(**x.base_identity['shape'])
+  base = lora.fold(x.base, state.residual)
+
+  def ours(ids):
+    args = (state.adapters, jnp.float32(x.config.lora.scale), *_args(ids))
+    return _log_probs(shape)(base, *args)[0]
+
+  name = 'tiny_llama' if source == 'random' else source
+  ids = GOLDEN / f'reference_{name}.npz'
+  plain, adapter, merged = (
+    _export(x, tmp_path, f)[0] for f in ('base', 'peft', 'merged')
+  )
+  for model, extra in ((plain, adapter), (merged, '')):
+    found = _difference(_theirs(tmp_path, model, extra, ids), ours)
+    print(f'{source} {method} {model.name} {extra}: {found:.2e}')
+    assert found <= 2e-3
