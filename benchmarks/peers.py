@@ -12,13 +12,9 @@ rounds alternate. `dense` is a second case, in which every position is a target 
 nothing is padded. Prints a table and writes benchmarks/results/peers.json.
 """
 
-import json
 import math
 import os
-import pathlib
 import statistics
-import subprocess
-import tempfile
 import time
 
 import jax
@@ -26,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import child, machine
 from hetlora_jax import base_model, config, experiment, flops, sharding
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
@@ -35,9 +31,6 @@ from hetlora_jax.models.pretrained import sources
 from hetlora_jax.types import Batch, Cohort
 
 _CONFIG = machine.define_config()
-_PYTHON = flags.DEFINE_string(
-  'peers_python', '.venv-bench/bin/python', 'Python with torch, peft, flwr.'
-)
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Alternating rounds.')
 _CLIENTS = flags.DEFINE_integer('clients', 5, 'Clients a round; 0: the config.')
 _DTYPES = flags.DEFINE_list(
@@ -131,39 +124,13 @@ class Ours:
     }
 
 
-class Peer:
-  """A child process."""
-
-  def __init__(self, script: str, work: dict):
-    self._folder, self._script = tempfile.TemporaryDirectory(), script
-    path = pathlib.Path(self._folder.name, 'workload.json')
-    path.write_text(json.dumps(work))
-    self._child = subprocess.Popen(
-      [_PYTHON.value, str(pathlib.Path(__file__).with_name(script)), str(path)],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-  def __call__(self, ask: dict) -> dict:
-    print(json.dumps(ask), file=self._child.stdin, flush=True)
-    for line in self._child.stdout:
-      if line.startswith('{"seconds"'):
-        return json.loads(line)
-    raise ValueError(
-      f'{self._script} ended under --peers_python={_PYTHON.value}, for the '
-      'reason above: has it the extra `bench`?'
-    )
-
-  def close(self):
-    self._child.stdin.close()
-    self._child.wait()
-    self._folder.cleanup()
-
-
 def _rate(answer: dict) -> float:
   return answer['tokens'] / answer['seconds']
 
 
-def best_variant(peer: Peer, case: str, dtypes, paddings) -> tuple[dict, list]:
+def best_variant(
+  peer: child.Peer, case: str, dtypes, paddings
+) -> tuple[dict, list]:
   """Returns the fastest variant of a case for one client, and all tries.
 
   A type that is a third as fast as the best is tried no further.
@@ -267,11 +234,7 @@ def _table(name: str, case: dict) -> None:
 
 
 def main() -> None:
-  if not pathlib.Path(_PYTHON.value).exists():
-    raise ValueError(
-      f'--peers_python={_PYTHON.value} does not exist: `make bench` makes it, '
-      'or name a Python with the extra `bench`.'
-    )
+  child.check()
   raw = _CONFIG.value
   raw.federated.clients_per_round = (
     _CLIENTS.value or raw.federated.clients_per_round
@@ -293,10 +256,10 @@ def main() -> None:
       'chat': workload(chats, rank_N), 'dense': workload(dense, rank_N),
     },
   }  # fmt: skip
-  peft = Peer('peer_torch.py', work)
+  peft = child.Peer('peer_torch.py', work)
   variant, tried = best_variant(peft, 'chat', _DTYPES.value, ('longest', '128'))
   check_same_work(x, chats, tried[0]['first_loss'])
-  flower, ours = Peer('peer_flower.py', work), Ours(x)
+  flower, ours = child.Peer('peer_flower.py', work), Ours(x)
   chat = alternate({
     'ours': lambda: ours(None), 'peft': lambda: peft(variant),
     'flower': lambda: flower(variant),

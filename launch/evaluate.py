@@ -1,17 +1,85 @@
-"""Evaluates a run's newest checkpoint: python -m launch.evaluate."""
+"""Evaluates a run's newest checkpoint: python -m launch.evaluate.
 
+With --generate it also completes held-out prompts, and writes generations.jsonl
+and evaluation.json into --workdir.
+"""
+
+import dataclasses
 import json
 import pathlib
 
+from absl import flags as absl_flags
+
+from hetlora_jax import completions, console, training
 from hetlora_jax import config as config_lib
-from hetlora_jax import training
 from launch import flags
+
+_D = completions.Choice()
+GENERATE = absl_flags.DEFINE_enum(
+  'generate', None, completions.SEARCHES, 'Complete held-out prompts, and how.'
+)
+EXAMPLES = absl_flags.DEFINE_integer(
+  'examples_per_person', 0, 'Examples of each; 0: config.eval.', 0
+)
+OWN_RANK = absl_flags.DEFINE_bool(
+  'own_rank', False, 'Give seen people the adapter cut to their own rank.'
+)
+BEAMS = absl_flags.DEFINE_integer('beams', _D.beams, 'Beams of a beam search.')
+ALPHA = absl_flags.DEFINE_float(
+  'alpha', _D.alpha, 'Beams are ranked by log p / length**alpha.'
+)
+MAX_TOKENS = absl_flags.DEFINE_integer(
+  'max_tokens', _D.max_tokens, 'Of a completion; 0: data.targets_per_example.'
+)
+SHOTS = absl_flags.DEFINE_integer(
+  'shots', _D.shots, 'Examples of other people put before each prompt.'
+)
+UNTOUCHED = absl_flags.DEFINE_bool(
+  'untouched', False, 'Evaluate the base model, without a checkpoint.'
+)
+
+
+def _choice() -> completions.Choice:
+  """Returns what the flags ask for; all but two need --generate."""
+  choice = completions.Choice(
+    search=GENERATE.value or _D.search,
+    beams=BEAMS.value,
+    alpha=ALPHA.value,
+    max_tokens=MAX_TOKENS.value,
+    shots=SHOTS.value,
+    untouched=UNTOUCHED.value,
+  )
+  if not GENERATE.value and choice != _D:
+    raise config_lib.ConfigError(
+      'beams, alpha, max_tokens, shots and untouched are for generating: add '
+      '--generate=greedy or --generate=beam.'
+    )
+  return choice
 
 
 def evaluate(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  """Prints the evaluation of the newest checkpoint as one JSON object."""
-  print(json.dumps(training.evaluate_checkpoint(config, workdir)))
+  """Prints the evaluation of the newest checkpoint, as JSON or a table."""
+  e, choice = config.eval, _choice()
+  e = dataclasses.replace(
+    e,
+    examples_per_person=EXAMPLES.value or e.examples_per_person,
+    own_rank=OWN_RANK.value or e.own_rank,
+  )
+  config = dataclasses.replace(config, eval=e)
+  if not GENERATE.value:
+    print(json.dumps(training.evaluate_checkpoint(config, workdir)))
+    return
+  found = completions.run(config, workdir, choice)
+  console.say(
+    f'\n{completions.table(found)}\n\nResults are in {workdir}/evaluation.json '
+    'and generations.jsonl'
+  )
+
+
+def main() -> None:
+  """Starts the program, hetlora-evaluate too."""
+  flags.run(evaluate, config_of_run=True)
 
 
 if __name__ == '__main__':
-  flags.run(evaluate)
+  main()

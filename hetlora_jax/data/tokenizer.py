@@ -16,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from hetlora_jax import bounds
 
 # Token types, the same numbers in GGUF and SentencePiece.
-CONTROL, USER_DEFINED = 3, 4
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 SPECIAL_KEYS = {
   'bos': 'bos_token_id',
   'eos': 'eos_token_id',
@@ -206,7 +206,9 @@ def _model_proto(metadata: Mapping[str, Any]) -> bytes:
     metadata['token_type'],
     strict=True,
   )
-  for piece, score, kind in pieces:
+  for i, (piece, score, kind) in enumerate(pieces):
+    if i == metadata.get('unknown_token_id'):
+      kind = UNKNOWN  # the converter may call it CONTROL
     if kind == USER_DEFINED:  # the converter put plain spaces into these
       piece = piece.replace(' ', '\N{LOWER ONE EIGHTH BLOCK}')
     proto.pieces.add(piece=piece, score=score, type=kind)

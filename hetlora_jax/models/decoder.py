@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +124,25 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
   return (wide * inverse * weight).astype(x.dtype)
 
 
+class Past(NamedTuple):
+  """What new tokens look back on: slots of keys and values, themselves too."""
+
+  k: Array  # [P, S, K, d]
+  v: Array
+  slot: Array  # [], the first that the new tokens fill
+  position: Array  # [P, S] int32
+  seen: Array  # [P, T, S] bool, the slots that each new token may look at
+
+
 class Layer(nn.Module):
-  """One block. Parameters and adapters are read by their plain names."""
+  """One block. Parameters and adapters are read by their plain names.
+
+  Besides the hidden states it returns None, or keys and values if they are to
+  be kept: its own if it has no past, else the past's with its own among them.
+  """
 
   config: DecoderConfig
+  keep: bool = False
 
   def _norm(self, name: str, x: Array) -> Array:
     weight = self.param(name, nn.initializers.ones, (x.shape[-1],))
@@ -141,16 +157,21 @@ class Layer(nn.Module):
     return out
 
   @nn.compact
-  def __call__(self, h, frequency, is_global, segment, position, scale):
-    h = h + self._attend(h, frequency, is_global, segment, position, scale)
+  def __call__(
+    self, h, frequency, is_global, segment, position, scale, past=None
+  ):
+    out, kept = self._attend(
+      h, frequency, is_global, segment, position, scale, past
+    )
+    h = h + out
     x = self._norm('mlp_norm', h)
     gate = ACTIVATIONS[self.config.activation](self._linear('gate', x, scale))
     x = self._linear('down', gate * self._linear('up', x, scale), scale)
     if self.config.post_norms:
       x = self._norm('post_mlp_norm', x)
-    return h + x, None
+    return h + x, kept if self.keep else None
 
-  def _attend(self, h, frequency, is_global, segment, position, scale):
+  def _attend(self, h, frequency, is_global, segment, position, scale, past):
     c = self.config
     x = self._norm('attention_norm', h)
 
@@ -163,25 +184,53 @@ class Layer(nn.Module):
       q, k = self._norm('q_norm', q), self._norm('k_norm', k)
     angle = position.astype(jnp.float32)[..., None] * frequency[None, None]
     q, k = _rotate(q, angle) * c.query_scale, _rotate(k, angle)
-    mask = _attention_mask(segment, position, is_global, c.sliding_window)
+    if past is None:
+      seen, distance = _own_example(segment, position)
+    else:
+      at = (0, past.slot, 0, 0)
+      k = jax.lax.dynamic_update_slice(past.k, k, at)
+      v = jax.lax.dynamic_update_slice(past.v, v, at)
+      distance = position[:, :, None] - past.position[:, None, :]
+      seen = past.seen
+    mask = _windowed(seen, distance, is_global, c.sliding_window)
     out = kernels.attention(q, k, v, mask)
     out = self._linear('o', out.reshape(*h.shape[:2], -1), scale)
-    return self._norm('post_attention_norm', out) if c.post_norms else out
+    if c.post_norms:
+      out = self._norm('post_attention_norm', out)
+    return out, (k, v)
 
 
-def _attention_mask(segment, position, is_global, window) -> Array:
-  """Lets a token see its own example's past: [P, T, T] bool."""
+def _own_example(segment, position) -> tuple[Array, Array]:
+  """Lets a token see its own example's past; and how far all are: [P, T, T]."""
   distance = position[:, :, None] - position[:, None, :]
   seen = (segment[:, :, None] == segment[:, None, :]) & (distance >= 0)
+  return seen, distance
+
+
+def _windowed(seen, distance, is_global, window) -> Array:
+  """Ends the sight of local layers at the window: [P, T, S] bool."""
   return seen & (is_global | (distance < window)) if window else seen
 
 
+def embed_tokens(c: DecoderConfig, embed: Array, tokens: Array, dtype) -> Array:
+  """Looks tokens up: [P, T] -> [P, T, D]."""
+  h = jnp.take(embed, tokens, axis=0).astype(dtype)
+  if c.embed_scale:
+    # Rounded as the model was trained: in the type of its activations.
+    h = h * jnp.asarray(c.width**0.5, dtype)
+  return h
+
+
 class Decoder(nn.Module):
-  """Maps tokens to final, normed hidden states."""
+  """Maps tokens to final, normed hidden states.
+
+  With `keep` also to the keys and values of all layers, [L, P, T, K, d] each.
+  """
 
   config: DecoderConfig
   dtype: jnp.dtype
   remat: bool
+  keep: bool = False
 
   @nn.compact
   def __call__(self, tokens, segment, position, scale):
@@ -197,10 +246,7 @@ class Decoder(nn.Module):
     embed = self.param(
       'embed', nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width)
     )
-    h = jnp.take(embed, tokens, axis=0).astype(self.dtype)
-    if c.embed_scale:
-      # Rounded as the model was trained: in the type of its activations.
-      h = h * jnp.asarray(c.width**0.5, self.dtype)
+    h = embed_tokens(c, embed, tokens, self.dtype)
     # To recompute what is not a product is faster than to store it.
     keep = None if self.remat else jax.checkpoint_policies.dots_saveable
     block = nn.remat(Layer, prevent_cse=False, policy=keep)
@@ -210,16 +256,17 @@ class Decoder(nn.Module):
       split_rngs={'params': True},
       in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=c.num_layers,
-    )(c, name='layers')
+    )(c, self.keep, name='layers')
     frequency, is_global = rope_frequencies(c), global_layers(c)
-    h, _ = layers(
+    h, kept = layers(
       h, jnp.asarray(frequency), jnp.asarray(is_global), segment, position,
       scale,
     )  # fmt: skip
     if not c.tied_embeddings:
       self.param('head', nn.initializers.normal(c.width**-0.5), embed.shape)
     weight = self.param('final_norm', nn.initializers.ones, (c.width,))
-    return rms_norm(h, weight, c.norm_eps)
+    h = rms_norm(h, weight, c.norm_eps)
+    return (h, kept) if self.keep else h
 
 
 def head(config: DecoderConfig, base: PyTree) -> Array:
@@ -246,6 +293,60 @@ def make_hidden(config: DecoderConfig, dtype, remat: bool):
   return hidden
 
 
+def make_prefill(config: DecoderConfig, dtype):
+  """Returns a function of `hidden`'s arguments to h and (keys, values).
+
+  These are [L, P, T, K, d]. Adapters and scale may be of each row: factors
+  [L, P, ...] and [P, 1, 1].
+  """
+  model = Decoder(config, dtype, remat=False, keep=True)
+
+  def prefill(base, adapters: Adapters, scale, tokens, segment, position):
+    variables = {'params': base, 'lora': {'layers': adapters}}
+    return model.apply(variables, tokens, segment, position, scale)
+
+  return prefill
+
+
+def unstack(layers: PyTree, count: int) -> list[PyTree]:
+  """Takes parameters or adapters, stacked on axis 0, apart by layer."""
+  return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
+
+
+def make_step(config: DecoderConfig, dtype):
+  """Returns the decoder on new tokens that look back, layer after layer.
+
+  It has no loop over stacked layers, which would copy their weights and all
+  keys and values in every step.
+  """
+  layer = Layer(config, keep=True)
+  frequency, is_global = rope_frequencies(config), global_layers(config)
+
+  def step(base, layers, scale, tokens, position, pasts: list[Past]):
+    """Returns h [P, T, D], and the new keys and values of each layer.
+
+    Args:
+      base: what is not in layers is read from it.
+      layers: (parameters, adapters) of each.
+      scale: [] or [P, 1, 1].
+      tokens: [P, T].
+      position: [P, T].
+      pasts: of each layer.
+    """
+    h, kept = embed_tokens(config, base['embed'], tokens, dtype), []
+    for i, ((params, adapters), past) in enumerate(
+      zip(layers, pasts, strict=True)
+    ):
+      h, own = layer.apply(
+        {'params': params, 'lora': adapters}, h, jnp.asarray(frequency[i]),
+        bool(is_global[i]), None, position, scale, past,
+      )  # fmt: skip
+      kept.append(own)
+    return rms_norm(h, base['final_norm'], config.norm_eps), kept
+
+  return step
+
+
 def make_loss(
   config: DecoderConfig, dtype, remat: bool, words: int = 0
 ) -> Loss:
@@ -267,6 +368,24 @@ def make_loss(
     return total, batch.weight.sum()
 
   return loss
+
+
+def make_judge(config: DecoderConfig, dtype):
+  """Returns (base, adapters, scale, batch) -> what is said at its targets.
+
+  The likeliest token there and log p of the target, given the true text: [M].
+  """
+  hidden = make_hidden(config, dtype, remat=False)
+
+  def judge(base, adapters, scale, batch: Batch):
+    h = hidden(
+      base, adapters, scale, batch.tokens, batch.segment, batch.position
+    )
+    h_MD = h.reshape(-1, h.shape[-1])[batch.target_index]
+    embed = head(config, base).astype(dtype)
+    return kernels.judge_words(h_MD, embed, batch.target)
+
+  return judge
 
 
 def make_log_probs(config: DecoderConfig, dtype):

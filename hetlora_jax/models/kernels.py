@@ -172,3 +172,75 @@ def _backward(words, residuals, cotangent):
 
 
 linear_cross_entropy.defvjp(_forward, _backward)
+
+
+def judge_words(
+  h: Array, embed: Array, target: Array, words: int = 0
+) -> tuple[Array, Array]:
+  """Returns the likeliest word and log p of the target, at many positions.
+
+  A pass over the vocabulary as in `linear_cross_entropy`, without gradients.
+
+  Args:
+    h: [M, D].
+    embed: [V, D].
+    target: [M] int32.
+    words: at a time; 0 is `words_at_once()`.
+
+  Returns:
+    [M] int32 and [M] float32.
+  """
+  dealt = _deal(embed, words or words_at_once())
+
+  def step(carry, i):
+    top, total, best = carry
+    _, word, logit = _score(h, dealt, i, embed.shape[0])
+    here, place = jax.lax.top_k(logit, 1)
+    new_top = jnp.maximum(top, here[:, 0])
+    p = jnp.exp(logit - new_top[:, None]).sum(1)
+    best = jnp.where(here[:, 0] > top, word[0, place[:, 0]], best)
+    return (new_top, total * jnp.exp(top - new_top) + p, best), None
+
+  zero = jnp.zeros(h.shape[0])
+  start = (zero - jnp.inf, zero, jnp.zeros_like(target))
+  (top, total, best), _ = jax.lax.scan(step, start, jnp.arange(dealt.shape[1]))
+  aim = embed[target].astype(jnp.float32)
+  picked = (h.astype(jnp.float32) * aim).sum(1)
+  return best, picked - top - jnp.log(total)
+
+
+def likeliest_word(h: Array, embed: Array) -> Array:
+  """Returns the likeliest word at few positions: h [B, D] -> [B] int32.
+
+  On a CPU the embedding on the left of the product, and a maximum of maxima,
+  take half the time of the plain forms.
+  """
+  size, _ = embed.shape
+  across = (((1,), (1,)), ((), ()))
+  logit = jax.lax.dot_general(
+    embed, h, across, preferred_element_type=jnp.float32
+  )
+  groups = next(n for n in range(int(size**0.5), 0, -1) if size % n == 0)
+  logit = logit.reshape(groups, size // groups, -1)
+  group_B = logit.max(1).argmax(0)
+  own = jnp.take_along_axis(logit, group_B[None, None], 0)[0]
+  return (group_B * (size // groups) + own.argmax(0)).astype(jnp.int32)
+
+
+def best_words(h: Array, embed: Array, n: int) -> tuple[Array, Array, Array]:
+  """Returns the n likeliest words after few positions, with all logits at once.
+
+  Args:
+    h: [..., D].
+    embed: [V, D].
+    n: at most V.
+
+  Returns:
+    Words [..., n], the likeliest first, and their logits [..., n], float32; and
+    the log of the summed exponentials of all logits, [...].
+  """
+  logit = jnp.einsum(
+    '...d,vd->...v', h, embed, preferred_element_type=jnp.float32
+  )
+  top, word = jax.lax.top_k(logit, n)
+  return word, top, jax.nn.logsumexp(logit, -1)

@@ -1,0 +1,49 @@
+"""A peer in a child process, in a virtual environment of its own."""
+
+import json
+import pathlib
+import subprocess
+import tempfile
+
+from absl import flags
+
+PYTHON = flags.DEFINE_string(
+  'peers_python', '.venv-bench/bin/python', 'Python with torch, peft, flwr.'
+)
+
+
+def check() -> None:
+  """Raises ValueError if there is no Python to run peers with."""
+  if not pathlib.Path(PYTHON.value).exists():
+    raise ValueError(
+      f'--peers_python={PYTHON.value} does not exist: `make bench` makes it, '
+      'or name a Python with the extra `bench`.'
+    )
+
+
+class Peer:
+  """A script that answers a JSON object a line by another."""
+
+  def __init__(self, script: str, work: dict):
+    self._folder, self._script = tempfile.TemporaryDirectory(), script
+    path = pathlib.Path(self._folder.name, 'workload.json')
+    path.write_text(json.dumps(work))
+    self._child = subprocess.Popen(
+      [PYTHON.value, str(pathlib.Path(__file__).with_name(script)), str(path)],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+  def __call__(self, ask: dict) -> dict:
+    print(json.dumps(ask), file=self._child.stdin, flush=True)
+    for line in self._child.stdout:
+      if line.startswith('{"seconds"'):
+        return json.loads(line)
+    raise ValueError(
+      f'{self._script} ended under --peers_python={PYTHON.value}, for the '
+      'reason above: has it the extra `bench`?'
+    )
+
+  def close(self):
+    self._child.stdin.close()
+    self._child.wait()
+    self._folder.cleanup()

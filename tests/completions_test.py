@@ -1,0 +1,192 @@
+"""What an evaluation writes adds up, whoever counts it again."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from experiment_test import ROOT, small_config
+from rouge_score import rouge_scorer
+
+from hetlora_jax import completions, experiment, training
+from hetlora_jax.completions import Choice
+from hetlora_jax.config import ConfigError
+from hetlora_jax.data.people import Example
+from hetlora_jax.evaluation import bootstrap
+
+# Room for every example as it is, so that packing cuts none.
+WHOLE = {'data__tokens_per_example': 64, 'data__targets_per_example': 24}
+EVAL = {'eval__num_people': 3, 'eval__examples_per_person': 2}
+SETS = {'seen': 'heldout', 'unseen': 'unseen'}
+
+
+def _config(**overrides):
+  return small_config(
+    federated__num_rounds=2, **WHOLE, **EVAL, **overrides
+  )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('completions')
+  c = _config(client_optimizer__learning_rate=0.05)
+  training.run(c, folder)
+  return folder
+
+
+def _read(workdir):
+  lines = (workdir / 'generations.jsonl').read_text().splitlines()
+  found = json.loads((workdir / 'evaluation.json').read_text())
+  return [json.loads(line) for line in lines], found
+
+
+@pytest.fixture(scope='module')
+def evaluated(workdir):
+  c = _config(client_optimizer__learning_rate=0.05, eval__own_rank=True)
+  completions.run(c, workdir, Choice(max_tokens=8))
+  return c, *_read(workdir)
+
+
+def test_a_line_an_example_and_a_value_a_person(evaluated):
+  _, lines, found = evaluated
+  assert len(lines) == 2 * 3 * 2
+  for line in lines:
+    assert line['prompt'].startswith(('A: ', 'B: ')) and line['reference']
+    assert '\n' not in line['generated'] + line['reference']
+    assert (line['rank'] is None) == (line['kind'] == 'unseen')
+  assert found['round'] == 2 and found['settings']['own_rank']
+  for name in SETS:
+    assert found[name]['num_people'] == len(found[name]['people']) == 3
+    assert all(p['examples'] == 2 for p in found[name]['people'])
+  classes = found['seen']['by_rank'].values()
+  assert sum(c['num_people'] for c in classes) == 3
+  assert 'by_rank' not in found['unseen']
+
+
+def test_rouge_equals_the_package_called_by_hand(evaluated):
+  _, lines, found = evaluated
+  kinds = ['rouge1', 'rouge2', 'rougeL']
+  scorer = rouge_scorer.RougeScorer(kinds)
+  for name, kind in SETS.items():
+    for text in ('generated', 'teacher_forced'):
+      for metric in kinds:
+        values = []
+        for person in found[name]['people']:
+          own = [
+            scorer.score(x['reference'], x[text])[metric].fmeasure
+            for x in lines
+            if x['kind'] == kind and x['client'] == person['client']
+          ]
+          assert person[text][metric] == pytest.approx(np.mean(own))
+          values.append(np.mean(own))
+        got = found[name][text][metric]
+        assert got['value'] == pytest.approx(np.mean(values))
+        want = bootstrap.mean(values)
+        assert (got['low'], got['high']) == pytest.approx(want[1:])
+        assert got['quantiles']['0.5'] == pytest.approx(np.median(values))
+  assert any(found[name]['teacher_forced']['rougeL']['value'] for name in SETS)
+
+
+def test_losses_are_those_of_the_evaluation_in_training(evaluated, workdir):
+  c, _, found = evaluated
+  x = experiment.prepare(c)
+  _, state = completions._state(x, workdir, Choice())
+  want = experiment.evaluate(x, experiment.join(x, [state]))
+  for name, set_name in (('seen', 'seen_own'), ('unseen', 'unseen')):
+    people = found[name]['people']
+    assert [p['tokens'] for p in people] == want[set_name].tokens_KE[0].tolist()
+    np.testing.assert_allclose(
+      [p['loss_sum'] for p in people], want[set_name].loss_KE[0], rtol=1e-4
+    )
+    loss = want[set_name].loss_KE.sum() / want[set_name].tokens_KE.sum()
+    assert found[name]['loss']['value'] == pytest.approx(loss, rel=1e-4)
+    got = found[name]['perplexity']
+    assert got['value'] == pytest.approx(np.exp(loss), rel=1e-3)
+    assert got['low'] <= got['value'] <= got['high']
+  assert not np.allclose(want['seen'].loss_KE, want['seen_own'].loss_KE)
+
+
+def test_the_untouched_model_with_examples_of_others(tmp_path):
+  c, folder = _config(), tmp_path / 'floor'
+  for shots in (0, 2):
+    completions.run(c, folder, Choice(untouched=True, shots=shots))
+    lines, found = _read(folder)
+    if not shots:
+      plain = lines
+  x = experiment.prepare(c)
+  want = experiment.evaluate(x, x.initial_state)
+  np.testing.assert_allclose(
+    sum(line['loss_sum'] for line in plain if line['kind'] == 'unseen'),
+    want['unseen'].loss_KE.sum(),
+    rtol=1e-4,
+  )
+  for line, bare in zip(lines, plain, strict=True):
+    assert line['prompt'].endswith('\n\n' + bare['prompt'])
+    assert line['prompt'].count('\n\n') == 2
+    assert line['reference'] == bare['reference']
+  assert found['settings']['shots'] == 2 and found['round'] == 0
+
+
+def test_shots_are_of_other_people_and_cut_first():
+  x = experiment.prepare(_config(data__copies=2))
+  name = x.people.client_ids[0]
+  rng = np.random.default_rng(0)
+  others = sum(other != name for other in x.people.client_ids)
+  assert others == len(x.people.client_ids) - 2
+  shots = completions._draw_shots(x, name, others, rng)
+  assert len(shots) == others and all(s.num_target for s in shots)
+  with pytest.raises(ConfigError, match=f'--shots={others + 1}'):
+    completions._draw_shots(x, name, others + 1, rng)
+  example = Example(np.array([2, 5, 6, 7, 8]), 2)
+  shot = Example(np.array([2, 9, 10]), 1)
+  got = completions._with_shots(example, [shot], [4])
+  assert got.tokens.tolist() == [2, 9, 10, 4, 5, 6, 7, 8]
+  assert completions._cut(got, 6).tokens.tolist() == [2, 4, 5, 6, 7, 8]
+  assert completions._cut(got, 1).tokens.tolist() == [2, 7, 8]
+
+
+def test_a_beam_search_and_what_cannot_be(workdir):
+  c = _config(client_optimizer__learning_rate=0.05)
+  found = completions.run(c, workdir, Choice('beam', 2, max_tokens=4))
+  assert found['settings']['search'] == 'beam'
+  before = _read(workdir)
+  for choice, message in (
+    (Choice('sampling'), '--generate=sampling'),
+    (Choice(beams=0), '--beams=0'),
+    (Choice(shots=-1), '--shots=-1'),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      completions.run(c, workdir, choice)
+  with pytest.raises(ConfigError, match='--untouched'):
+    completions.run(c, workdir / 'nowhere', Choice())
+  own = dataclasses.replace(c.eval, own_rank=True)
+  with pytest.raises(ConfigError, match='no ranks'):
+    completions.run(
+      dataclasses.replace(c, eval=own), workdir, Choice(untouched=True)
+    )
+  assert _read(workdir) == before
+
+
+def _launch(*flags):
+  return subprocess.run(
+    [sys.executable, '-W', 'ignore', '-m', 'launch.evaluate', *flags],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+
+
+def test_the_program(workdir):
+  done = _launch(
+    f'--workdir={workdir}', '--generate=greedy', '--max_tokens=3',
+    '--examples_per_person=1', '--own_rank',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert '6/6 examples completed' in done.stdout
+  assert 'teacher forced rougeL' in done.stdout
+  lines, found = _read(workdir)
+  assert len(lines) == 6 and found['settings']['max_tokens'] == 3
+  assert found['settings']['own_rank']
+  done = _launch(f'--workdir={workdir}', '--shots=2')
+  assert done.returncode == 2 and done.stderr.count('\n') == 1
+  assert 'add --generate=greedy' in done.stderr
