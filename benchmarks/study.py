@@ -220,11 +220,11 @@ def _command(task: str, names: str) -> list[str]:
 def _start(task: str) -> bool:
   """Starts the programs that a task lacks; returns False if interrupted."""
   commands = {}
-  if _floors_missing(task):
-    commands[f'{task}: the untouched model'] = _command(task, _FLOORS)
   for group in _programs([run for _, run in _missing(task)]):
     names = ','.join(run.name for run in group)
     commands[f'{task}: {names}'] = _command(task, names)
+  if _floors_missing(task):
+    commands[f'{task}: the untouched model'] = _command(task, _FLOORS)
   logs = pathlib.Path(_WORKDIR.value) / 'logs'
   return sweep.start_all(commands, logs, parallel=1)
 
