@@ -62,7 +62,7 @@ class Choice(NamedTuple):
 class Task(NamedTuple):
   """A prompt to be completed, and whose it is."""
 
-  kind: Kind
+  kind: str  # of SETS
   person: int  # among those of that kind
   name: str
   rank: int | None  # of a person who takes part
@@ -107,6 +107,7 @@ def run(c: Config, workdir: pathlib.Path, choice: Choice) -> dict[str, Any]:
   workdir.mkdir(parents=True, exist_ok=True)
   _write_lines(workdir / 'generations.jsonl', lines)
   metrics.write_json(workdir / 'evaluation.json', found)
+  metrics.show_samples(workdir, round)
   return found
 
 
@@ -159,7 +160,7 @@ def _tasks(x: Experiment, tokenizer, state, choice: Choice) -> Iterator[Task]:
   e, rank_NG = x.config.eval, np.asarray(state.memory.rank)
   between = tokenizer.encode('\n')
   room = x.config.data.row_tokens * (1 + choice.shots)
-  for kind in SETS.values():
+  for name_of_set, kind in SETS.items():
     group = x.people.groups[kind]
     for person in evenly_spaced(len(group.ids), e.num_people):
       name = group.ids[person]
@@ -169,7 +170,7 @@ def _tasks(x: Experiment, tokenizer, state, choice: Choice) -> Iterator[Task]:
         rng = prng.host_stream(0, f'shots {kind}', int(person), int(i))
         shots = _draw_shots(x, name, choice.shots, rng)
         example = _cut(_with_shots(example, shots, between), room)
-        yield Task(kind, int(person), name, rank, example)
+        yield Task(name_of_set, int(person), name, rank, example)
 
 
 def _draw_shots(
@@ -288,7 +289,7 @@ def _answer(
 def _chunks(tasks: Sequence[Task]) -> list[list[int]]:
   """Splits tasks by kind and then by length, the longest first."""
   chunks = []
-  for kind in SETS.values():
+  for kind in SETS:
     own = [i for i, task in enumerate(tasks) if task.kind == kind]
     own.sort(key=lambda i: -len(tasks[i].example.tokens))
     chunks += [own[i : i + ROWS] for i in range(0, len(own), ROWS)]
@@ -358,8 +359,8 @@ def _line(tokenizer, task: Task, answer: Answer) -> dict[str, Any]:
 def evaluate(lines: Sequence[dict], seed: int = 0) -> dict[str, Any]:
   """Scores the lines of generations.jsonl, by set, person and class of rank."""
   found = {}
-  for name, kind in SETS.items():
-    own = [line for line in lines if line['kind'] == kind]
+  for name in SETS:
+    own = [line for line in lines if line['kind'] == name]
     clients = dict.fromkeys(line['client'] for line in own)
     people = [
       _person([line for line in own if line['client'] == who])
@@ -370,7 +371,7 @@ def evaluate(lines: Sequence[dict], seed: int = 0) -> dict[str, Any]:
       not any(c.isascii() and c.isalnum() for c in line['reference'])
       for line in own
     )
-    if kind != 'unseen':
+    if name != 'unseen':
       found[name]['by_rank'] = _by_rank(people, seed)
     found[name]['people'] = people
   return found

@@ -19,7 +19,7 @@ from hetlora_jax.evaluation import bootstrap
 # Room for every example as it is, so that packing cuts none.
 WHOLE = {'data__tokens_per_example': 64, 'data__targets_per_example': 24}
 EVAL = {'eval__num_people': 3, 'eval__examples_per_person': 2}
-SETS = {'seen': 'heldout', 'unseen': 'unseen'}
+SETS = ('seen', 'unseen')
 
 
 def _config(**overrides):
@@ -49,7 +49,7 @@ def evaluated(workdir):
   return c, *_read(workdir)
 
 
-def test_a_line_an_example_and_a_value_a_person(evaluated):
+def test_a_line_an_example_and_a_value_a_person(evaluated, workdir):
   _, lines, found = evaluated
   assert len(lines) == 2 * 3 * 2
   for line in lines:
@@ -60,6 +60,7 @@ def test_a_line_an_example_and_a_value_a_person(evaluated):
   for name in SETS:
     assert found[name]['num_people'] == len(found[name]['people']) == 3
     assert all(p['examples'] == 2 for p in found[name]['people'])
+  assert len(list((workdir / 'tensorboard').glob('*.samples'))) == 1
   classes = found['seen']['by_rank'].values()
   assert sum(c['num_people'] for c in classes) == 3
   assert 'by_rank' not in found['unseen']
@@ -69,7 +70,7 @@ def test_rouge_equals_the_package_called_by_hand(evaluated):
   _, lines, found = evaluated
   kinds = ['rouge1', 'rouge2', 'rougeL']
   scorer = rouge_scorer.RougeScorer(kinds)
-  for name, kind in SETS.items():
+  for name in SETS:
     for text in ('generated', 'teacher_forced'):
       for metric in kinds:
         values = []
@@ -77,7 +78,7 @@ def test_rouge_equals_the_package_called_by_hand(evaluated):
           own = [
             scorer.score(x['reference'], x[text])[metric].fmeasure
             for x in lines
-            if x['kind'] == kind and x['client'] == person['client']
+            if x['kind'] == name and x['client'] == person['client']
           ]
           assert person[text][metric] == pytest.approx(np.mean(own))
           values.append(np.mean(own))
