@@ -44,6 +44,9 @@ def lora_parameters(rank_CG: Array, dims: Dims, factors: str = 'ab') -> int:
       the order of sorted targets, then layers).
     dims: target -> (num_layers, d_in, d_out).
     factors: which of A and B count.
+
+  >>> lora_parameters(np.array([[2], [5]]), {'q': (3, 10, 20)})
+  630
   """
   rank = np.asarray(rank_CG, np.int64)
   return int((rank * _sizes(dims, factors)).sum()) if rank.size else 0

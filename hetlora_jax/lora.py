@@ -49,7 +49,11 @@ def init(key: Array, dims: dict, slots: int, rule: str) -> Adapters:
 
 
 def prefix_mask(rank: Array, slots: int) -> Array:
-  """Marks the first `rank` of `slots` slots: [...] int -> [..., R] float."""
+  """Marks the first `rank` of `slots` slots: [...] int -> [..., R] float.
+
+  >>> prefix_mask(jnp.array([1, 3]), 4).tolist()
+  [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]
+  """
   index = jax.lax.broadcasted_iota(jnp.int32, (*rank.shape, slots), rank.ndim)
   return (index < rank[..., None]).astype(jnp.float32)
 
@@ -58,6 +62,9 @@ def energy_rank(energy: Array, share: Array) -> Array:
   """Counts the first entries of [..., R] that hold a share of the sum: [...].
 
   At least one, even of zeros.
+
+  >>> int(energy_rank(jnp.array([6.0, 3.0, 1.0]), 0.9))
+  2
   """
   held = energy.cumsum(-1)
   short = held < share * held[..., -1:]
@@ -70,7 +77,15 @@ def masked(adapter: Lora, mask: Array) -> Lora:
 
 
 def truncate(adapters: Adapters, masks: Masks) -> Adapters:
-  """Zeroes every slot outside `masks`; shapes stay the same."""
+  """Zeroes every slot outside `masks`; shapes stay the same.
+
+  >>> whole = {'q': Lora(jnp.ones((1, 2, 3)), jnp.ones((1, 3, 4)))}
+  >>> one = truncate(whole, {'q': prefix_mask(jnp.array([1]), 3)})
+  >>> one['q'].a.tolist()
+  [[[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]]
+  >>> one['q'].b.sum(-1).tolist()
+  [[4.0, 0.0, 0.0]]
+  """
   return {t: masked(adapters[t], masks[t]) for t in adapters}
 
 
@@ -90,7 +105,11 @@ def rescale(adapters: Adapters, ratio: Array, powers: tuple[float, float]):
 
 
 def fold(base: PyTree, change: Deltas) -> PyTree:
-  """Adds changes to the base parameters of the same names, in float32."""
+  """Adds changes to the base parameters of the same names, in float32.
+
+  >>> fold({'layers': {'q': jnp.ones(2), 'k': jnp.ones(1)}}, {'q': 0.5})
+  {'layers': {'k': Array([1.], dtype=float32), 'q': Array([1.5, 1.5], dtype=float32)}}
+  """
 
   def add(path, leaf):
     name = path[-1].key
@@ -102,7 +121,12 @@ def fold(base: PyTree, change: Deltas) -> PyTree:
 
 
 def delta_norm(adapter: Lora) -> Array:
-  """Returns ||A B||_F from two R x R Gram matrices, never forming A B."""
+  """Returns ||A B||_F from two R x R Gram matrices, never forming A B.
+
+  >>> a, b = jnp.array([[1.0], [1.0]]), jnp.array([[3.0, 4.0]])
+  >>> delta_norm(Lora(a, b)), jnp.linalg.norm(a @ b)
+  (Array(7.071068, dtype=float32), Array(7.071068, dtype=float32))
+  """
   gram_a = jnp.einsum('...dr,...ds->...rs', adapter.a, adapter.a)
   gram_b = jnp.einsum('...rd,...sd->...rs', adapter.b, adapter.b)
   # Rounding can leave a tiny negative number where the product is zero.

@@ -25,5 +25,10 @@ def stream(seed: Array | int, name: str, *counters: Array | int) -> Array:
 
 
 def host_stream(seed: int, name: str, *counters: int) -> np.random.Generator:
-  """Returns the generator of a named stream, for use on the host."""
+  """Returns the generator of a named stream, for use on the host.
+
+  >>> a, b = host_stream(0, 'batches', 7), host_stream(0, 'batches', 7)
+  >>> a.bytes(4) == b.bytes(4)
+  True
+  """
   return np.random.default_rng([seed, _number(name), *counters])

@@ -52,6 +52,12 @@ def draw(
     num_examples: how much data each person has, [N].
     data_correlation: rho in [-1, 1], about the rank correlation of a person's
       LoRA rank and data: 1 sorts people by data, -1 in reverse; ties at random.
+
+  >>> draw(
+  ...   np.random.default_rng(0), 8, distribution='power_law', r_min=2, r_max=16,
+  ...   exponent=1.0, explicit=(), tiers=(), tier_fractions=(),
+  ... ).tolist()
+  [7, 3, 2, 2, 11, 13, 6, 9]
   """
   _check_correlation(population, num_examples, data_correlation)
   choices = np.arange(r_min, r_max + 1)
@@ -135,7 +141,13 @@ def gather(per_matrix: Norms, groups: int) -> Array:
 
 
 def masks(rank_G: Array, adapters: Adapters) -> Masks:
-  """Marks the slots that a rank owns: [G] -> target -> [L, R]."""
+  """Marks the slots that a rank owns: [G] -> target -> [L, R].
+
+  >>> import jax
+  >>> adapters = lora.init(jax.random.key(0), {'q': (2, 5, 7)}, 3, 'gaussian')
+  >>> masks(jnp.array([2]), adapters)['q'].tolist()
+  [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
+  """
   return {
     t: lora.prefix_mask(rank, adapters[t].a.shape[-1])
     for t, rank in spread(rank_G, adapters).items()

@@ -120,5 +120,10 @@ def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     raise config_lib.ConfigError(f'these points failed: {"; ".join(failed)}')
 
 
-if __name__ == '__main__':
+def main() -> None:
+  """Starts the program, hetlora-sweep too."""
   flags.run(run, dry_run, needs_devices=lambda: GROUP.value is not None)
+
+
+if __name__ == '__main__':
+  main()

@@ -23,5 +23,10 @@ def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
   console.say(f'\n{results.table(summary)}\n\nResults are in {workdir}/')
 
 
-if __name__ == '__main__':
+def main() -> None:
+  """Starts the program, hetlora-train too."""
   flags.run(train)
+
+
+if __name__ == '__main__':
+  main()

@@ -151,7 +151,14 @@ METHODS = {
 
 
 def rule_names(config) -> dict[str, str]:
-  """Returns role -> rule of a Config: the method's row, overridden by flags."""
+  """Returns role -> rule of a Config: the method's row, overridden by flags.
+
+  >>> from types import SimpleNamespace
+  >>> methods = SimpleNamespace(**dict.fromkeys(ROLES, '') | {'pruning': 'none'})
+  >>> rules = rule_names(SimpleNamespace(method='hetlora', methods=methods))
+  >>> rules['objective'], rules['pruning'], rules['weighting']
+  ('tail_penalty', 'none', 'norm')
+  """
   row = METHODS[config.method]._asdict()
   return {r: getattr(config.methods, r) or row[r] for r in ROLES}
 

@@ -16,7 +16,11 @@ ROUNDINGS = {'floor': jnp.floor, 'nearest': jnp.round}
 
 
 def kept_rank(rank: Array, gamma: Array, rounding: str) -> Array:
-  """Returns the rank without its tail, before any lower bound: int32."""
+  """Returns the rank without its tail, before any lower bound: int32.
+
+  >>> kept_rank(jnp.array([5, 20, 50]), 0.95, 'floor').tolist()
+  [4, 19, 47]
+  """
   # 0.95 * 20 is a hair below 19 in binary; floor must not see that.
   hair = 1e-4 if rounding == 'floor' else 0.0
   return ROUNDINGS[rounding](gamma * rank + hair).astype(jnp.int32)

@@ -34,7 +34,12 @@ def uniform(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
 
 
 def size(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
-  """Weighs clients by their examples (FedAvg; McMahan et al., 2017)."""
+  """Weighs clients by their examples (FedAvg; McMahan et al., 2017).
+
+  >>> weights = size(jnp.array([3.0, 0.0, 1.0]), {'q': jnp.ones((3, 1, 2))}, {})
+  >>> weights['q'][:, 0, 0].tolist()
+  [0.75, 0.0, 0.25]
+  """
   del norms
   return _everywhere(_share(num_examples), masks)
 

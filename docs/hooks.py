@@ -1,0 +1,217 @@
+"""Pages that are made from the code at each build, and pictures within pages."""
+
+import ast
+import importlib
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+from mkdocs.structure.files import File
+
+from configs import default
+from docs import pictures
+from hetlora_jax import config as config_lib
+from hetlora_jax.methods import registry
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROGRAMS = ('flags', 'train', 'evaluate', 'sweep', 'export', 'report', 'data')
+
+
+def _cell(text: object) -> str:
+  return str(text).replace('|', '\\|').replace('\n', ' ').replace('<', '&lt;')
+
+
+def _table(*rows: tuple) -> str:
+  """Returns a Markdown table; the first row is its head."""
+  head, *rest = [f'| {" | ".join(map(_cell, row))} |' for row in rows]
+  return '\n'.join([head, '|---' * len(rows[0]) + '|', *rest, ''])
+
+
+def _own_flags(program: str) -> list[flags.Flag]:
+  """Returns the flags that a launcher defines, and forgets them.
+
+  Several launchers have an --out.
+  """
+  module = importlib.import_module(f'launch.{program}')
+  own = flags.FLAGS.flags_by_module_dict()[module.__name__]
+  for flag in own if program != 'flags' else ():
+    delattr(flags.FLAGS, flag.name)
+  return [f for f in own if not f.name.startswith('config.')]
+
+
+def _fields() -> Iterator[str]:
+  values = config_lib.flat(config_lib.to_dict(
+    config_lib.resolve(default.get_config())
+  ))  # fmt: skip
+  sections: dict[str, list] = {}
+  for name, gloss in config_lib.glosses().items():
+    sections.setdefault(name.rpartition('.')[0], []).append(
+      (f'`{name}`', f'`{values[name]!r}`', gloss)
+    )
+  for section, rows in sections.items():
+    yield f'### {section or "run"}\n'
+    yield _table(('field', 'default', 'meaning'), *rows)
+
+
+def flags_page() -> str:
+  """Lists every field of a configuration and every flag of a launcher."""
+  lines = [
+    '# Fields and flags\n',
+    'Made from `configs/default.py` and the launchers. Any field is a flag: '
+    '`--config.federated.r_max=32`; `--print_config` shows those of a run.\n',
+    '## Fields\n',
+    *_fields(),
+    '## Flags\n',
+  ]
+  for program in PROGRAMS:
+    title = (
+      'All but report and data' if program == 'flags' else f'launch.{program}'
+    )
+    rows = [
+      (f'`--{f.name}`', '' if f.default is None else f'`{f.default!r}`', f.help)
+      for f in sorted(_own_flags(program), key=lambda f: f.name)
+    ]
+    lines += [f'### {title}\n', _table(('flag', 'default', 'meaning'), *rows)]
+  return '\n'.join(lines)
+
+
+def _linked(citation: str) -> str:
+  """Makes arXiv ids links."""
+  return re.sub(
+    r'arXiv (\d{4}\.\d{5})', r'[arXiv \1](https://arxiv.org/abs/\1)', citation
+  )
+
+
+def _first_line(function) -> str:
+  return (function.__doc__ or '').strip().partition('\n')[0]
+
+
+def methods_page() -> str:
+  """Lists every method, and every rule with what it does."""
+  usual = registry.Method._field_defaults
+  methods = [
+    (
+      f'`{name}`',
+      ', '.join(
+        f'{role} `{rule}`'
+        for role, rule in row._asdict().items()
+        if role != 'citation' and rule != usual[role]
+      ),
+      _linked(row.citation),
+    )
+    for name, row in registry.METHODS.items()
+  ]
+  lines = [
+    '# Methods\n',
+    'Made from `hetlora_jax/methods/registry.py`. A method is a row of names of '
+    'rules; `--config.method` chooses one, and `--config.methods.ROLE` puts '
+    'another rule in its place.\n',
+    _table(
+      ('method', 'rules that differ from the default', 'source'), *methods
+    ),
+    '## Rules\n',
+  ]
+  for role, rules in registry.ROLES.items():
+    module = sys.modules.get(f'hetlora_jax.methods.{role}')
+    about = module.__doc__.strip() if module else ''
+    rows = [
+      (
+        f'`{name}`' + (' (default)' if usual[role] == name else ''),
+        _linked(_first_line(rule)) if callable(rule) else '',
+      )
+      for name, rule in rules.items()
+    ]
+    lines += [f'### {role}\n', f'{about}\n', _table(('rule', 'what'), *rows)]
+  return '\n'.join(lines)
+
+
+def configs_page() -> str:
+  """Lists the experiments that come with the package."""
+  lines = [
+    '# Experiments\n',
+    'What `configs/` holds, in the words of each file. They come with the '
+    'package: `--config=configs/tiny.py` works in any folder.\n',
+  ]
+  for path in sorted((ROOT / 'configs').glob('[!_]*.py')):
+    about = ast.get_docstring(ast.parse(path.read_text())) or ''
+    lines.append(f'## {path.stem}\n\n```text\n{about}\n```\n')
+  return '\n'.join(lines)
+
+
+def tutorial_page() -> str:
+  """Turns docs/tutorial.py round: its comments are text, the rest is code."""
+  text = (ROOT / 'docs/tutorial.py').read_text().partition('\n\n')[2]
+  parts = re.split(r'(?m)^((?:#.*\n)+)', text)
+  out = []
+  for part in parts:
+    if part.startswith('#'):
+      out.append(re.sub(r'(?m)^# ?', '', part))
+    elif part.strip():
+      out.append(f'```python\n{part.strip()}\n```\n')
+  return '\n'.join(out)
+
+
+def _modules() -> Iterator[tuple[str, str]]:
+  """Yields every module's name, and the first line of its docstring."""
+  for path in sorted((ROOT / 'hetlora_jax').rglob('*.py')):
+    name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    about = ast.get_docstring(ast.parse(path.read_text())) or ''
+    if about and not path.stem.startswith('_') or path.name == '__init__.py':
+      yield name.removesuffix('.__init__'), about.partition('\n')[0]
+
+
+def api_pages() -> dict[str, str]:
+  """Returns a page a module, from its docstrings, and one that lists them."""
+  pages, rows = {}, []
+  for name, about in _modules():
+    pages[f'api/{name}.md'] = f'# {name}\n\n::: {name}\n'
+    rows.append((f'[{name}](api/{name}.md)', about))
+  head = (
+    '# API\n\nStart with [experiment](api/hetlora_jax.experiment.md) and '
+    '[training](api/hetlora_jax.training.md); a round is '
+    '[rounds](api/hetlora_jax.rounds.md), its types '
+    '[types](api/hetlora_jax.types.md).\n\n'
+  )
+  return pages | {'api.md': head + _table(('module', 'what'), *rows)}
+
+
+def _of_repository(name: str) -> str:
+  """Returns a page of the root folder, its links into docs/ made right."""
+  return (ROOT / name).read_text().replace('](docs/', '](')
+
+
+def on_config(config):
+  """Drops the page of results where there is none yet."""
+  if not (ROOT / 'docs/results.md').exists():
+    for section in config.nav:
+      for title, pages in section.items():
+        if isinstance(pages, list):
+          section[title] = [p for p in pages if p != {'Results': 'results.md'}]
+  return config
+
+
+def on_files(files, config):
+  """Adds the pages that are made."""
+  made = {
+    'flags.md': flags_page(),
+    'methods.md': methods_page(),
+    'configs.md': configs_page(),
+    'tutorial.md': tutorial_page(),
+    'contributing.md': _of_repository('CONTRIBUTING.md'),
+    'changelog.md': _of_repository('CHANGELOG.md'),
+    **api_pages(),
+  }
+  for name, content in made.items():
+    files.append(File.generated(config, name, content=content))
+  return files
+
+
+def on_page_markdown(markdown, page, config, files):
+  """Puts pictures in place of <!-- picture: NAME -->."""
+  return re.sub(
+    r'<!-- picture: (\w+) -->',
+    lambda found: f'<div class="picture">{pictures.draw(found[1])}</div>',
+    markdown,
+  )
