@@ -77,11 +77,13 @@ def best_rate(arm: str, results: dict[str, dict]) -> float | None:
   return rates[losses.index(min(losses))]
 
 
-def _run(task: str, arm: str, rate: float, seed: int) -> sweep.Run:
+def _run(
+  task: str, arm: str, rate: float, seed: int, folder: pathlib.Path
+) -> sweep.Run:
   field, _ = study.rates(arm)
   fields = study.ARMS[arm] | {field: rate, 'seed': seed}
   name = name_of(arm, rate, seed)
-  workdir = pathlib.Path(_WORKDIR.value) / task / name
+  workdir = folder / task / name
   words = [f'--config.{k}={v}' for k, v in fields.items()]
   command = shlex.join(
     ['python', '-m', 'launch.train', f'--config=configs/study.py:{task}',
@@ -93,19 +95,19 @@ def _run(task: str, arm: str, rate: float, seed: int) -> sweep.Run:
 
 
 def runs(
-  task: str, results: dict[str, dict]
+  task: str, results: dict[str, dict], folder: pathlib.Path
 ) -> Iterator[tuple[str, sweep.Run]]:
   """Yields arms and runs: all rates of the first seed, then other seeds.
 
-  The latter only of arms whose rate can be chosen.
+  The latter only of arms whose rate can be chosen; `folder` gets their folders.
   """
   for arm in study.ARMS:
     for rate in study.rates(arm)[1]:
-      yield arm, _run(task, arm, rate, study.SEEDS[0])
+      yield arm, _run(task, arm, rate, study.SEEDS[0], folder)
   for arm in study.ARMS:
     rate = best_rate(arm, results)
     for seed in study.SEEDS[1:] if rate else ():
-      yield arm, _run(task, arm, rate, seed)
+      yield arm, _run(task, arm, rate, seed, folder)
 
 
 def _curve(rows: Sequence[metrics.Row]) -> dict[str, list]:
@@ -194,7 +196,8 @@ def _do(task: str, chosen: Sequence[tuple[str, sweep.Run]]) -> None:
 
 def _missing(task: str) -> list[tuple[str, sweep.Run]]:
   results = load(pathlib.Path(_RAW.value), task)
-  return [(a, r) for a, r in runs(task, results) if r.name not in results]
+  every = runs(task, results, pathlib.Path(_WORKDIR.value))
+  return [(arm, run) for arm, run in every if run.name not in results]
 
 
 def _together(run: sweep.Run) -> int:

@@ -2,17 +2,14 @@
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
-from absl import flags
 
 from benchmarks import study as runner
 from benchmarks import study_report as report
 from configs import study
-
-if not flags.FLAGS.is_parsed():
-  flags.FLAGS(['tests'])
 
 
 def result(arm, losses, *, tokens=10, tail=0.0, up=1e6):
@@ -59,7 +56,7 @@ FOUND = {
 
 @pytest.mark.parametrize('task', study.TASKS)
 def test_every_arm_is_a_run_of_its_own_name(task):
-  runs = list(runner.runs(task, {}))
+  runs = list(runner.runs(task, {}, pathlib.Path('x')))
   assert len(runs) == len(study.ARMS) * len(study.RATES)
   assert len({run.name for _, run in runs}) == len(runs)
   assert {run.config.data.name for _, run in runs} == {report.NAMES[task]}
@@ -73,7 +70,7 @@ def test_every_arm_is_a_run_of_its_own_name(task):
 
 def test_other_seeds_run_at_the_rate_that_validates_best():
   done = results_of({'FedEx': [4.0, 3.0]})
-  names = [run.name for _, run in runner.runs('chat', done)]
+  names = [run.name for _, run in runner.runs('chat', done, pathlib.Path('x'))]
   assert names[-2:] == ['fedex-lr0.002-seed1', 'fedex-lr0.002-seed2']
   del done['fedex-lr0.008-seed0']
   assert runner.best_rate('FedEx', done) is None

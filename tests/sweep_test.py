@@ -122,8 +122,8 @@ def test_points_of_one_program_get_the_numbers_of_their_own_runs(
 def test_a_grid_is_one_compilation(tmp_path, monkeypatch):
   prepared, prepare = [], experiment.prepare
 
-  def remember(*points):
-    prepared.append(prepare(*points))
+  def remember(*points, **rest):
+    prepared.append(prepare(*points, **rest))
     return prepared[-1]
 
   monkeypatch.setattr(experiment, 'prepare', remember)
