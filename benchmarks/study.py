@@ -25,6 +25,7 @@ from absl import flags
 from benchmarks import machine
 from configs import study
 from hetlora_jax import completions, config, console, metrics, sweep, training
+from hetlora_jax.evaluation import scores
 
 _RAW = flags.DEFINE_string('raw', 'docs/results/raw', 'Folder of the results.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/study', 'Folder of the runs.')
@@ -155,10 +156,10 @@ def _texts(found: dict) -> dict[str, list[dict]]:
   """Returns everybody's RougeL, of texts written and teacher-forced."""
   return {
     name: [
-      {'client': p['client'], **{t: p[t]['rougeL'] for t in completions.TEXTS}}
+      {'client': p['client'], **{t: p[t]['rougeL'] for t in scores.TEXTS}}
       for p in found[name]['people']
     ]
-    for name in completions.SETS
+    for name in scores.SETS
   }
 
 
@@ -171,7 +172,7 @@ def _do_floors(task: str) -> None:
     choice = completions.Choice(untouched=True, shots=shots)
     c = config.resolve(study.get_config(task))
     found = completions.run(c, workdir / f'shots{shots}', choice)
-    people = {name: found[name]['people'] for name in completions.SETS}
+    people = {name: found[name]['people'] for name in scores.SETS}
     metrics.write_json(
       folder / f'shots{shots}.json',
       {'shots': shots, 'people': people, 'texts': _texts(found)},

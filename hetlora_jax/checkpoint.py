@@ -255,3 +255,22 @@ def _read(manager, path: pathlib.Path, **args):
 
 def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def newest(
+  workdir: pathlib.Path, identity: dict[str, Any], like: ServerState
+) -> tuple[int, ServerState]:
+  """Restores the newest undamaged checkpoint of a run, and its round.
+
+  Raises:
+    ConfigError: there is none, or see `Checkpoints.restore_newest`.
+  """
+  folder, found = workdir / 'checkpoints', None
+  if steps(folder):
+    checkpoints = Checkpoints([folder], identity)
+    found = checkpoints.restore_newest(like)
+    checkpoints.close()
+  if not found:
+    raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
+  step, (state,) = found
+  return step, state

@@ -35,17 +35,16 @@ from hetlora_jax import (
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example, Kind, evenly_spaced
-from hetlora_jax.evaluation import bootstrap, generation, rouge
+from hetlora_jax.evaluation import generation, scores
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.models import decoder
 from hetlora_jax.types import Hyperparameters, Rules, ServerState
 
 SEARCHES = ('greedy', 'beam')
 ROWS = 16  # prompts at a time
-SETS: dict[str, Kind] = {'seen': 'heldout', 'unseen': 'unseen'}
-TEXTS = ('generated', 'teacher_forced')
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-RANK_CLASSES = 3
+KINDS: dict[str, Kind] = dict(
+  zip(scores.SETS, ('heldout', 'unseen'), strict=True)
+)
 
 
 class Choice(NamedTuple):
@@ -62,7 +61,7 @@ class Choice(NamedTuple):
 class Task(NamedTuple):
   """A prompt to be completed, and whose it is."""
 
-  kind: str  # of SETS
+  kind: str  # of scores.SETS
   person: int  # among those of that kind
   name: str
   rank: int | None  # of a person who takes part
@@ -102,7 +101,7 @@ def run(c: Config, workdir: pathlib.Path, choice: Choice) -> dict[str, Any]:
     'round': round,
     'settings': choice._asdict()
     | {'max_tokens': _max_tokens(c, choice), 'own_rank': c.eval.own_rank},
-    **evaluate(lines, c.seed),
+    **scores.of_lines(lines, c.seed),
   }
   workdir.mkdir(parents=True, exist_ok=True)
   _write_lines(workdir / 'generations.jsonl', lines)
@@ -144,15 +143,8 @@ def _state(
   """Restores the newest undamaged checkpoint, or takes the start as it is."""
   if choice.untouched:
     return 0, x.take_point(x.initial_state, 0)
-  checkpoints = checkpoint.Checkpoints(
-    [workdir / 'checkpoints'], x.base_identity
-  )
-  found = checkpoints.restore_newest(experiment.shape_of_one(x))
-  checkpoints.close()
-  if not found:
-    raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
-  step, (state,) = found
-  return step, state
+  like = experiment.shape_of_one(x)
+  return checkpoint.newest(workdir, x.base_identity, like)
 
 
 def _tasks(x: Experiment, tokenizer, state, choice: Choice) -> Iterator[Task]:
@@ -160,7 +152,7 @@ def _tasks(x: Experiment, tokenizer, state, choice: Choice) -> Iterator[Task]:
   e, rank_NG = x.config.eval, np.asarray(state.memory.rank)
   between = tokenizer.encode('\n')
   room = x.config.data.row_tokens * (1 + choice.shots)
-  for name_of_set, kind in SETS.items():
+  for name_of_set, kind in KINDS.items():
     group = x.people.groups[kind]
     for person in evenly_spaced(len(group.ids), e.num_people):
       name = group.ids[person]
@@ -289,7 +281,7 @@ def _answer(
 def _chunks(tasks: Sequence[Task]) -> list[list[int]]:
   """Splits tasks by kind and then by length, the longest first."""
   chunks = []
-  for kind in SETS:
+  for kind in scores.SETS:
     own = [i for i, task in enumerate(tasks) if task.kind == kind]
     own.sort(key=lambda i: -len(tasks[i].example.tokens))
     chunks += [own[i : i + ROWS] for i in range(0, len(own), ROWS)]
@@ -356,110 +348,9 @@ def _line(tokenizer, task: Task, answer: Answer) -> dict[str, Any]:
   }
 
 
-def evaluate(lines: Sequence[dict], seed: int = 0) -> dict[str, Any]:
-  """Scores the lines of generations.jsonl, by set, person and class of rank."""
-  found = {}
-  for name in SETS:
-    own = [line for line in lines if line['kind'] == name]
-    clients = dict.fromkeys(line['client'] for line in own)
-    people = [
-      _person([line for line in own if line['client'] == who])
-      for who in clients
-    ]
-    found[name] = _summary(people, seed)
-    found[name]['without_words'] = sum(
-      not any(c.isascii() and c.isalnum() for c in line['reference'])
-      for line in own
-    )
-    if name != 'unseen':
-      found[name]['by_rank'] = _by_rank(people, seed)
-    found[name]['people'] = people
-  return found
-
-
-def _person(lines: Sequence[dict]) -> dict[str, Any]:
-  loss, tokens = (sum(x[k] for x in lines) for k in ('loss_sum', 'tokens'))
-  return {
-    'client': lines[0]['client'],
-    'rank': lines[0]['rank'],
-    'examples': len(lines),
-    'loss_sum': loss,
-    'tokens': tokens,
-    'perplexity': float(np.exp(min(loss / tokens, 700.0))),
-    **{
-      text: rouge.mean(rouge.score(x['reference'], x[text]) for x in lines)
-      for text in TEXTS
-    },
-  }
-
-
-def _summary(people: Sequence[dict], seed: int) -> dict[str, Any]:
-  """Returns means over people, intervals and quantiles."""
-  loss = bootstrap.ratio(
-    [p['loss_sum'] for p in people], [p['tokens'] for p in people], seed
-  )
-  perplexity = bootstrap.Interval(*np.exp(np.minimum(loss, 700.0)).tolist())
-  return {
-    'num_people': len(people),
-    'loss': loss._asdict(),
-    'perplexity': perplexity._asdict()
-    | _quantiles([p['perplexity'] for p in people]),
-    **{
-      text: {
-        kind: bootstrap.mean([p[text][kind] for p in people], seed)._asdict()
-        | _quantiles([p[text][kind] for p in people])
-        for kind in rouge.KINDS
-      }
-      for text in TEXTS
-    },
-  }
-
-
-def _quantiles(values: Sequence[float]) -> dict[str, dict[str, float]]:
-  """Returns quantiles over people."""
-  found = np.quantile(values, QUANTILES).tolist()
-  return {'quantiles': dict(zip(map(str, QUANTILES), found, strict=True))}
-
-
-def _by_rank(people: Sequence[dict], seed: int) -> dict[str, Any]:
-  """Summarises people in classes of rank, as equal in size as ties allow."""
-  rank_E = np.array([p['rank'] for p in people])
-  cuts = np.quantile(rank_E, np.arange(1, RANK_CLASSES) / RANK_CLASSES)
-  class_E = np.searchsorted(cuts, rank_E)
-  found = {}
-  for number in range(RANK_CLASSES):
-    own = [p for p, n in zip(people, class_E, strict=True) if n == number]
-    if not own:
-      continue
-    low, high = (f(p['rank'] for p in own) for f in (min, max))
-    found[f'{low}-{high}'] = _summary(own, seed)
-  return found
-
-
 def _write_lines(path: pathlib.Path, lines: Sequence[dict]) -> None:
   """Writes a line an object, a whole file or none."""
   temporary = path.with_name(path.name + '.tmp')
   text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
   temporary.write_text(text)
   os.replace(temporary, path)
-
-
-def table(found: dict[str, Any]) -> str:
-  """Returns the means and their intervals, as lines for people."""
-  lines = [f'{"mean over people":<26}' + ''.join(f'{s:>26}' for s in SETS)]
-
-  def add(name: str, pick: Callable[[dict], dict]):
-    cells = [pick(found[s]) for s in SETS]
-    lines.append(f'{name:<26}' + ''.join(f'{_cell(c):>26}' for c in cells))
-
-  add('perplexity', lambda s: s['perplexity'])
-  for text in TEXTS:
-    for kind in rouge.KINDS:
-      name = f'{text.replace("_", " ")} {kind}'
-      add(name, lambda s, t=text, k=kind: s[t][k])
-  return '\n'.join(lines)
-
-
-def _cell(interval: dict) -> str:
-  value, low, high = (interval[k] for k in ('value', 'low', 'high'))
-  return f'{value:.3f} [{low:.3f}, {high:.3f}]'

@@ -104,13 +104,7 @@ def _restore(x: Experiment, workdir: pathlib.Path) -> tuple[int, ServerState]:
   identity = x.base_identity
   if x.config.model.source != 'random':  # others are rounded to bfloat16 anyway
     identity = {k: v for k, v in identity.items() if k != 'dtype'}
-  checkpoints = checkpoint.Checkpoints([workdir / 'checkpoints'], identity)
-  found = checkpoints.restore_newest(experiment.shape_of_one(x))
-  checkpoints.close()
-  if not found:
-    raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
-  step, (state,) = found
-  return step, state
+  return checkpoint.newest(workdir, identity, experiment.shape_of_one(x))
 
 
 def _select(x: Experiment, state: ServerState, choice: Choice) -> Server:

@@ -156,10 +156,9 @@ def evaluate_checkpoint(
     raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
   workdirs.check(config, workdir)
   x = experiment.prepare(config, model=model)
-  checkpoints = checkpoint.Checkpoints([folder], x.base_identity)
-  state, first = _start(x, checkpoints, None)
-  checkpoints.close()
-  found = experiment.evaluate(x, state)
+  like = experiment.shape_of_one(x)
+  first, state = checkpoint.newest(workdir, x.base_identity, like)
+  found = experiment.evaluate(x, experiment.join(x, [state]))
   return {'round': first, **results.evaluation_row(found, 0)}
 
 

@@ -12,6 +12,7 @@ from absl import flags as absl_flags
 
 from hetlora_jax import completions, console, training
 from hetlora_jax import config as config_lib
+from hetlora_jax.evaluation import scores
 from launch import flags
 
 _D = completions.Choice()
@@ -71,7 +72,7 @@ def evaluate(config: config_lib.Config, workdir: pathlib.Path) -> None:
     return
   found = completions.run(config, workdir, choice)
   console.say(
-    f'\n{completions.table(found)}\n\nResults are in {workdir}/evaluation.json '
+    f'\n{scores.table(found)}\n\nResults are in {workdir}/evaluation.json '
     'and generations.jsonl'
   )
 
