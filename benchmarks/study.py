@@ -207,11 +207,14 @@ def _together(run: sweep.Run) -> int:
   return 1 if full else _TOGETHER.value
 
 
-def _programs(missing: Sequence[sweep.Run]) -> Iterator[list[sweep.Run]]:
+def _programs(missing: Sequence[sweep.Run]) -> list[list[sweep.Run]]:
+  """Returns the runs of each process, in the order of their arms."""
+  place = {run.name: i for i, run in enumerate(missing)}
+  found = []
   for group in sweep.programs(missing):
     size = _together(group[0])
-    for i in range(0, len(group), size):
-      yield group[i : i + size]
+    found += [group[i : i + size] for i in range(0, len(group), size)]
+  return sorted(found, key=lambda runs: place[runs[0].name])
 
 
 def _command(task: str, names: str) -> list[str]:

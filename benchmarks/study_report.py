@@ -466,8 +466,6 @@ def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
     for task in results.values()
     for m in (r['machine'] for r in task.values())
   }
-  if not done:
-    raise ValueError(f'{raw} holds no results: run python -m benchmarks.study.')
   f = study.get_config().federated
   head = _HEAD.format(
     done=done, all=total, rounds=f.num_rounds, clients=f.clients_per_round,

@@ -13,7 +13,7 @@ TASKS = ('chat', 'mail')
 WRITTEN = ('mail',)  # where texts are generated, for ROUGE
 SEEDS = (0, 1, 2)
 SHOTS = (0, 3)  # examples in the prompt of the untouched model
-RATES = (5e-4, 2e-3, 8e-3)  # of adapters
+RATES = (2e-4, 8e-4, 4e-3)  # of adapters
 FULL_RATES = (3e-6, 1e-5, 3e-5)  # of the whole model
 
 
@@ -22,14 +22,14 @@ def _hetlora(gamma, **fields):
 
 
 ARMS = {
-  'centralized LoRA': {'method': 'centralized'},
-  'full fine-tuning': {'method': 'full_finetuning'},
+  'HetLoRA 0.99': _hetlora(0.99),
   'LoRA r = 5': {'method': 'fedit', 'federated.r_max': 5},
   'LoRA r = 50': {'method': 'fedit'},
+  'centralized LoRA': {'method': 'centralized'},
+  'full fine-tuning': {'method': 'full_finetuning'},
   'Recon+SVD': {'method': 'flexlora'},
   'HetLoRA 0.85': _hetlora(0.85),
   'HetLoRA 0.95': _hetlora(0.95),
-  'HetLoRA 0.99': _hetlora(0.99),
   'HetLoRA, no pruning': _hetlora(1.0),
   'HetLoRA, uniform weights': _hetlora(0.99, **{'methods.weighting': 'uniform'}),
   'HetLoRA, size weights': _hetlora(0.99, **{'methods.weighting': 'size'}),

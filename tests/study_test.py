@@ -71,8 +71,8 @@ def test_every_arm_is_a_run_of_its_own_name(task):
 def test_other_seeds_run_at_the_rate_that_validates_best():
   done = results_of({'FedEx': [4.0, 3.0]})
   names = [run.name for _, run in runner.runs('chat', done, pathlib.Path('x'))]
-  assert names[-2:] == ['fedex-lr0.002-seed1', 'fedex-lr0.002-seed2']
-  del done['fedex-lr0.008-seed0']
+  assert names[-2:] == ['fedex-lr0.0008-seed1', 'fedex-lr0.0008-seed2']
+  del done['fedex-lr0.004-seed0']
   assert runner.best_rate('FedEx', done) is None
 
 
@@ -89,9 +89,9 @@ def test_people_who_choose_rates_are_not_reported():
 
 def test_a_loss_that_is_not_finite_is_never_chosen():
   done = results_of({'FedEx': [4.0, 3.0]})
-  for person in done['fedex-lr0.002-seed0']['people']['unseen']:
+  for person in done['fedex-lr0.0008-seed0']['people']['unseen']:
     person['loss_sum'] = math.nan
-  assert runner.best_rate('FedEx', done) == 0.008
+  assert runner.best_rate('FedEx', done) == 0.004
 
 
 def test_intervals_hold_the_mean_and_gaps_are_paired():
