@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hetlora_jax.types import PyTree
 
 AXES = ('sweep', 'clients', 'model')
+_SHARDY = jax.config.jax_use_shardy_partitioner
 
 # Which axis of a base parameter is split over `model`: words, heads or hidden
 # units. Stacked layers come first in all but the embeddings. Keys and values
@@ -70,6 +71,8 @@ def make_mesh(
         'mesh: make config.mesh.model times a part of config.mesh.clients the '
         'number of devices of a process, or the other way round.'
       )
+  # Shardy of jax 0.12 aborts where all three axes divide (WORKSPACE_NOTES).
+  jax.config.update('jax_use_shardy_partitioner', _SHARDY and 1 in sizes)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
