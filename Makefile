@@ -26,7 +26,7 @@ train: $(VENV)/train
 	$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(FLAGS)
+	$(BIN)/python -m pytest -n 2 -q $(FLAGS)
 
 test-slow: $(VENV)/test
 	$(BIN)/python -m pytest -q -m slow $(FLAGS)
