@@ -353,8 +353,9 @@ def plot_curves(found: dict[str, Arm], path: pathlib.Path, task: str) -> None:
     _draw(row[0], found, lambda a: a.curve('round'), own)
     _draw(row[1], found, sent, own)
     row[0].set(ylabel=f'loss of {kind} people (nats a token)')
+    row[1].set(xscale='symlog')
   axes[1][0].set(xlabel='round')
-  axes[1][1].set(xlabel='megabytes sent, both ways', xscale='symlog')
+  axes[1][1].set(xlabel='megabytes sent, both ways')
   figure.suptitle(f'{NAMES[task]}: mean over seeds')
   figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize='small',
                 loc='outside right upper')  # fmt: skip
