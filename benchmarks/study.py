@@ -1,11 +1,12 @@
 """Runs what is missing of the reproduction study: python -m benchmarks.study.
 
-First every arm of configs/study.py at every learning rate with the first seed,
-then, at the rate that was best for validation people, with the other seeds. Every
-run ends in docs/results/raw/TASK/RUN.json; one that has its file is not run again,
-and one that was killed goes on from its checkpoint. Subject lines are also written,
-and scored by ROUGE. The untouched model, without and with examples in its prompt,
-is the floor. `benchmarks.study_report` makes docs/results.md of these files.
+Arm by arm of configs/study.py, so that what is done early can be compared: both
+tasks at every learning rate with the first seed, then, at the rate that was best for
+validation people, with the other seeds. Every run ends in
+docs/results/raw/TASK/RUN.json; one that has its file is not run again, and one that
+was killed goes on from its checkpoint. Subject lines are also written, and scored by
+ROUGE. The untouched model, without and with examples in its prompt, is the floor.
+`benchmarks.study_report` makes docs/results.md of these files.
 """
 
 import hashlib
@@ -201,22 +202,6 @@ def _missing(task: str) -> list[tuple[str, sweep.Run]]:
   return [(arm, run) for arm, run in every if run.name not in results]
 
 
-def _together(run: sweep.Run) -> int:
-  # States of full fine-tuning are whole models: one at a time.
-  full = run.config.method == 'full_finetuning'
-  return 1 if full else _TOGETHER.value
-
-
-def _programs(missing: Sequence[sweep.Run]) -> list[list[sweep.Run]]:
-  """Returns the runs of each process, in the order of their arms."""
-  place = {run.name: i for i, run in enumerate(missing)}
-  found = []
-  for group in sweep.programs(missing):
-    size = _together(group[0])
-    found += [group[i : i + size] for i in range(0, len(group), size)]
-  return sorted(found, key=lambda runs: place[runs[0].name])
-
-
 def _command(task: str, names: str) -> list[str]:
   return [
     sys.executable, '-m', 'benchmarks.study', f'--raw={_RAW.value}',
@@ -224,16 +209,29 @@ def _command(task: str, names: str) -> list[str]:
   ]  # fmt: skip
 
 
-def _start(task: str) -> bool:
-  """Starts the programs that a task lacks; returns False if interrupted."""
-  commands = {}
-  for group in _programs([run for _, run in _missing(task)]):
-    names = ','.join(run.name for run in group)
-    commands[f'{task}: {names}'] = _command(task, names)
-  if _floors_missing(task):
-    commands[f'{task}: the untouched model'] = _command(task, _FLOORS)
+def _start(commands: dict[str, list[str]]) -> None:
   logs = pathlib.Path(_WORKDIR.value) / 'logs'
-  return sweep.start_all(commands, logs, parallel=1)
+  if not sweep.start_all(commands, logs, parallel=1):
+    console.say('Stopped; the same line goes on.')
+    sys.exit(console.SAVED)
+
+
+def _start_floors(task: str) -> None:
+  if _floors_missing(task):
+    _start({f'{task}: the untouched model': _command(task, _FLOORS)})
+
+
+def _start_arm(task: str, arm: str) -> None:
+  """Starts the programs that an arm lacks: its rates, then its other seeds."""
+  # States of full fine-tuning are whole models: one at a time.
+  full = study.ARMS[arm]['method'] == 'full_finetuning'
+  together = 1 if full else _TOGETHER.value
+  for _ in range(2):
+    commands, missing = {}, [run for a, run in _missing(task) if a == arm]
+    for group in sweep.programs(missing, together):
+      names = ','.join(run.name for run in group)
+      commands[f'{task}: {names}'] = _command(task, names)
+    _start(commands)
 
 
 def _floors_missing(task: str) -> bool:
@@ -255,11 +253,12 @@ def main() -> None:
     except training.Interrupted:
       sys.exit(console.SAVED)
     return
-  for _ in range(2):  # the second time the other seeds, at the rates chosen
+  for task in _TASKS.value:
+    _start_floors(task)
+  for number, arm in enumerate(study.ARMS, 1):
+    console.say(f'\nArm {number} of {len(study.ARMS)}: {arm}')
     for task in _TASKS.value:
-      if not _start(task):
-        console.say('Stopped; the same line goes on.')
-        sys.exit(console.SAVED)
+      _start_arm(task, arm)
   left = sum(len(_missing(t)) + _floors_missing(t) for t in _TASKS.value)
   console.say(f'{left} runs failed.' if left else 'The study is complete.')
   sys.exit(1 if left else 0)

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from benchmarks import study as runner
 from benchmarks import study_report as report
@@ -74,6 +76,41 @@ def test_other_seeds_run_at_the_rate_that_validates_best():
   assert names[-2:] == ['fedex-lr0.0008-seed1', 'fedex-lr0.0008-seed2']
   del done['fedex-lr0.004-seed0']
   assert runner.best_rate('FedEx', done) is None
+
+
+def test_an_arm_is_done_before_the_next_begins(tmp_path, monkeypatch):
+  started = []
+
+  def start_all(commands, logs, parallel):
+    del logs, parallel
+    for words in commands.values():
+      task, names = (w.split('=', 1)[1] for w in words[-2:])
+      started.extend((task, name) for name in names.split(','))
+      for name in names.split(','):
+        floor = name == runner._FLOORS
+        paths = [f'floor/shots{n}' for n in study.SHOTS] if floor else [name]
+        for path in paths:
+          file = tmp_path / task / f'{path}.json'
+          file.parent.mkdir(parents=True, exist_ok=True)
+          file.write_text(json.dumps(result('any', [4.0, 3.0])))
+    return True
+
+  monkeypatch.setattr(runner.sweep, 'start_all', start_all)
+  flags.FLAGS(['study'])
+  try:
+    with (
+      flagsaver.as_parsed(raw=str(tmp_path)),
+      pytest.raises(SystemExit) as end,
+    ):
+      runner.main()
+  finally:
+    flags.FLAGS.unparse_flags()
+  assert end.value.code == 0
+  assert started[:2] == [(task, runner._FLOORS) for task in study.TASKS]
+  assert len(set(started[2:])) == len(started[2:]) == 180
+  first = [(t, n) for t, n in started if n.startswith('hetlora_0.99-lr')]
+  assert started[2:12] == first  # five a task
+  assert first[:5] == [('chat', n) for _, n in first[:5]]
 
 
 def test_people_who_choose_rates_are_not_reported():
