@@ -17,4 +17,5 @@ def test_small_run_logs_the_golden_numbers():
   got = make_golden.golden_rows()
   assert len(got) == len(want)
   for row, golden in zip(got, want, strict=True):
-    assert row == pytest.approx(golden, rel=1e-5), _REMEDY
+    # Releases of jax round differently: 1e-5 in 0.10, 1.4e-5 with 0.12.
+    assert row == pytest.approx(golden, rel=5e-5), _REMEDY
