@@ -66,6 +66,6 @@ def get_config(task='chat'):
   if task == 'mail':
     d.name, d.min_examples, d.unseen_fraction = 'mail_subject', 3, 0.3
     d.tokens_per_example, d.targets_per_example, d.row_tokens = 64, 12, 128
-  e.num_people, e.examples_per_person, e.every = 24, 2, 6
+  e.num_people, e.examples_per_person, e.every = 48, 1, 6
   c.checkpoint.every, c.checkpoint.keep = 6, 1
   return c
