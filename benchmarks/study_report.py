@@ -1,167 +1,33 @@
 """Makes docs/results.md and its figures of the study: python -m benchmarks.study_report.
 
-Reads docs/results/raw (written by `benchmarks.study`), runs nothing. Intervals are
-95 % percentile bootstraps over people and seeds together; a difference between two
-arms resamples both alike.
+Reads docs/results/raw (written by `benchmarks.study`), runs nothing. The numbers are
+`benchmarks.study_stats`' and the figures `benchmarks.study_plots`'.
 """
 
-import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import matplotlib.figure
 import numpy as np
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import machine, study_plots, study_stats
 from benchmarks import study as runner
+from benchmarks.study_plots import NAMES
+from benchmarks.study_stats import HIGH, LOW, OURS, Arm
 from configs import study
-from hetlora_jax import prng
+from hetlora_jax import config
 
 _RAW = flags.DEFINE_string('results', 'docs/results', 'Folder of the study.')
 _PAGE = flags.DEFINE_string('page', 'docs/results.md', 'Page to write.')
-_DRAWS = 2000
-OURS = 'HetLoRA 0.99'
-NAMES = {'chat': 'chitchat', 'mail': 'mail_subject'}
-_STYLES = ('-', '--', ':', '-.')
+
+Found = dict[str, Arm]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Arm:
-  """An arm at its chosen rate: S seeds, E people that are reported."""
-
-  name: str
-  rate: float
-  results: list[dict]  # of each seed
-
-  def losses(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns everybody's loss [S, E] and tokens [E]; none that validate."""
-    people = [_reported(r['people'][kind], kind) for r in self.results]
-    loss_SE = np.array([[p['loss_sum'] for p in seed] for seed in people])
-    return loss_SE, np.array([p['tokens'] for p in people[0]])
-
-  def curve(self, name: str) -> np.ndarray:
-    """Returns a column of the curves, the mean over seeds: [evaluations]."""
-    return np.mean([r['curve'][name] for r in self.results], axis=0)
-
-  def rounds(self, name: str) -> np.ndarray:
-    """Returns a number of every round, the mean over seeds: [rounds]."""
-    return np.mean([r['rounds'][name] for r in self.results], axis=0)
-
-
-def arms(results: dict[str, dict]) -> dict[str, Arm]:
-  """Returns the arms whose rate could be chosen, with the seeds that ran."""
-  out = {}
-  for name in study.ARMS:
-    rate = runner.best_rate(name, results)
-    if rate is None:
-      continue
-    names = [runner.name_of(name, rate, seed) for seed in study.SEEDS]
-    seeds = [results[n] for n in names if n in results]
-    out[name] = Arm(name=name, rate=rate, results=seeds)
-  return out
-
-
-def resample(sum_SE: np.ndarray, count_E: np.ndarray) -> np.ndarray:
-  """Bootstraps a ratio of sums over seeds and people: [_DRAWS].
-
-  The draws of equally many seeds and people are the same, so paired.
-  """
-  rng = prng.host_stream(0, 'bootstrap')
-  seeds, people = sum_SE.shape
-  out = np.empty(_DRAWS)
-  for i in range(_DRAWS):
-    s, e = rng.integers(seeds, size=seeds), rng.integers(people, size=people)
-    out[i] = sum_SE[np.ix_(s, e)].mean(0).sum() / count_E[e].sum()
-  return out
-
-
-def draws(arm: Arm, kind: str) -> np.ndarray:
-  """Resamples seeds and people: the loss a token of each draw, [_DRAWS]."""
-  return resample(*arm.losses(kind))
-
-
-def loss(arm: Arm, kind: str) -> float:
-  loss_SE, tokens_E = arm.losses(kind)
-  return float(loss_SE.mean(0).sum() / tokens_E.sum())
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-  low, high = np.percentile(values, [2.5, 97.5])
-  return float(low), float(high)
-
-
-def _perplexity(arm: Arm, kind: str) -> str:
-  return _with_interval(*arm.losses(kind), 2, math.exp)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gap:
-  """By how much one arm's loss lies above another's, in nats a token."""
-
-  mean: float
-  low: float
-  high: float
-
-  def __str__(self):
-    return f'{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]'
-
-
-def gap(arm: Arm, other: Arm, kind: str) -> Gap:
-  low, high = interval(draws(arm, kind) - draws(other, kind))
-  return Gap(mean=loss(arm, kind) - loss(other, kind), low=low, high=high)
-
-
-def target_loss(found: dict[str, Arm]) -> float | None:
-  """Returns the loss to be reached: where r = 5 ends, on people seen."""
-  reference = found.get('LoRA r = 5')
-  return None if reference is None else float(reference.curve('seen')[-1])
-
-
-def bytes_to(arm: Arm, target: float) -> float | None:
-  """Returns the bytes sent both ways until a loss is reached, interpolated."""
-  seen = arm.curve('seen')
-  sent = arm.curve('up_bytes') + arm.curve('down_bytes')
-  for i in range(1, len(seen)):
-    if seen[i] <= target:
-      share = (seen[i - 1] - target) / max(seen[i - 1] - seen[i], 1e-12)
-      return float(sent[i - 1] + np.clip(share, 0, 1) * (sent[i] - sent[i - 1]))
-  return None
-
-
-def _megabytes(count: float | None) -> str:
-  return 'not reached' if count is None else f'{count / 1e6:.1f}'
-
-
-def _reported(people: Sequence[dict], kind: str) -> list[dict]:
-  """Leaves out those who chose rates."""
-  return [
-    p
-    for p in people
-    if kind != 'unseen' or not runner.for_validation(p['client'])
-  ]
-
-
-def _rouge(results: Sequence[dict], text: str) -> str:
-  """Returns RougeL in percent of people never seen, with its interval."""
-  value_SE = np.array(
-    [
-      [p[text] for p in _reported(r['texts']['unseen'], 'unseen')]
-      for r in results
-    ]
-  )
-  return _with_interval(100 * value_SE, np.ones(value_SE.shape[1]), 1)
-
-
-def _with_interval(
-  sum_SE: np.ndarray, count_E: np.ndarray, digits: int, map=float
-) -> str:
-  low, high = interval(resample(sum_SE, count_E))
-  mean = sum_SE.mean(0).sum() / count_E.sum()
-  low, mean, high = (f'{map(x):.{digits}f}' for x in (low, mean, high))
-  return f'{mean} [{low}, {high}]'
+def _config() -> config.Config:
+  """Returns what all arms share."""
+  return config.build(study.get_config())
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -169,137 +35,205 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def _floor_row(task: str, floor: dict) -> list[str]:
-  """Returns the row of the untouched model."""
-  name = 'untouched model'
-  if floor['shots']:
-    name += f', {floor["shots"]} examples in the prompt'
-  one = Arm(name=name, rate=0, results=[floor])
-  cells = [_perplexity(one, kind) for kind in ('seen', 'unseen')]
-  if task in study.WRITTEN:
-    cells += [_rouge([floor], text) for text in ('generated', 'teacher_forced')]
-  return [name, '', '', *cells, '', '0', '0']
+def _with_interval(
+  sum_SE: np.ndarray, count_E: np.ndarray, digits: int, map=float
+) -> str:
+  low, high = study_stats.interval(study_stats.resample(sum_SE, count_E))
+  mean = sum_SE.mean(0).sum() / count_E.sum()
+  low, mean, high = (f'{map(x):.{digits}f}' for x in (low, mean, high))
+  return f'{mean} [{low}, {high}]'
 
 
-def summary(task: str, found: dict[str, Arm], floors: Sequence[dict]) -> str:
-  """Returns the table of a task, the best on people never seen first."""
-  target, ours = target_loss(found), found.get(OURS)
-  heads = ['', 'rate', 'seeds', 'perplexity, seen', 'perplexity, unseen']
-  if task in study.WRITTEN:
-    heads += ['RougeL, unseen', 'teacher-forced RougeL, unseen']
-  heads += ['gap to ours, unseen', 'MB to the target', 'trained']
+def _perplexity(arm: Arm, kind: str) -> str:
+  return _with_interval(*arm.losses(kind), 2, math.exp)
+
+
+def _rouge(arm: Arm, text: str) -> str:
+  """Returns RougeL in percent of people never seen, with its interval."""
+  people = [
+    study_stats.reported(r['texts']['unseen'], 'unseen') for r in arm.results
+  ]
+  value_SE = np.array([[p[text] for p in seed] for seed in people])
+  return _with_interval(100 * value_SE, np.ones(value_SE.shape[1]), 1)
+
+
+def _megabytes(arm: Arm, found: Found) -> str:
+  count = study_stats.bytes_to(arm, study_stats.target_loss(found))
+  return f'{count / 1e6:.1f}' if math.isfinite(count) else 'not reached'
+
+
+def _cells(task: str, arm: Arm, sent: str) -> list[str]:
+  """Returns what the summary says of an arm on a task."""
+  written = [_rouge(arm, 'generated')] if task in study.WRITTEN else []
+  return [_perplexity(arm, 'unseen'), *written, sent]
+
+
+def _place(name: str, found_of: dict[str, Found]) -> tuple[int, float]:
+  """Sorts by the mean loss of people never seen; last if a task is missing."""
+  arms = [found[name] for found in found_of.values() if name in found]
+  losses = [study_stats.loss(arm, 'unseen') for arm in arms]
+  return -len(arms), float(np.mean(losses))
+
+
+def summary(found_of: dict[str, Found], floors_of: dict[str, list]) -> str:
+  """Returns the table of all methods and tasks, the best first."""
+  heads, columns = [''], {}
+  for task in study.TASKS:
+    names = ['perplexity', 'RougeL'][: 1 + (task in study.WRITTEN)]
+    columns[task] = len(names) + 1
+    heads += [f'{NAMES[task]}: {name}' for name in [*names, 'MB to target']]
   rows = []
-  for arm in sorted(found.values(), key=lambda a: loss(a, 'unseen')):
-    row = [arm.name, f'{arm.rate:g}', str(len(arm.results))]
-    row += [_perplexity(arm, kind) for kind in ('seen', 'unseen')]
-    if task in study.WRITTEN:
-      texts = ('generated', 'teacher_forced')
-      row += [_rouge(arm.results, text) for text in texts]
-    paired = ours and len(ours.results) == len(arm.results) and arm is not ours
-    row.append(str(gap(arm, ours, 'unseen')) if paired else '')
-    row.append(_megabytes(bytes_to(arm, target) if target else None))
-    row.append(f'{arm.results[0]["train/parameters"]:,.0f}')
-    rows.append(row)
-  rows += [_floor_row(task, floor) for floor in floors]
-  return _table(heads, rows)
+  names = [a for a in study.ARMS if any(a in f for f in found_of.values())]
+  for name in sorted(names, key=lambda name: _place(name, found_of)):
+    row, trained = [name], ''
+    for task, found in found_of.items():
+      if name in found:
+        row += _cells(task, found[name], _megabytes(found[name], found))
+        trained = f'{found[name].results[0]["train/parameters"]:,.0f}'
+      else:
+        row += [''] * columns[task]
+    rows.append([*row, trained])
+  for i, shots in enumerate(study.SHOTS):
+    row = ['untouched' + (f', {shots} examples in the prompt' if shots else '')]
+    for task, floors in floors_of.items():
+      known = i < len(floors)
+      row += (
+        _cells(task, _floor(floors[i]), '') if known else [''] * columns[task]
+      )
+    rows.append([*row, '0'])
+  return _table([*heads, 'trained'], rows)
 
 
-def _verdict(gaps: Sequence[Gap], wanted: int) -> str:
-  """Says whether all gaps have the sign that is claimed, beyond doubt."""
-  if all(g.low * wanted > 0 and g.high * wanted > 0 for g in gaps):
-    return 'confirmed'
-  if any(g.low * wanted < 0 and g.high * wanted < 0 for g in gaps):
-    return 'not confirmed'
-  return 'undecidable here'
+def _floor(result: dict) -> Arm:
+  return Arm(name='untouched model', rate=0, results=[result])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Claim:
-  """What the paper says: the first arm's loss is above the second's."""
-
-  text: str
-  pairs: tuple[tuple[str, str], ...]
-  wanted: int = 1
-
-
-CLAIMS = (
-  Claim(
-    text='HetLoRA beats homogeneous LoRA of low rank',
-    pairs=(('LoRA r = 5', OURS),),
-  ),
-  Claim(
-    text='HetLoRA beats homogeneous LoRA of high rank',
-    pairs=(('LoRA r = 50', OURS),),
-  ),
-  Claim(
-    text='HetLoRA beats reconstruct-then-SVD', pairs=(('Recon+SVD', OURS),)
-  ),
-  Claim(
-    text='full fine-tuning is the ceiling of HetLoRA',
-    pairs=((OURS, 'full fine-tuning'),),
-  ),
-  Claim(
-    text='self-pruning helps (gamma = 0.99 against none)',
-    pairs=(('HetLoRA, no pruning', OURS),),
-  ),
-  Claim(
-    text='gentle pruning is best (0.99 against 0.95 and 0.85)',
-    pairs=(('HetLoRA 0.95', OURS), ('HetLoRA 0.85', OURS)),
-  ),
-  Claim(
-    text='sparsity weights beat uniform and data-size weights',
-    pairs=(
-      ('HetLoRA, uniform weights', OURS), ('HetLoRA, size weights', OURS),
-    ),
-  ),
-  Claim(
-    text='a wide range of ranks (5 to 50) beats 5 to 20 and 20 to 50',
-    pairs=(('HetLoRA, r = 5 to 20', OURS), ('HetLoRA, r = 20 to 50', OURS)),
-  ),
-)  # fmt: skip
+def ranking(task: str, found: Found) -> str:
+  """Says which arms the intervals tell apart from ours."""
+  if OURS not in found:
+    return ''
+  ours = found[OURS]
+  seeds = len(ours.results)
+  worse, better, alike = [], [], []
+  for name, arm in found.items():
+    if name == OURS or len(arm.results) != seeds:
+      continue
+    gap = study_stats.gap(arm, ours, 'unseen')
+    group = worse if gap.low > 0 else better if gap.high < 0 else alike
+    group.append((gap.mean, f'{name} ({gap.mean:+.3f})'))
+  worse, better, alike = (
+    ', '.join(text for _, text in sorted(group)) or 'none'
+    for group in (worse, better, alike)
+  )
+  return (
+    f'**{NAMES[task]}, against {OURS}** ({seeds} seed{"s" * (seeds > 1)}, people '
+    f'never seen, nats a token). Better beyond doubt: {better}. Not told apart: '
+    f'{alike}. Worse beyond doubt: {worse}.'
+  )
 
 
-def claims(found: dict[str, Arm]) -> str:
-  """Returns the table of the claims that one gap, or two, decide."""
+def _claims_of(found: Found) -> list[list[str]]:
+  """Returns the numbers and the verdict of every claim on one task."""
   rows = []
-  for claim in CLAIMS:
+  for claim in study_stats.CLAIMS:
     if not all(name in found for pair in claim.pairs for name in pair):
-      rows.append([claim.text, 'has not run yet', '', ''])
+      rows.append(['', '', 'not run yet'])
       continue
     pairs = [(found[a], found[b]) for a, b in claim.pairs]
     cells, verdicts = [], []
     for kind in ('seen', 'unseen'):
-      gaps = [gap(a, b, kind) for a, b in pairs]
+      gaps = [study_stats.gap(a, b, kind) for a, b in pairs]
       cells.append('; '.join(map(str, gaps)))
-      verdicts.append(_verdict(gaps, claim.wanted))
+      verdicts.append(study_stats.verdict(gaps))
     verdict = verdicts[0]
     if verdicts[0] != verdicts[1]:
       verdict = f'seen: {verdicts[0]}; unseen: {verdicts[1]}'
-    rows.append([claim.text, *cells, verdict])
-  heads = ['claim', 'gap in nats, seen', 'unseen', 'verdict']
-  return _table(heads, rows)
+    rows.append([*cells, verdict])
+  return rows
 
 
-def speed(found: dict[str, Arm]) -> str:
+def _seed_claims_of(found: Found) -> list[list[str]]:
+  rows = []
+  for claim in study_stats.SEED_CLAIMS:
+    if claim.more not in found or claim.less not in found:
+      rows.append(['', 'not run yet'])
+      continue
+    values = study_stats.by_seed(claim, found)
+    shown = ', '.join(f'{x:+.3g}' for x in values)
+    rows.append([shown, study_stats.verdict_by_seed(values)])
+  return rows
+
+
+def claims(found_of: dict[str, Found]) -> str:
+  """Returns a table of the verdicts, both tasks beside each other."""
+  texts = [c.text for c in (*study_stats.CLAIMS, *study_stats.SEED_CLAIMS)]
+  verdicts = [
+    [row[-1] for row in (*_claims_of(found), *_seed_claims_of(found))]
+    for found in found_of.values()
+  ]
+  rows = [list(row) for row in zip(texts, *verdicts, strict=True)]
+  return _table(['the paper says', *(NAMES[t] for t in found_of)], rows)
+
+
+def _evidence(found: Found) -> str:
+  """Returns the tables of the numbers behind the verdicts of a task."""
+  pairs = [
+    [claim.text, *row]
+    for claim, row in zip(study_stats.CLAIMS, _claims_of(found), strict=True)
+  ]
+  seeds = [
+    [claim.text, *row]
+    for claim, row in zip(
+      study_stats.SEED_CLAIMS, _seed_claims_of(found), strict=True
+    )
+  ]
+  first = _table(['claim', 'gap, seen', 'gap, unseen', 'verdict'], pairs)
+  return f'{first}\n\n{_table(["claim", "every seed", "verdict"], seeds)}'
+
+
+def _details(task: str, found: Found) -> str:
+  """Returns the table of a task, the best on people never seen first."""
+  heads = ['', 'rate', 'seeds', 'perplexity, seen', 'perplexity, unseen']
+  written = task in study.WRITTEN
+  heads += ['teacher-forced RougeL'] if written else []
+  ours = found.get(OURS)
+  rows = []
+  for arm in sorted(
+    found.values(), key=lambda a: study_stats.loss(a, 'unseen')
+  ):
+    row = [arm.name, f'{arm.rate:g}', str(len(arm.results))]
+    row += [_perplexity(arm, kind) for kind in ('seen', 'unseen')]
+    row += [_rouge(arm, 'teacher_forced')] if written else []
+    paired = ours and len(ours.results) == len(arm.results) and arm is not ours
+    gap = str(study_stats.gap(arm, ours, 'unseen')) if paired else ''
+    rows.append([*row, gap])
+  return _table([*heads, 'gap to ours, unseen'], rows)
+
+
+def _speed(found: Found) -> str:
   """Returns how fast low and high ranks learn, and whether they overfit."""
   rows = []
-  for name in ('LoRA r = 5', 'LoRA r = 50', OURS, 'full fine-tuning'):
+  for name in (LOW, HIGH, OURS, 'centralized LoRA', 'full fine-tuning'):
     if name not in found:
       continue
     arm = found[name]
     cells = [name]
     for kind in ('seen', 'unseen'):
       values = arm.curve(kind)
-      first = (values[0] - values[1]) / max(values[0] - values.min(), 1e-9)
-      cells += [f'{100 * first:.0f} %', f'{values[-1] - values.min():+.3f}']
+      cells += [f'{values[1] - values[0]:+.3f}', f'{values[-1] - values[0]:+.3f}',
+                f'{values[-1] - values.min():+.3f}']  # fmt: skip
     cells.append(f'{arm.rounds("train/loss")[-3:].mean():.3f}')
     rows.append(cells)
-  heads = ['', 'of its gain at the first evaluation, seen', 'end above best, seen',
-           'gain, unseen', 'end above best, unseen', 'training loss at the end']  # fmt: skip
-  return _table(heads, rows)
+  first = _config().eval.every
+  heads = [
+    f'{what}, {kind}'
+    for kind in ('seen', 'unseen')
+    for what in (f'change until round {first}', 'at the end', 'end above best')
+  ]
+  return _table(['', *heads, 'training loss at the end'], rows)
 
 
-def why(found: dict[str, Arm]) -> str:
+def _why(found: Found) -> str:
   """Returns the diagnostics that explain the ranking."""
   rows = []
   for arm in found.values():
@@ -310,12 +244,14 @@ def why(found: dict[str, Arm]) -> str:
       f'{arm.rounds("rank/mean")[0]:.1f}', f'{arm.rounds("rank/mean")[-1]:.1f}',
       f'{arm.rounds("rank/pruned").sum():.1f}',
     ])  # fmt: skip
+  clients = _config().federated.clients_per_round
   heads = ['', 'aggregation error', 'effective slots at the end',
-           'effective clients of 5', 'mean rank at first', 'at the end', 'prunings']  # fmt: skip
+           f'effective clients of {clients}', 'mean rank at first', 'at the end',
+           'prunings']  # fmt: skip
   return _table(heads, rows)
 
 
-def tried(results: dict[str, dict]) -> str:
+def _tried(results: dict[str, dict]) -> str:
   """Returns the validation perplexity of every arm at every rate."""
   rows = []
   for arm in study.ARMS:
@@ -335,99 +271,43 @@ def tried(results: dict[str, dict]) -> str:
   return f'{_table(heads, rows)}\n\nRates: {grid}; full fine-tuning: {full}.'
 
 
-def _draw(axis, found: dict[str, Arm], x: Callable, y: Callable) -> None:
-  for i, arm in enumerate(found.values()):
-    style = {'color': f'C{i % 10}', 'ls': _STYLES[i // 10 % 4]}
-    width = 2.6 if arm.name == OURS else 1.3
-    axis.plot(x(arm), y(arm), label=arm.name, lw=width, marker='.', **style)
-  axis.grid(alpha=0.3)
-
-
-def plot_curves(found: dict[str, Arm], path: pathlib.Path, task: str) -> None:
-  """Draws loss against rounds and bytes, of people seen and unseen."""
-  figure = matplotlib.figure.Figure((14, 8), layout='constrained')
-  axes = figure.subplots(2, 2, sharey='row', squeeze=False)
-  sent = lambda a: (a.curve('up_bytes') + a.curve('down_bytes')) / 1e6  # noqa: E731
-  for row, kind in zip(axes, ('seen', 'unseen'), strict=True):
-    own = lambda a, kind=kind: a.curve(kind)  # noqa: E731
-    _draw(row[0], found, lambda a: a.curve('round'), own)
-    _draw(row[1], found, sent, own)
-    row[0].set(ylabel=f'loss of {kind} people (nats a token)')
-    row[1].set(xscale='symlog')
-  axes[1][0].set(xlabel='round')
-  axes[1][1].set(xlabel='megabytes sent, both ways')
-  figure.suptitle(f'{NAMES[task]}: mean over seeds')
-  figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize='small',
-                loc='outside right upper')  # fmt: skip
-  figure.savefig(path, dpi=100)
-
-
-def plot_diagnostics(found: dict[str, Arm], path: pathlib.Path, task) -> None:
-  """Draws ranks, averaging error, slots in use and weights against rounds."""
-  figure = matplotlib.figure.Figure((14, 7), layout='constrained')
-  axes = figure.subplots(2, 2).ravel()
-  for axis, (name, label) in zip(
-    axes,
-    {
-      'rank/mean': 'mean rank of all people',
-      'aggregation/error': 'aggregation error',
-      'energy/effective_slots': "effective slots of the server's adapters",
-      'weight/effective_clients': 'effective clients a round (of 5)',
-    }.items(),
-    strict=True,
-  ):
-    y = lambda a, name=name: a.rounds(name)  # noqa: E731
-    _draw(
-      axis, found, lambda a: np.arange(1, 1 + len(a.rounds('rank/mean'))), y
-    )
-    axis.set(xlabel='round', ylabel=label)
-  figure.suptitle(f'{NAMES[task]}: what happens inside')
-  figure.legend(*axes[0].get_legend_handles_labels(), fontsize='small',
-                loc='outside right upper')  # fmt: skip
-  figure.savefig(path, dpi=100)
-
-
-def _task(
-  task: str, results: dict[str, dict], folder: pathlib.Path, floors
-) -> str:
-  found = arms(results)
+def _task(task: str, results: dict[str, dict], found: Found) -> str:
   if not found:
     return f'## {NAMES[task]}\n\nNo arm has run at all of its rates yet.\n'
-  plot_curves(found, folder / f'{task}_curves.png', task)
-  plot_diagnostics(found, folder / f'{task}_inside.png', task)
   first = next(iter(found.values())).results[0]['curve']
   untouched = ', '.join(
     f'{kind} {math.exp(first[kind][0]):.2f}' for kind in ('seen', 'unseen')
   )
-  target = target_loss(found)
-  reach = f'perplexity {math.exp(target):.2f} on people seen' if target else '-'
+  target = study_stats.target_loss(found)
+  reach = f'perplexity {math.exp(target):.2f}' if target == target else '-'
   return f"""## {NAMES[task]}
 
-Untouched model: perplexity {untouched}. Target: {reach} (where LoRA r = 5 ends).
+Untouched model: perplexity {untouched} (validation people included). Target: {reach}
+on people seen.
 
-{summary(task, found, floors)}
+{_details(task, found)}
 
 ![Curves](results/{task}_curves.png)
 
-### The claims
+### The claims on {NAMES[task]}
 
-{claims(found)}
+{_evidence(found)}
 
-Low rank is slow, high rank learns fast and overfits?
+How fast they learn, and whether they lose it again (loss in nats a token):
 
-{speed(found)}
+{_speed(found)}
 
-### What happens inside
+### What happens inside on {NAMES[task]}
 
-{why(found)}
+{_why(found)}
 
 ![Inside](results/{task}_inside.png)
 
-### Rates tried
+### Rates tried on {NAMES[task]}
 
 Perplexity of the validation people after all rounds, seed 0.
 
-{tried(results)}
+{_tried(results)}
 """
 
 
@@ -435,18 +315,38 @@ _HEAD = """# Results: the paper's claims on a real on-device model
 
 *Made by `make study` (`python -m benchmarks.study`, then `benchmarks.study_report`)
 of the raw results in [results/raw](results/raw); nothing here is written by hand but
-the notes in `docs/results/notes.md`, which follow the tables.*
+the section "Why", which is `docs/results/notes.md`.*
 
 {done} of {all} runs are done{missing}.
 
+## Summary
+
+Perplexity a target token and RougeL (%) of people never trained on, with 95 % intervals;
+megabytes sent both ways until the loss where LoRA r = 5 ends; parameters trained on a
+client of the highest rank.
+
+{summary}
+
+{ranking}
+
+{claims}
+
+"Confirmed" needs an interval that excludes 0, or, for whole curves, all seeds.
+{notes}
+## How it was measured
+
 Every arm: Gemma 3 270M in float32, {rounds} rounds of {clients} people, {steps} local
-steps of {batch} examples, LoRA on query and value, ranks 5 to 50 from a power law
-unless it says otherwise, Adam. Rates were chosen an arm at a time on validation people
-(half of the people never trained on, by a hash); everything below is measured on the
-others, and on held-out turns of people trained on. Intervals: 95 %, over people and
-seeds together ({seeds} paired seeds); "gap" is a paired difference in nats a token,
-above 0 where the arm is worse than {ours}. A verdict needs an interval that excludes 0.
-"Target" is the loss where LoRA r = 5 ends. Centralised training sends nothing.
+steps of {batch} examples{tokens}, LoRA on query and value, ranks 5 to 50 from a power law
+unless it says otherwise, Adam. Everybody is evaluated on a held-out example: {people}
+people trained on, and as many (on mail_subject all 33) never trained on. A hash
+splits the latter: rates were chosen an arm at a time on the loss of one half
+(validation people), and all else is measured on the other half and on held-out turns
+of people trained on. Intervals resample people and seeds together ({seeds} seeds, the
+same people and cohorts for every arm); a "gap" is a paired difference in nats a token,
+above 0 where the arm is worse. Intervals of perplexities are wide because people
+differ; gaps are much narrower, because all arms meet the same people. Centralised
+training sends nothing. This is a small study: it tells which way and how surely on
+this model and this much training, not what large runs would end with.
 Machines: {machines}.
 """
 
@@ -456,31 +356,55 @@ def _floors(folder: pathlib.Path) -> list[dict]:
   return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
+def _machines(results: list[dict]) -> str:
+  machines = [r['machine'] for r in results]
+  return '; '.join(
+    sorted(
+      {
+        f'{m["cores"]} cores of {m["processor"]}, jax {m["jax"]}'
+        for m in machines
+      }
+    )
+  )
+
+
+def _tokens(found_of: dict[str, Found]) -> str:
+  """Says how many target tokens an arm is trained on."""
+  totals = [
+    f'{next(iter(found.values())).curve("target_tokens")[-1]:,.0f} on {NAMES[task]}'
+    for task, found in found_of.items()
+    if found
+  ]
+  return f' ({" and ".join(totals)} target tokens in all)' if totals else ''
+
+
 def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
   """Returns the page, and draws its figures."""
   results = {task: runner.load(raw, task) for task in study.TASKS}
+  found_of = {task: study_stats.arms(results[task]) for task in study.TASKS}
+  for task, found in found_of.items():
+    if found:
+      study_plots.curves(found, folder / f'{task}_curves.png', task)
+      study_plots.inside(found, folder / f'{task}_inside.png', task)
   per_arm = len(study.RATES) + len(study.SEEDS) - 1
   total = len(study.TASKS) * len(study.ARMS) * per_arm
   done = sum(map(len, results.values()))
-  machines = {
-    f'{m["cores"]} cores of {m["processor"]}, jax {m["jax"]}'
-    for task in results.values()
-    for m in (r['machine'] for r in task.values())
-  }
-  f = study.get_config().federated
+  c = _config()
+  f, notes = c.federated, folder / 'notes.md'
   head = _HEAD.format(
     done=done, all=total, rounds=f.num_rounds, clients=f.clients_per_round,
-    steps=f.local_steps, batch=f.local_batch, seeds=len(study.SEEDS), ours=OURS,
+    steps=f.local_steps, batch=f.local_batch, seeds=len(study.SEEDS),
+    people=c.eval.num_people, tokens=_tokens(found_of),
     missing='' if done >= total else '; the others are missing from the tables',
-    machines='; '.join(sorted(machines)),
+    summary=summary(found_of, {t: _floors(raw / t) for t in study.TASKS}),
+    ranking='\n\n'.join(filter(None, (ranking(t, found_of[t]) for t in found_of))),
+    claims=claims(found_of),
+    notes=f'\n{notes.read_text()}' if notes.exists() else '',
+    machines=_machines([r for found in results.values() for r in found.values()]),
   )  # fmt: skip
-  notes = folder / 'notes.md'
-  parts = [
-    head,
-    *[_task(t, results[t], folder, _floors(raw / t)) for t in study.TASKS],
-  ]
-  parts += [notes.read_text()] if notes.exists() else []
-  return '\n'.join(parts)
+  return '\n'.join(
+    [head, *(_task(t, results[t], found_of[t]) for t in found_of)]
+  )
 
 
 def main() -> None:
