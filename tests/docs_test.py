@@ -59,4 +59,6 @@ def test_pictures_are_xml():
   from docs import pictures
 
   for name in pictures.PICTURES:
-    xml.etree.ElementTree.fromstring(pictures.draw(name))
+    root = xml.etree.ElementTree.fromstring(pictures.draw(name))
+    assert root.tag.endswith('svg'), name
+    assert [x for x in root.iter() if x.tag.endswith('text')], name
