@@ -244,21 +244,26 @@ def _bucket(size: int, least: int) -> int:
   return max(least, 1 << (size - 1).bit_length())
 
 
+@functools.lru_cache(maxsize=4)  # runs of one process share what is compiled
+def _programs(config, dtype, max_tokens: int, beams: int, alpha: float):
+  """Returns what writes and what judges, of models alike."""
+  generate = generation.make_generate(
+    config, dtype, max_tokens=max_tokens, beams=beams, alpha=alpha
+  )
+  return jax.jit(generate), jax.jit(decoder.make_judge(config, dtype))
+
+
 def _answer(
   x: Experiment, model, state, tasks: Sequence[Task], choice: Choice
 ) -> list[Answer]:
   """Completes all tasks, those of like length together."""
-  dtype = base_model.compute_dtype(x.config)
-  generate = jax.jit(
-    generation.make_generate(
-      model.config,
-      dtype,
-      max_tokens=_max_tokens(x.config, choice),
-      beams=choice.beams if choice.search == 'beam' else 1,
-      alpha=choice.alpha,
-    )
+  generate, judge = _programs(
+    model.config,
+    base_model.compute_dtype(x.config),
+    _max_tokens(x.config, choice),
+    choice.beams if choice.search == 'beam' else 1,
+    choice.alpha,
   )
-  judge = jax.jit(decoder.make_judge(model.config, dtype))
   stop_V = generation.stops(model.tokenizer, model.config.vocab_size)
   base = lora.fold(x.base, state.residual)
   adapters, answers = _adapters(x, state, choice), {}
