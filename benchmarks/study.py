@@ -1,11 +1,12 @@
 """Runs what is missing of the reproduction study: python -m benchmarks.study.
 
 Arm by arm of configs/study.py, so that what is done early can be compared: both
-tasks at every learning rate with the first seed, then, at the rate that was best for
-validation people, with the other seeds. Every run ends in
-docs/results/raw/TASK/RUN.json; one that has its file is not run again, and one that
-was killed goes on from its checkpoint. Subject lines are also written, and scored by
-ROUGE. The untouched model, without and with examples in its prompt, is the floor.
+tasks at three learning rates, and more while the best for validation people is at
+the edge, with the first seed, then, at the best rate, with the other seeds. Every
+run ends in docs/results/raw/TASK/RUN.json; one that has its file is not run again,
+and one that was killed goes on from its checkpoint. Subject lines are also written,
+and scored by ROUGE. The untouched model, without and with examples in its prompt, is
+the floor.
 `benchmarks.study_report` makes docs/results.md of these files.
 """
 
@@ -69,14 +70,26 @@ def validation_loss(result: dict) -> float:
   return loss if math.isfinite(loss) else math.inf
 
 
+def rates_wanted(arm: str, results: dict[str, dict]) -> list[float]:
+  """Returns the rates to try: three of the ladder, more where the best is last."""
+  _, ladder = study.rates(arm)
+  names = [name_of(arm, rate, study.SEEDS[0]) for rate in ladder]
+  wanted = {1, 2, 3} | {i for i, name in enumerate(names) if name in results}
+  if all(names[i] in results for i in wanted):
+    best = min(sorted(wanted), key=lambda i: validation_loss(results[names[i]]))
+    wanted |= {best - 1, best + 1}
+  return [rate for i, rate in enumerate(ladder) if i in wanted]
+
+
 def best_rate(arm: str, results: dict[str, dict]) -> float | None:
   """Returns the rate whose run of the first seed validates best, if all ran."""
-  _, rates = study.rates(arm)
-  names = [name_of(arm, rate, study.SEEDS[0]) for rate in rates]
-  if not all(name in results for name in names):
+  names = {
+    rate: name_of(arm, rate, study.SEEDS[0])
+    for rate in rates_wanted(arm, results)
+  }
+  if not all(name in results for name in names.values()):
     return None
-  losses = [validation_loss(results[name]) for name in names]
-  return rates[losses.index(min(losses))]
+  return min(names, key=lambda rate: validation_loss(results[names[rate]]))
 
 
 def _run(
@@ -104,7 +117,7 @@ def runs(
   The latter only of arms whose rate can be chosen; `folder` gets their folders.
   """
   for arm in study.ARMS:
-    for rate in study.rates(arm)[1]:
+    for rate in rates_wanted(arm, results):
       yield arm, _run(task, arm, rate, study.SEEDS[0], folder)
   for arm in study.ARMS:
     rate = best_rate(arm, results)
@@ -187,13 +200,24 @@ def _do(task: str, chosen: Sequence[tuple[str, sweep.Run]]) -> None:
   summaries = training.run_points(
     [training.Point(r.config, r.workdir, r.command) for _, r in chosen]
   )
-  for (arm, run), summary in zip(chosen, summaries, strict=True):
-    result = collect(task, arm, run, summary)
-    if task in study.WRITTEN:
+  results = {
+    run.name: collect(task, arm, run, summary)
+    for (arm, run), summary in zip(chosen, summaries, strict=True)
+  }
+  for _, run in chosen:
+    if task in study.WRITTEN and _may_be_chosen(run, results):
       found = completions.run(run.config, run.workdir, completions.Choice())
-      result['texts'] = _texts(found)
-    metrics.write_json(folder / f'{run.name}.json', result)
+      results[run.name]['texts'] = _texts(found)
+    metrics.write_json(folder / f'{run.name}.json', results[run.name])
     shutil.rmtree(run.workdir / 'checkpoints')  # a whole model, of some
+
+
+def _may_be_chosen(run: sweep.Run, results: dict[str, dict]) -> bool:
+  """Tells whether no rate beside this one validates better."""
+  if run.config.seed != study.SEEDS[0]:
+    return True
+  loss = validation_loss(results[run.name])
+  return loss <= min(map(validation_loss, results.values()))
 
 
 def _missing(task: str) -> list[tuple[str, sweep.Run]]:
@@ -222,16 +246,21 @@ def _start_floors(task: str) -> None:
 
 
 def _start_arm(task: str, arm: str) -> None:
-  """Starts the programs that an arm lacks: its rates, then its other seeds."""
+  """Starts the programs that an arm lacks, until none that was not tried is left."""
   # States of full fine-tuning are whole models: one at a time.
   full = study.ARMS[arm]['method'] == 'full_finetuning'
   together = 1 if full else _TOGETHER.value
-  for _ in range(2):
-    commands, missing = {}, [run for a, run in _missing(task) if a == arm]
-    for group in sweep.programs(missing, together):
-      names = ','.join(run.name for run in group)
-      commands[f'{task}: {names}'] = _command(task, names)
-    _start(commands)
+  tried = set()
+  while True:
+    missing = [
+      run for a, run in _missing(task) if a == arm and run.name not in tried
+    ]
+    if not missing:
+      return
+    groups = sweep.programs(missing, together)
+    names = [','.join(run.name for run in group) for group in groups]
+    _start({f'{task}: {n}': _command(task, n) for n in names})
+    tried |= {run.name for run in missing}
 
 
 def _floors_missing(task: str) -> bool:

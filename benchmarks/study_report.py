@@ -252,23 +252,28 @@ def _why(found: Found) -> str:
 
 
 def _tried(results: dict[str, dict]) -> str:
-  """Returns the validation perplexity of every arm at every rate."""
+  """Returns the validation perplexity of every arm at every rate of its ladder."""
   rows = []
   for arm in study.ARMS:
-    _, rates = study.rates(arm)
-    names = [runner.name_of(arm, rate, study.SEEDS[0]) for rate in rates]
-    cells = [
-      f'{math.exp(min(runner.validation_loss(results[n]), 99)):.2f}'
-      if n in results
-      else ''
+    _, ladder = study.rates(arm)
+    names = [runner.name_of(arm, rate, study.SEEDS[0]) for rate in ladder]
+    losses = [
+      runner.validation_loss(results[n]) if n in results else None
       for n in names
     ]
-    if any(cells):
-      rows.append([arm, *cells])
-  grid = ' '.join(f'{rate:g}' for rate in study.RATES)
+    if any(losses):
+      shown = [f'{math.exp(min(x, 99)):.2f}' if x else '' for x in losses]
+      rows.append([arm, *shown, _edge(arm, ladder, results)])
+  heads = ['', *(f'{rate:g}' for rate in study.RATES), 'the best']
   full = ' '.join(f'{rate:g}' for rate in study.FULL_RATES)
-  heads = ['', 'low rate', 'middle', 'high']
-  return f'{_table(heads, rows)}\n\nRates: {grid}; full fine-tuning: {full}.'
+  return f'{_table(heads, rows)}\n\nOf full fine-tuning: {full}.'
+
+
+def _edge(arm: str, ladder: Sequence[float], results: dict[str, dict]) -> str:
+  best = runner.best_rate(arm, results)
+  if best is None:
+    return 'not yet known'
+  return f'{best:g}{", the end" if best in (ladder[0], ladder[-1]) else ""}'
 
 
 def _task(task: str, results: dict[str, dict], found: Found) -> str:
@@ -335,13 +340,13 @@ client of the highest rank.
 {notes}
 ## How it was measured
 
-Every arm: Gemma 3 270M in float32, {rounds} rounds of {clients} people, {steps} local
-steps of {batch} examples{tokens}, LoRA on query and value, ranks 5 to 50 from a power law
-unless it says otherwise, Adam. Everybody is evaluated on a held-out example: {people}
-people trained on, and as many (on mail_subject all 33) never trained on. A hash
-splits the latter: rates were chosen an arm at a time on the loss of one half
-(validation people), and all else is measured on the other half and on held-out turns
-of people trained on. Intervals resample people and seeds together ({seeds} seeds, the
+Every arm: Gemma 3 270M in float32, {rounds}, {clients} people a round, {steps} local
+steps of {batch} examples, LoRA on query and value, ranks 5 to 50 from a power law unless
+it says otherwise, Adam. {people} people trained on are evaluated on what they wrote
+last, which was held out, and as many never trained on. A hash splits the latter: rates
+were chosen an arm at a time on the loss of one half (validation people; seed 0; from a
+ladder, on and on while the best is at the edge of those tried), and all else is measured
+on the other half and on people trained on. Intervals resample people and seeds together ({seeds} seeds, the
 same people and cohorts for every arm); a "gap" is a paired difference in nats a token,
 above 0 where the arm is worse. Intervals of perplexities are wide because people
 differ; gaps are much narrower, because all arms meet the same people. Centralised
@@ -368,14 +373,16 @@ def _machines(results: list[dict]) -> str:
   )
 
 
-def _tokens(found_of: dict[str, Found]) -> str:
-  """Says how many target tokens an arm is trained on."""
-  totals = [
-    f'{next(iter(found.values())).curve("target_tokens")[-1]:,.0f} on {NAMES[task]}'
-    for task, found in found_of.items()
-    if found
-  ]
-  return f' ({" and ".join(totals)} target tokens in all)' if totals else ''
+def _rounds(found_of: dict[str, Found]) -> str:
+  """Says for how many rounds and target tokens an arm is trained."""
+  parts = []
+  for task, found in found_of.items():
+    rounds = study.get_config(task).federated.num_rounds
+    parts.append(f'{rounds} rounds on {NAMES[task]}')
+    if found:
+      tokens = next(iter(found.values())).curve('target_tokens')[-1]
+      parts[-1] += f' ({tokens:,.0f} target tokens)'
+  return ' and '.join(parts)
 
 
 def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
@@ -386,15 +393,18 @@ def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
     if found:
       study_plots.curves(found, folder / f'{task}_curves.png', task)
       study_plots.inside(found, folder / f'{task}_inside.png', task)
-  per_arm = len(study.RATES) + len(study.SEEDS) - 1
-  total = len(study.TASKS) * len(study.ARMS) * per_arm
+  total = sum(
+    len(runner.rates_wanted(arm, results[task])) + len(study.SEEDS) - 1
+    for task in study.TASKS
+    for arm in study.ARMS
+  )
   done = sum(map(len, results.values()))
   c = _config()
   f, notes = c.federated, folder / 'notes.md'
   head = _HEAD.format(
-    done=done, all=total, rounds=f.num_rounds, clients=f.clients_per_round,
+    done=done, all=total, rounds=_rounds(found_of), clients=f.clients_per_round,
     steps=f.local_steps, batch=f.local_batch, seeds=len(study.SEEDS),
-    people=c.eval.num_people, tokens=_tokens(found_of),
+    people=c.eval.num_people,
     missing='' if done >= total else '; the others are missing from the tables',
     summary=summary(found_of, {t: _floors(raw / t) for t in study.TASKS}),
     ranking='\n\n'.join(filter(None, (ranking(t, found_of[t]) for t in found_of))),

@@ -13,8 +13,10 @@ TASKS = ('chat', 'mail')
 WRITTEN = ('mail',)  # where texts are generated, for ROUGE
 SEEDS = (0, 1, 2)
 SHOTS = (0, 3)  # examples in the prompt of the untouched model
-RATES = (2e-4, 8e-4, 4e-3)  # of adapters
-FULL_RATES = (3e-6, 1e-5, 3e-5)  # of the whole model
+# Ladders of learning rates: the middle three are tried, and the next one where the
+# best of them is the lowest or the highest.
+RATES = (5e-5, 2e-4, 8e-4, 4e-3, 2e-2)  # of adapters
+FULL_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)  # of the whole model
 
 
 def _hetlora(gamma, **fields):
@@ -44,7 +46,7 @@ ARMS = {
 
 
 def rates(arm):
-  """Returns the field that an arm's learning rate is, and those tried."""
+  """Returns the field that an arm's learning rate is, and its ladder."""
   full = ARMS[arm]['method'] == 'full_finetuning'
   name = 'full_learning_rate' if full else 'learning_rate'
   return f'client_optimizer.{name}', FULL_RATES if full else RATES
@@ -56,16 +58,19 @@ def get_config(task='chat'):
     raise ValueError(f'{task!r} is no task: one of {", ".join(TASKS)}.')
   c = default.get_config()
   f, d, e = c.federated, c.data, c.eval
-  f.num_rounds, f.clients_per_round = 18, 5
-  f.local_steps, f.local_batch = 2, 2
+  f.clients_per_round, f.local_steps, f.local_batch = 5, 2, 2
   f.clients_at_once = 5
   f.tail_penalty = 1.0
   c.model.dtype = 'float32'  # the same on every machine
-  d.tokens_per_example, d.targets_per_example, d.row_tokens = 48, 16, 96
   d.context_turns = 2
-  if task == 'mail':
-    d.name, d.min_examples, d.unseen_fraction = 'mail_subject', 3, 0.3
+  if task == 'chat':
+    f.num_rounds, e.every = 18, 6
+    d.tokens_per_example, d.targets_per_example, d.row_tokens = 48, 16, 96
+    e.num_people, e.examples_per_person = 48, 1
+  else:  # subjects are short, so more of them; few people, so fewer rounds
+    f.num_rounds, e.every = 12, 4
+    d.name, d.min_examples, d.unseen_fraction = 'mail_subject', 2, 0.5
     d.tokens_per_example, d.targets_per_example, d.row_tokens = 64, 12, 128
-  e.num_people, e.examples_per_person, e.every = 48, 1, 6
-  c.checkpoint.every, c.checkpoint.keep = 6, 1
+    e.num_people, e.examples_per_person = 48, 2
+  c.checkpoint.every, c.checkpoint.keep = e.every, 1
   return c

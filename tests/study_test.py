@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def results_of(losses_of_arms):
   out = {}
   for arm, losses in losses_of_arms.items():
     _, rates = study.rates(arm)
-    for rate, worse in zip(rates, (0.5, 0.0, 0.2), strict=True):
+    for rate, worse in zip(rates[1:4], (0.5, 0.0, 0.2), strict=True):
       for seed in study.SEEDS if not worse else study.SEEDS[:1]:
         shifted = [x + worse + 0.01 * seed for x in losses]
         out[runner.name_of(arm, rate, seed)] = result(arm, shifted)
@@ -60,7 +61,7 @@ FOUND = {
 @pytest.mark.parametrize('task', study.TASKS)
 def test_every_arm_is_a_run_of_its_own_name(task):
   runs = list(runner.runs(task, {}, pathlib.Path('x')))
-  assert len(runs) == len(study.ARMS) * len(study.RATES)
+  assert len(runs) == len(study.ARMS) * 3
   assert len({run.name for _, run in runs}) == len(runs)
   assert {run.config.data.name for _, run in runs} == {report.NAMES[task]}
   shares = {
@@ -79,6 +80,30 @@ def test_other_seeds_run_at_the_rate_that_validates_best():
   assert runner.best_rate('FedEx', done) is None
 
 
+def test_rates_go_on_while_the_best_is_at_the_edge():
+  done = results_of({'FedEx': [4.0, 3.0]})
+  assert runner.rates_wanted('FedEx', done) == [2e-4, 8e-4, 4e-3]
+  done['fedex-lr0.004-seed0'] = result('FedEx', [4.0, 2.5])
+  assert runner.rates_wanted('FedEx', done) == [2e-4, 8e-4, 4e-3, 2e-2]
+  assert runner.best_rate('FedEx', done) is None
+  done['fedex-lr0.02-seed0'] = result('FedEx', [4.0, 2.4])
+  assert runner.rates_wanted('FedEx', done) == [2e-4, 8e-4, 4e-3, 2e-2]
+  assert runner.best_rate('FedEx', done) == 2e-2
+  assert '| 0.02, the end |' in report._tried(done)
+
+
+def test_texts_are_written_of_runs_that_may_be_chosen():
+  done = results_of({'FedEx': [4.0, 3.0]})
+  of_seed = lambda seed: [  # noqa: E731
+    (name, SimpleNamespace(name=name, config=SimpleNamespace(seed=seed)))
+    for name in done
+    if name.endswith(f'seed{seed}')
+  ]
+  chosen = [n for n, r in of_seed(0) if runner._may_be_chosen(r, done)]
+  assert chosen == ['fedex-lr0.0008-seed0']
+  assert all(runner._may_be_chosen(r, done) for _, r in of_seed(2))
+
+
 def test_an_arm_is_done_before_the_next_begins(tmp_path, monkeypatch):
   started = []
 
@@ -93,7 +118,8 @@ def test_an_arm_is_done_before_the_next_begins(tmp_path, monkeypatch):
         for path in paths:
           file = tmp_path / task / f'{path}.json'
           file.parent.mkdir(parents=True, exist_ok=True)
-          file.write_text(json.dumps(result('any', [4.0, 3.0])))
+          middle = 'lr0.0008' in name or 'lr1e-05' in name
+          file.write_text(json.dumps(result('any', [4.0, 3.0 - middle])))
     return True
 
   monkeypatch.setattr(runner.sweep, 'start_all', start_all)
@@ -129,6 +155,7 @@ def test_a_loss_that_is_not_finite_is_never_chosen():
   done = results_of({'FedEx': [4.0, 3.0]})
   for person in done['fedex-lr0.0008-seed0']['people']['unseen']:
     person['loss_sum'] = math.nan
+  done['fedex-lr0.02-seed0'] = result('FedEx', [4.0, 3.9])
   assert runner.best_rate('FedEx', done) == 0.004
 
 
