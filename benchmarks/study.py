@@ -110,19 +110,17 @@ def _run(
 
 
 def runs(
-  task: str, results: dict[str, dict], folder: pathlib.Path
-) -> Iterator[tuple[str, sweep.Run]]:
-  """Yields arms and runs: all rates of the first seed, then other seeds.
+  task: str, arm: str, results: dict[str, dict], folder: pathlib.Path
+) -> Iterator[sweep.Run]:
+  """Yields an arm's runs: all rates of the first seed, then other seeds.
 
-  The latter only of arms whose rate can be chosen; `folder` gets their folders.
+  The latter only if the rate can be chosen; `folder` gets their folders.
   """
-  for arm in study.ARMS:
-    for rate in rates_wanted(arm, results):
-      yield arm, _run(task, arm, rate, study.SEEDS[0], folder)
-  for arm in study.ARMS:
-    rate = best_rate(arm, results)
-    for seed in study.SEEDS[1:] if rate else ():
-      yield arm, _run(task, arm, rate, seed, folder)
+  for rate in rates_wanted(arm, results):
+    yield _run(task, arm, rate, study.SEEDS[0], folder)
+  rate = best_rate(arm, results)
+  for seed in study.SEEDS[1:] if rate else ():
+    yield _run(task, arm, rate, seed, folder)
 
 
 def _curve(rows: Sequence[metrics.Row]) -> dict[str, list]:
@@ -193,18 +191,18 @@ def _do_floors(task: str) -> None:
     )
 
 
-def _do(task: str, chosen: Sequence[tuple[str, sweep.Run]]) -> None:
+def _do(task: str, arm: str, chosen: Sequence[sweep.Run]) -> None:
   """Runs points of one program in this process and writes their results."""
   folder = pathlib.Path(_RAW.value) / task
   folder.mkdir(parents=True, exist_ok=True)
   summaries = training.run_points(
-    [training.Point(r.config, r.workdir, r.command) for _, r in chosen]
+    [training.Point(r.config, r.workdir, r.command) for r in chosen]
   )
   results = {
     run.name: collect(task, arm, run, summary)
-    for (arm, run), summary in zip(chosen, summaries, strict=True)
+    for run, summary in zip(chosen, summaries, strict=True)
   }
-  for _, run in chosen:
+  for run in chosen:
     if task in study.WRITTEN and _may_be_chosen(run, results):
       found = completions.run(run.config, run.workdir, completions.Choice())
       results[run.name]['texts'] = _texts(found)
@@ -214,16 +212,16 @@ def _do(task: str, chosen: Sequence[tuple[str, sweep.Run]]) -> None:
 
 def _may_be_chosen(run: sweep.Run, results: dict[str, dict]) -> bool:
   """Tells whether no rate beside this one validates better."""
-  if run.config.seed != study.SEEDS[0]:
+  if run.fields['seed'] != study.SEEDS[0]:
     return True
   loss = validation_loss(results[run.name])
   return loss <= min(map(validation_loss, results.values()))
 
 
-def _missing(task: str) -> list[tuple[str, sweep.Run]]:
+def _missing(task: str, arm: str) -> list[sweep.Run]:
   results = load(pathlib.Path(_RAW.value), task)
-  every = runs(task, results, pathlib.Path(_WORKDIR.value))
-  return [(arm, run) for arm, run in every if run.name not in results]
+  every = runs(task, arm, results, pathlib.Path(_WORKDIR.value))
+  return [run for run in every if run.name not in results]
 
 
 def _command(task: str, names: str) -> list[str]:
@@ -252,9 +250,7 @@ def _start_arm(task: str, arm: str) -> None:
   together = 1 if full else _TOGETHER.value
   tried = set()
   while True:
-    missing = [
-      run for a, run in _missing(task) if a == arm and run.name not in tried
-    ]
+    missing = [run for run in _missing(task, arm) if run.name not in tried]
     if not missing:
       return
     groups = sweep.programs(missing, together)
@@ -278,7 +274,10 @@ def main() -> None:
       _do_floors(task)
       return
     try:
-      _do(task, [(a, r) for a, r in _missing(task) if r.name in _ONLY.value])
+      for arm in study.ARMS:
+        chosen = [r for r in _missing(task, arm) if r.name in _ONLY.value]
+        if chosen:
+          _do(task, arm, chosen)
     except training.Interrupted:
       sys.exit(console.SAVED)
     return
@@ -288,7 +287,8 @@ def main() -> None:
     console.say(f'\nArm {number} of {len(study.ARMS)}: {arm}')
     for task in _TASKS.value:
       _start_arm(task, arm)
-  left = sum(len(_missing(t)) + _floors_missing(t) for t in _TASKS.value)
+  left = sum(_floors_missing(task) for task in _TASKS.value)
+  left += sum(len(_missing(t, a)) for t in _TASKS.value for a in study.ARMS)
   console.say(f'{left} runs failed.' if left else 'The study is complete.')
   sys.exit(1 if left else 0)
 

@@ -25,9 +25,9 @@ _PAGE = flags.DEFINE_string('page', 'docs/results.md', 'Page to write.')
 Found = dict[str, Arm]
 
 
-def _config() -> config.Config:
-  """Returns what all arms share."""
-  return config.build(study.get_config())
+def _config(task: str = study.TASKS[0]) -> config.Config:
+  """Returns what all arms of a task share."""
+  return config.build(study.get_config(task))
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -377,7 +377,7 @@ def _rounds(found_of: dict[str, Found]) -> str:
   """Says for how many rounds and target tokens an arm is trained."""
   parts = []
   for task, found in found_of.items():
-    rounds = study.get_config(task).federated.num_rounds
+    rounds = _config(task).federated.num_rounds
     parts.append(f'{rounds} rounds on {NAMES[task]}')
     if found:
       tokens = next(iter(found.values())).curve('target_tokens')[-1]

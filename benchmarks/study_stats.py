@@ -65,11 +65,10 @@ def resample(sum_SE: np.ndarray, count_E: np.ndarray) -> np.ndarray:
   """
   rng = prng.host_stream(0, 'bootstrap')
   seeds, people = sum_SE.shape
-  out = np.empty(_DRAWS)
-  for i in range(_DRAWS):
-    s, e = rng.integers(seeds, size=seeds), rng.integers(people, size=people)
-    out[i] = sum_SE[np.ix_(s, e)].mean(0).sum() / count_E[e].sum()
-  return out
+  times_DS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), _DRAWS)
+  times_DE = rng.multinomial(people, np.full(people, 1 / people), _DRAWS)
+  sum_DE = times_DS @ sum_SE / seeds
+  return (times_DE * sum_DE).sum(1) / (times_DE @ count_E)
 
 
 def draws(arm: Arm, kind: str) -> np.ndarray:

@@ -60,21 +60,27 @@ FOUND = {
 
 @pytest.mark.parametrize('task', study.TASKS)
 def test_every_arm_is_a_run_of_its_own_name(task):
-  runs = list(runner.runs(task, {}, pathlib.Path('x')))
+  runs = [
+    run
+    for arm in study.ARMS
+    for run in runner.runs(task, arm, {}, pathlib.Path('x'))
+  ]
   assert len(runs) == len(study.ARMS) * 3
-  assert len({run.name for _, run in runs}) == len(runs)
-  assert {run.config.data.name for _, run in runs} == {report.NAMES[task]}
+  assert len({run.name for run in runs}) == len(runs)
+  assert {run.config.data.name for run in runs} == {report.NAMES[task]}
   shares = {
     (run.config.federated.num_rounds, run.config.federated.clients_per_round,
      run.config.federated.local_steps, run.config.federated.local_batch)
-    for _, run in runs
+    for run in runs
   }  # fmt: skip
   assert len(shares) == 1  # no arm is smaller than another
 
 
 def test_other_seeds_run_at_the_rate_that_validates_best():
   done = results_of({'FedEx': [4.0, 3.0]})
-  names = [run.name for _, run in runner.runs('chat', done, pathlib.Path('x'))]
+  names = [
+    r.name for r in runner.runs('chat', 'FedEx', done, pathlib.Path('x'))
+  ]
   assert names[-2:] == ['fedex-lr0.0008-seed1', 'fedex-lr0.0008-seed2']
   del done['fedex-lr0.004-seed0']
   assert runner.best_rate('FedEx', done) is None
@@ -95,7 +101,7 @@ def test_rates_go_on_while_the_best_is_at_the_edge():
 def test_texts_are_written_of_runs_that_may_be_chosen():
   done = results_of({'FedEx': [4.0, 3.0]})
   of_seed = lambda seed: [  # noqa: E731
-    (name, SimpleNamespace(name=name, config=SimpleNamespace(seed=seed)))
+    (name, SimpleNamespace(name=name, fields={'seed': seed}))
     for name in done
     if name.endswith(f'seed{seed}')
   ]
