@@ -3,9 +3,9 @@
 python -m benchmarks.start [--config=configs/chitchat_gemma3.py] [--rounds=4]
 
 Starts a process without compiled programs, and one that finds them; each
-reports seconds since its own start, and the most memory it held (on Linux). Then a run of a few rounds tells which
-share of the time the devices waited for the host (`time/wait_s`). Prints a table
-and writes benchmarks/results/start.json.
+reports seconds since its own start, and the most memory it held (on Linux). Then
+a run of a few rounds tells which share of the time the devices waited for the
+host (`time/wait_s`). Prints a table and writes benchmarks/results/start.json.
 """
 
 import json

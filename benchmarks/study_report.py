@@ -346,10 +346,11 @@ it says otherwise, Adam. {people} people trained on are evaluated on what they w
 last, which was held out, and as many never trained on. A hash splits the latter: rates
 were chosen an arm at a time on the loss of one half (validation people; seed 0; from a
 ladder, on and on while the best is at the edge of those tried), and all else is measured
-on the other half and on people trained on. Intervals resample people and seeds together ({seeds} seeds, the
-same people and cohorts for every arm); a "gap" is a paired difference in nats a token,
-above 0 where the arm is worse. Intervals of perplexities are wide because people
-differ; gaps are much narrower, because all arms meet the same people. Centralised
+on the other half and on people trained on. Intervals resample people and seeds together
+({seeds} seeds, the same people and cohorts for every arm); a "gap" is a paired
+difference in nats a token, above 0 where the arm is worse. Intervals of perplexities
+are wide because people differ; gaps are much narrower, because all arms meet the same
+people. Centralised
 training sends nothing. This is a small study: it tells which way and how surely on
 this model and this much training, not what large runs would end with.
 Machines: {machines}.

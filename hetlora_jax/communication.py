@@ -73,7 +73,8 @@ def _fold(rules, dims: Dims, kept_CG, fold_rank: Norms) -> int:
     rank = kept_CG.sum(0) - kept_CG.max(0, initial=0)
   else:
     return 0
-  whole = _each_matrix(dims, {t: d_in * d_out for t, (_, d_in, d_out) in dims.items()})  # fmt: skip
+  products = {t: d_in * d_out for t, (_, d_in, d_out) in dims.items()}
+  whole = _each_matrix(dims, products)
   return int(np.minimum(rank * _sizes(dims, 'ab'), whole).sum())
 
 

@@ -256,7 +256,8 @@ def _typed(hint, value, name: str):
   small = isinstance(value, float) or (is_number and abs(value) < 2**63)
   if hint is float and is_number and small:
     return float(value)
-  if hint is int and is_number and (isinstance(value, int) or value.is_integer()):  # fmt: skip
+  is_whole = is_number and (isinstance(value, int) or value.is_integer())
+  if hint is int and is_whole:
     return int(value)
   if hint in (str, bool) and isinstance(value, hint):
     return value

@@ -36,7 +36,9 @@ PRINT_CONFIG = flags.DEFINE_bool(
 LIST_METHODS = flags.DEFINE_bool(
   'list_methods', False, 'Print every method, its rules and source, and exit.'
 )
-VERBOSE = flags.DEFINE_bool('verbose', False, 'Show libraries\' messages and the tracebacks of errors.')  # fmt: skip
+VERBOSE = flags.DEFINE_bool(
+  'verbose', False, "Show libraries' messages and the tracebacks of errors."
+)
 
 DRY_RUN = flags.DEFINE_bool(
   'dry_run',

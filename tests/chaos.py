@@ -2,9 +2,9 @@
 
 python -m tests.chaos [TRIALS [SEED]]     (make chaos TRIALS=30)
 
-A third of the trials is a run of two processes, one of which is killed. Kills come at
-any time, within a round, or while a checkpoint is being written. After each kill the same line is run again; half
-of the trials are killed twice. Adapters, ranks, optimizer state, metrics.jsonl and
+A third of the trials is a run of two processes, one of which is killed. Kills
+come at any time, within a round, or while a checkpoint is being written. After
+each kill the same line is run again; half of the trials are killed twice. Adapters, ranks, optimizer state, metrics.jsonl and
 TensorBoard's events must then equal the unbroken run's to the bit. The last line
 counts trials, moments and how many were equal; exit code 1 if not all were.
 """

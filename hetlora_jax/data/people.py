@@ -1,8 +1,9 @@
 """Who takes part, and each person's turns as tokens, read when needed.
 
 People are set aside as unseen by a hash of their name (or, where the data set
-says so, by how much they wrote) and turns held out by time, so runs of every seed are evaluated on the same people and turns. A turn
-held out for one person may still be context, which bears no loss, for another.
+says so, by how much they wrote) and turns held out by time, so runs of every
+seed are evaluated on the same people and turns. A turn held out for one person
+may still be context, which bears no loss, for another.
 """
 
 import dataclasses
