@@ -1,6 +1,7 @@
 """One page that compares runs: python -m launch.report.
 
-`runs.py` reads folders, `charts.py` draws SVG, `page.py` writes the HTML.
+`runs.py` reads folders, `charts.py` draws SVG, `page.py` writes the HTML (`inside.py` its
+sections on ranks, energy and people, of what `parts.py` has).
 """
 
 import os

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from hetlora_jax import diagnostics, sweep
-from hetlora_jax.report import charts, runs
+from hetlora_jax import sweep
+from hetlora_jax.report import charts, inside, parts, runs
 from hetlora_jax.report.charts import Line
 from hetlora_jax.report.markup import Markup, escape, join, tag
 from hetlora_jax.report.runs import Group, Run
 
 MOST_SAMPLES = 24
-# Classes of a share, drawn darker and darker.
-_SHARES = (0.001, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
-_DECIBELS = (-40, -35, -30, -25, -20, -15, -10, -5)
 _NONE = '–'
 # Nothing but what is in the page may be loaded or run, whatever it quotes.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -29,9 +24,9 @@ def render(found: Sequence[Run]) -> str:
   sections = [
     ('summary', 'Summary', _summary(groups)),
     ('curves', 'Learning curves', _curves(groups)),
-    ('ranks', 'Ranks', _ranks(groups)),
-    ('energy', 'Energy per rank slot', _energy(groups)),
-    ('people', 'Loss per person', _people(groups)),
+    ('ranks', 'Ranks', inside.ranks(groups)),
+    ('energy', 'Energy per rank slot', inside.energy(groups)),
+    ('people', 'Loss per person', inside.people(groups)),
     ('fields', 'What differs', _fields(found)),
     ('samples', 'Samples', _samples(found)),
     ('environment', 'Environment and commands', _environment(found)),
@@ -39,7 +34,7 @@ def render(found: Sequence[Run]) -> str:
   links = [
     tag('li', tag('a', name, href=f'#{key}')) for key, name, _ in sections
   ]
-  title = f'Comparison of {_count(len(found), "run")}'
+  title = f'Comparison of {parts.count(len(found), "run")}'
   body = [
     tag('header', tag('h1', title), _introduction(found)),
     tag('nav', tag('ul', *links), aria_label='Sections'),
@@ -63,49 +58,16 @@ def render(found: Sequence[Run]) -> str:
   )
 
 
-def _count(number: int, noun: str) -> str:
-  return f'{number} {noun}{"s" * (number != 1)}'
-
-
-def _said(values) -> str:
-  """Joins different values."""
-  return ', '.join(dict.fromkeys(str(v) for v in values if v is not None))
-
-
 def _introduction(found: Sequence[Run]) -> Markup:
-  model = _said(run.fields.get('model.source') for run in found)
-  data = _said(run.fields.get('data.name') for run in found)
+  model = parts.said(run.fields.get('model.source') for run in found)
+  data = parts.said(run.fields.get('data.name') for run in found)
   left = sum(not run.finished for run in found)
-  text = f'{_said(r.fields.get("method") for r in found)}: {model} on {data}.'
+  text = (
+    f'{parts.said(r.fields.get("method") for r in found)}: {model} on {data}.'
+  )
   if left:
-    text += f' {_count(left, "run")} unfinished: shown as far as they got.'
+    text += f' {parts.count(left, "run")} unfinished: shown as far as they got.'
   return tag('p', text)
-
-
-def table(
-  caption: str, heads: Sequence[object], rows: Sequence[Sequence[object]]
-) -> Markup:
-  """Returns a table whose first column names its rows; it scrolls if wide."""
-  head = tag('tr', *[tag('th', x, scope='col') for x in heads])
-  body = [
-    tag('tr', tag('th', row[0], scope='row'), *[tag('td', x) for x in row[1:]])
-    for row in rows
-  ]
-  inner = tag(
-    'table', tag('caption', caption), tag('thead', head), tag('tbody', *body)
-  )
-  return tag(
-    'div', inner, class_='scroll', role='group', tabindex=0, aria_label=caption
-  )
-
-
-def _named(number: int, group: Group) -> Markup:
-  return tag('span', charts.swatch(number), ' ', group.name, class_='name')
-
-
-def _legend(groups: Sequence[Group]) -> Markup:
-  items = [tag('li', _named(i, group)) for i, group in enumerate(groups)]
-  return tag('ul', *items, class_='legend')
 
 
 def _unfinished(run: Run) -> str:
@@ -137,10 +99,10 @@ def _summary_row(number: int, group: Group) -> Iterator[object]:
     ))
     for run in group.runs
   ]  # fmt: skip
-  method = _said(run.fields.get('method') for run in group.runs)
-  seeds = f'{method}, {len(counted)} of {_count(len(group.runs), "seed")}'
+  method = parts.said(run.fields.get('method') for run in group.runs)
+  seeds = f'{method}, {len(counted)} of {parts.count(len(group.runs), "seed")}'
   yield join([
-    _named(number, group), tag('small', seeds),
+    parts.named(number, group), tag('small', seeds),
     tag('ul', *marks, class_='folders'),
   ])  # fmt: skip
   if not counted:
@@ -176,7 +138,7 @@ def _summary(groups: Sequence[Group]) -> Markup:
     'are of all rounds; trained parameters are a client’s mean.'
   )
   rows = [list(_summary_row(i, group)) for i, group in enumerate(groups)]
-  return join([tag('p', note), table('Results of the runs', heads, rows)])
+  return join([tag('p', note), parts.table('Results of the runs', heads, rows)])
 
 
 # What a learning curve is drawn against: columns that are summed, unit, title.
@@ -216,30 +178,28 @@ def _learning(groups: Sequence[Group], name: str, what: str, against: str):
     title, drawn, x_title, 'nats a target token',
     tip='{y:.4g} at {x:.4g}', log=log, whole=against == 'rounds',
   )  # fmt: skip
-  return _figure(f'Against {against}' + ', what is at 0 left out' * log, chart)
-
-
-def _figure(caption: object, *content: Markup) -> Markup:
-  return tag('figure', tag('figcaption', caption), *content)
+  return parts.figure(
+    f'Against {against}' + ', what is at 0 left out' * log, chart
+  )
 
 
 def _curves(groups: Sequence[Group]) -> Markup:
-  parts = [_legend(groups)]
+  pieces = [parts.legend(groups)]
   for who in runs.KINDS:
     what = f'Held-out loss, {who} people'
     name = f'eval/{who}/loss'
-    parts += [
+    pieces += [
       tag('h3', what),
       tag('div', *[_learning(groups, name, what, x) for x in _AGAINST],
           class_='charts'),
     ]  # fmt: skip
   what = 'Training loss of the cohorts'
   figures = [_learning(groups, 'train/loss', what, x) for x in _AGAINST]
-  parts += [tag('h3', what), tag('div', *figures, class_='charts')]
+  pieces += [tag('h3', what), tag('div', *figures, class_='charts')]
   if any(len(group.runs) > 1 for group in groups):
-    parts.append(tag('p', 'Lines are means of the seeds that got so far, bands '
+    pieces.append(tag('p', 'Lines are means of the seeds that got so far, bands '
                      'one standard deviation to either side.'))  # fmt: skip
-  return join([*parts, _numbers(groups)])
+  return join([*pieces, _numbers(groups)])
 
 
 def _numbers(groups: Sequence[Group]) -> Markup:
@@ -252,170 +212,8 @@ def _numbers(groups: Sequence[Group]) -> Markup:
       rows.append([group.name, r, f'{a:.4f}', f'{b:.4f}'])
   caption = 'Held-out loss at every evaluation, in nats a target token'
   return tag(
-    'details', tag('summary', 'The numbers'), table(caption, heads, rows)
+    'details', tag('summary', 'The numbers'), parts.table(caption, heads, rows)
   )
-
-
-def _key(edges: Sequence[float], render: Callable[[float], str]) -> Markup:
-  """Returns the classes of a heat map."""
-  items = []
-  for level, low in enumerate(edges, 1):
-    box = tag('svg', tag('rect', width=16, height=12, class_=f'heat h{level}'),
-              viewBox='0 0 16 12', width=16, height=12, aria_hidden='true')  # fmt: skip
-    items.append(tag('li', box, f' from {render(low)}'))
-  return tag('ul', *items, class_='legend')
-
-
-def _overlay_key(names: Sequence[str]) -> Markup:
-  items = []
-  for number, name in enumerate(names):
-    line = tag('path', class_='over', d='M0 6H34',
-               stroke_dasharray=charts.dash(number))  # fmt: skip
-    box = tag('svg', line, viewBox='0 0 34 12', width=34, height=12,
-              aria_hidden='true')  # fmt: skip
-    items.append(tag('li', box, f' {name}'))
-  return tag('ul', *items, class_='legend')
-
-
-_OVER = ('mean', 'smallest', 'largest')
-
-
-def _ranks_of(number: int, group: Group) -> Markup:
-  rounds, count_TK, *_ = runs.mean(group, 'rank/histogram')
-  over = [runs.mean(group, f'rank/{x}')[1] for x in ('mean', 'min', 'max')]
-  title = f'Ranks of all people, {group.name}'
-  if not rounds:
-    return _figure(_named(number, group), charts.empty(title))
-  share_TK = count_TK / count_TK.sum(1, keepdims=True).clip(1e-9)
-  ends = [
-    f'{name} {x[0]:.3g} → {x[-1]:.3g}'
-    for name, x in zip(_OVER, over, strict=True)
-  ]
-  about = f'{"; ".join(ends)}, after rounds {rounds[0]} → {rounds[-1]}.'
-  chart = charts.heat(
-    title, about, rounds, share_TK, _SHARES, 0, 'rank',
-    list(zip(_OVER, over, strict=True)),
-  )  # fmt: skip
-  return _figure(_named(number, group), chart, tag('p', about))
-
-
-def _ranks(groups: Sequence[Group]) -> Markup:
-  note = (
-    'The stronger the colour, the larger the share of people (or of their '
-    'matrices) with that rank after the round; self-pruning moves them down.'
-  )
-  figures = [_ranks_of(i, group) for i, group in enumerate(groups)]
-  return join([
-    tag('p', note), _key(_SHARES, lambda x: f'{100 * x:g} %'),
-    _overlay_key([f'{name} rank' for name in _OVER]),
-    tag('div', *figures, class_='charts'),
-  ])  # fmt: skip
-
-
-def _energy_of(number: int, group: Group) -> Markup:
-  rounds, share_TK, *_ = runs.mean(group, 'energy/slots')
-  title = f'Energy per rank slot of the server’s adapters, {group.name}'
-  held = np.cumsum(share_TK[-1]) if rounds else np.zeros(1)
-  about = 'The adapters hold no energy.'
-  if held[-1] > 0:
-    slots = int(np.searchsorted(held, 0.9 * held[-1]) + 1)
-    about = (
-      f'After round {rounds[-1]} the first {slots} of {len(held)} slots hold '
-      '90 % of the energy.'
-    )
-  share_TK = 10 * np.log10(np.maximum(share_TK, 1e-9))
-  chart = charts.heat(title, about, rounds, share_TK, _DECIBELS, 1, 'rank slot')
-  return _figure(_named(number, group), chart, tag('p', about))
-
-
-def _energy(groups: Sequence[Group]) -> Markup:
-  note = (
-    'The share of the adapters’ energy, Σ (scale ‖a‖ ‖b‖)², that each rank '
-    'slot of the server holds, in decibels (0 dB is all, −10 dB a tenth). '
-    'Energy that gathers in the first slots is rank collapse.'
-  )
-  figures = [_energy_of(i, group) for i, group in enumerate(groups)]
-  return join([
-    tag('p', note), _key(_DECIBELS, lambda x: f'{x:g} dB'.replace('-', '−')),
-    tag('div', *figures, class_='charts'),
-  ])  # fmt: skip
-
-
-def _persons(group: Group, kind: str) -> list[dict]:
-  """Returns the people of all the group's runs who have any tokens."""
-  return [
-    person
-    for run in group.runs
-    for person in (run.people or {kind: ()})[kind]
-    if person['tokens'] > 0
-  ]
-
-
-def _losses(people: Sequence[dict]) -> np.ndarray:
-  """Returns each person's loss a token."""
-  return np.array([p['loss_sum'] / p['tokens'] for p in people])
-
-
-def _people_chart(groups: Sequence[Group], kind: str) -> Markup:
-  percent = np.linspace(0, 100, 21)
-  drawn = [
-    Line(group.name, i, np.percentile(loss, percent), percent)
-    for i, group in enumerate(groups)
-    if len(loss := _losses(_persons(group, kind)))
-  ]
-  title = f'Loss per person, {kind} people'
-  chart = charts.lines(
-    title, drawn, 'loss of a person, nats a target token',
-    '% of people with at most that loss', tip='{y:.0f} % up to {x:.4g}',
-    pad=0.02,
-  )  # fmt: skip
-  return _figure(title, chart)
-
-
-def _by_rank(number: int, group: Group) -> Line:
-  """Returns the mean loss of the seen people of each class of rank."""
-  people = _persons(group, 'seen')
-  loss, rank = _losses(people), np.array([p['rank'] for p in people])
-  cut = diagnostics.rank_classes(int(rank.min()), int(rank.max()))
-  inside = [(rank >= low) & (rank < high + 1) for low, high in cut]
-  means = [(rank[x].mean(), loss[x].mean()) for x in inside if x.any()]
-  return Line(group.name, number, *zip(*means, strict=True))
-
-
-def _rank_chart(groups: Sequence[Group]) -> Markup:
-  title = 'Mean loss by rank, seen people'
-  drawn = [_by_rank(i, g) for i, g in enumerate(groups) if _persons(g, 'seen')]
-  chart = charts.lines(
-    title, drawn, 'mean rank of a class of people', 'nats a target token',
-    tip='{y:.4g} at rank {x:.3g}',
-  )  # fmt: skip
-  return _figure(title, chart)
-
-
-def _people(groups: Sequence[Group]) -> Markup:
-  if not any(run.people for group in groups for run in group.runs):
-    return tag('p', 'No run has left a people.json: none has been evaluated, '
-               'or they are of an older version.')  # fmt: skip
-  rows = []
-  for i, group in enumerate(groups):
-    for kind in runs.KINDS:
-      if len(loss := _losses(_persons(group, kind))):
-        cuts = [f'{x:.3f}' for x in np.percentile(loss, (10, 50, 90))]
-        cuts.append(f'{loss.mean():.3f}')
-        rows.append([_named(i, group), kind, len(loss), *cuts])
-  heads = ('runs', 'people', 'how many', 'a tenth is below', 'median',
-           'a tenth is above', 'mean of people')  # fmt: skip
-  note = (
-    'Each person’s held-out loss at the newest evaluation. A steep line is an '
-    'even service, a long end to the right people whom the model fails. Of '
-    'several seeds, every person counts once a seed.'
-  )
-  figures = [_people_chart(groups, kind) for kind in runs.KINDS]
-  figures.append(_rank_chart(groups))
-  return join([
-    tag('p', note), _legend(groups), tag('div', *figures, class_='charts'),
-    table('Loss per person, in nats a target token', heads, rows),
-  ])  # fmt: skip
 
 
 def _fields(found: Sequence[Run]) -> Markup:
@@ -433,7 +231,7 @@ def _fields(found: Sequence[Run]) -> Markup:
     heads, rows = ['field', *folders], [
       [name, *column] for name, *column in zip(names, *cells, strict=True)
     ]  # fmt: skip
-  return table('Fields of the configurations that differ', heads, rows)
+  return parts.table('Fields of the configurations that differ', heads, rows)
 
 
 def _quote(text: object) -> Markup:
@@ -466,10 +264,10 @@ def _samples(found: Sequence[Run]) -> Markup:
                '--generate writes one.')  # fmt: skip
   # Those that most runs have come first.
   shown = sorted(by_prompt.values(), key=len, reverse=True)[:MOST_SAMPLES]
-  parts = [_sample(i, x) for i, x in enumerate(shown, 1)]
+  pieces = [_sample(i, x) for i, x in enumerate(shown, 1)]
   if len(by_prompt) > len(shown):
-    parts.append(tag('p', f'{len(by_prompt) - len(shown)} more are left out.'))
-  return join(parts)
+    pieces.append(tag('p', f'{len(by_prompt) - len(shown)} more are left out.'))
+  return join(pieces)
 
 
 def _environment(found: Sequence[Run]) -> Markup:
@@ -496,4 +294,4 @@ def _environment(found: Sequence[Run]) -> Markup:
       tag('pre', tag('code', command), tabindex=0, role='group',
           aria_label=f'Command of {escape(run.name)}'),
     ]  # fmt: skip
-  return join([table('Where the runs were made', heads, rows), *commands])
+  return join([parts.table('Where the runs were made', heads, rows), *commands])
