@@ -26,7 +26,16 @@ from absl import flags
 
 from benchmarks import machine
 from configs import study
-from hetlora_jax import completions, config, console, metrics, sweep, training
+from hetlora_jax import (
+  completions,
+  config,
+  console,
+  experiment,
+  metrics,
+  sweep,
+  training,
+)
+from hetlora_jax import results as of_runs
 from hetlora_jax.evaluation import scores
 
 _RAW = flags.DEFINE_string('raw', 'docs/results/raw', 'Folder of the results.')
@@ -175,19 +184,31 @@ def _texts(found: dict) -> dict[str, list[dict]]:
   }
 
 
+def _untouched(c: config.Config) -> dict[str, list[dict]]:
+  """Returns everybody's loss before the first round, as runs evaluate it."""
+  x = experiment.prepare(c)
+  return of_runs.people(x, experiment.evaluate(x, x.initial_state), 0)
+
+
 def _do_floors(task: str) -> None:
-  """Evaluates the untouched model with so many examples in its prompt."""
+  """Evaluates the untouched model with so many examples in its prompt.
+
+  `people` is measured as that of runs is, `whole` on all of every target, with
+  the examples in view.
+  """
   folder = pathlib.Path(_RAW.value) / task / 'floor'
   folder.mkdir(parents=True, exist_ok=True)
   workdir = pathlib.Path(_WORKDIR.value) / task / 'floor'
+  c = config.resolve(study.get_config(task))
+  people = _untouched(c)
   for shots in study.SHOTS:
     choice = completions.Choice(untouched=True, shots=shots)
-    c = config.resolve(study.get_config(task))
     found = completions.run(c, workdir / f'shots{shots}', choice)
-    people = {name: found[name]['people'] for name in scores.SETS}
+    whole = {name: found[name]['people'] for name in scores.SETS}
     metrics.write_json(
       folder / f'shots{shots}.json',
-      {'shots': shots, 'people': people, 'texts': _texts(found)},
+      {'shots': shots, 'whole': whole, 'texts': _texts(found)}
+      | ({} if shots else {'people': people}),
     )
 
 

@@ -58,14 +58,19 @@ def _rouge(arm: Arm, text: str) -> str:
 
 
 def _megabytes(arm: Arm, found: Found) -> str:
-  count = study_stats.bytes_to(arm, study_stats.target_loss(found))
+  target = study_stats.target_loss(found)
+  if math.isnan(target):
+    return ''
+  count = study_stats.bytes_to(arm, target)
   return f'{count / 1e6:.1f}' if math.isfinite(count) else 'not reached'
 
 
 def _cells(task: str, arm: Arm, sent: str) -> list[str]:
   """Returns what the summary says of an arm on a task."""
+  measured = 'people' in arm.results[0]  # not of prompts with examples
+  perplexity = _perplexity(arm, 'unseen') if measured else ''
   written = [_rouge(arm, 'generated')] if task in study.WRITTEN else []
-  return [_perplexity(arm, 'unseen'), *written, sent]
+  return [perplexity, *written, sent]
 
 
 def _place(name: str, found_of: dict[str, Found]) -> tuple[int, float]:
@@ -276,7 +281,24 @@ def _edge(arm: str, ladder: Sequence[float], results: dict[str, dict]) -> str:
   return f'{best:g}{", the end" if best in (ladder[0], ladder[-1]) else ""}'
 
 
-def _task(task: str, results: dict[str, dict], found: Found) -> str:
+def _of_whole_targets(floors: Sequence[dict]) -> str:
+  """Tells the untouched model's perplexity without and with examples."""
+  parts = []
+  for floor in floors:
+    people = study_stats.reported(floor['whole']['unseen'], 'unseen')
+    loss = sum(p['loss_sum'] for p in people) / sum(p['tokens'] for p in people)
+    parts.append(f'{math.exp(loss):.2f} with {floor["shots"]}')
+  if not parts:
+    return ''
+  return (
+    'On whole targets (elsewhere long ones are cut), the untouched model’s '
+    f'perplexity is {", ".join(parts)} examples of other people in its prompt.'
+  )
+
+
+def _task(
+  task: str, results: dict[str, dict], found: Found, floors: Sequence[dict]
+) -> str:
   if not found:
     return f'## {NAMES[task]}\n\nNo arm has run at all of its rates yet.\n'
   first = next(iter(found.values())).results[0]['curve']
@@ -288,7 +310,7 @@ def _task(task: str, results: dict[str, dict], found: Found) -> str:
   return f"""## {NAMES[task]}
 
 Untouched model: perplexity {untouched} (validation people included). Target: {reach}
-on people seen.
+on people seen. {_of_whole_targets(floors)}
 
 {_details(task, found)}
 
@@ -327,8 +349,8 @@ the section "Why", which is `docs/results/notes.md`.*
 ## Summary
 
 Perplexity a target token and RougeL (%) of people never trained on, with 95 % intervals;
-megabytes sent both ways until the loss where LoRA r = 5 ends; parameters trained on a
-client of the highest rank.
+megabytes sent both ways until the loss where LoRA r = 5 ends (people trained on);
+parameters that a client trains, on average.
 
 {summary}
 
@@ -340,19 +362,19 @@ client of the highest rank.
 {notes}
 ## How it was measured
 
-Every arm: Gemma 3 270M in float32, {rounds}, {clients} people a round, {steps} local
-steps of {batch} examples, LoRA on query and value, ranks 5 to 50 from a power law unless
-it says otherwise, Adam. {people} people trained on are evaluated on what they wrote
-last, which was held out, and as many never trained on. A hash splits the latter: rates
+Every arm: Gemma 3 270M in float32, {rounds},
+{clients} people a round, {steps} local steps of {batch} examples, LoRA on query and
+value, ranks 5 to 50 from a power law unless it says otherwise, Adam. {people} people
+trained on are evaluated on what they wrote last, which was held out, and as many never
+trained on. A hash splits the latter: rates
 were chosen an arm at a time on the loss of one half (validation people; seed 0; from a
 ladder, on and on while the best is at the edge of those tried), and all else is measured
 on the other half and on people trained on. Intervals resample people and seeds together
 ({seeds} seeds, the same people and cohorts for every arm); a "gap" is a paired
 difference in nats a token, above 0 where the arm is worse. Intervals of perplexities
 are wide because people differ; gaps are much narrower, because all arms meet the same
-people. Centralised
-training sends nothing. This is a small study: it tells which way and how surely on
-this model and this much training, not what large runs would end with.
+people. Centralised training sends nothing. This is a small study: it tells which way
+and how surely on this model and this much training, not what large runs would end with.
 Machines: {machines}.
 """
 
@@ -390,6 +412,7 @@ def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
   """Returns the page, and draws its figures."""
   results = {task: runner.load(raw, task) for task in study.TASKS}
   found_of = {task: study_stats.arms(results[task]) for task in study.TASKS}
+  floors_of = {task: _floors(raw / task) for task in study.TASKS}
   for task, found in found_of.items():
     if found:
       study_plots.curves(found, folder / f'{task}_curves.png', task)
@@ -407,14 +430,14 @@ def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
     steps=f.local_steps, batch=f.local_batch, seeds=len(study.SEEDS),
     people=c.eval.num_people,
     missing='' if done >= total else '; the others are missing from the tables',
-    summary=summary(found_of, {t: _floors(raw / t) for t in study.TASKS}),
+    summary=summary(found_of, floors_of),
     ranking='\n\n'.join(filter(None, (ranking(t, found_of[t]) for t in found_of))),
     claims=claims(found_of),
     notes=f'\n{notes.read_text()}' if notes.exists() else '',
     machines=_machines([r for found in results.values() for r in found.values()]),
   )  # fmt: skip
   return '\n'.join(
-    [head, *(_task(t, results[t], found_of[t]) for t in found_of)]
+    [head, *(_task(t, results[t], found_of[t], floors_of[t]) for t in found_of)]
   )
 
 

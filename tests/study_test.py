@@ -216,7 +216,16 @@ def test_the_page_tells_what_ran(tmp_path):
   raw.mkdir(parents=True)
   for name, content in results_of(FOUND).items():
     (raw / f'{name}.json').write_text(json.dumps(content))
+  people = result('untouched', [4.0])['people']
+  (raw / 'floor').mkdir()
+  for shots in study.SHOTS:
+    floor = {'shots': shots, 'whole': people}
+    floor |= {} if shots else {'people': people}
+    (raw / 'floor' / f'shots{shots}.json').write_text(json.dumps(floor))
   page = report.page(tmp_path / 'raw', tmp_path)
+  assert f'| untouched | {math.exp(4):.2f} [' in page
+  assert '| untouched, 3 examples in the prompt |  |' in page
+  assert '54.60 with 0, 54.60 with 3 examples of other people' in page
   assert '15 of 180 runs are done; the others are missing' in page
   assert '| HetLoRA beats homogeneous LoRA of low rank | +0.400' in page
   assert '| HetLoRA beats homogeneous LoRA of low rank | confirmed |' in page
