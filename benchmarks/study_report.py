@@ -215,7 +215,7 @@ def _details(task: str, found: Found) -> str:
   return _table([*heads, 'gap to ours, unseen'], rows)
 
 
-def _speed(found: Found) -> str:
+def _speed(task: str, found: Found) -> str:
   """Returns how fast low and high ranks learn, and whether they overfit."""
   rows = []
   for name in (LOW, HIGH, OURS, 'centralized LoRA', 'full fine-tuning'):
@@ -229,7 +229,7 @@ def _speed(found: Found) -> str:
                 f'{values[-1] - values.min():+.3f}']  # fmt: skip
     cells.append(f'{arm.rounds("train/loss")[-3:].mean():.3f}')
     rows.append(cells)
-  first = _config().eval.every
+  first = _config(task).eval.every
   heads = [
     f'{what}, {kind}'
     for kind in ('seen', 'unseen')
@@ -322,7 +322,7 @@ on people seen. {_of_whole_targets(floors)}
 
 How fast they learn, and whether they lose it again (loss in nats a token):
 
-{_speed(found)}
+{_speed(task, found)}
 
 ### What happens inside on {NAMES[task]}
 
