@@ -141,7 +141,7 @@ def _claims_of(found: Found) -> list[list[str]]:
   """Returns the numbers and the verdict of every claim on one task."""
   rows = []
   for claim in study_stats.CLAIMS:
-    if not all(name in found for pair in claim.pairs for name in pair):
+    if not all(study_stats.paired(found, *pair) for pair in claim.pairs):
       rows.append(['', '', 'not run yet'])
       continue
     pairs = [(found[a], found[b]) for a, b in claim.pairs]
@@ -160,7 +160,7 @@ def _claims_of(found: Found) -> list[list[str]]:
 def _seed_claims_of(found: Found) -> list[list[str]]:
   rows = []
   for claim in study_stats.SEED_CLAIMS:
-    if claim.more not in found or claim.less not in found:
+    if not study_stats.paired(found, claim.more, claim.less):
       rows.append(['', 'not run yet'])
       continue
     values = study_stats.by_seed(claim, found)

@@ -103,6 +103,12 @@ def gap(arm: Arm, other: Arm, kind: str) -> Gap:
   return Gap(mean=loss(arm, kind) - loss(other, kind), low=low, high=high)
 
 
+def paired(found: dict[str, Arm], name: str, other: str) -> bool:
+  """Tells whether two arms have run, with the same seeds."""
+  both = [len(found[n].results) for n in (name, other) if n in found]
+  return len(both) == 2 and both[0] == both[1]
+
+
 def target_loss(found: dict[str, Arm]) -> float:
   """Returns the loss to be reached, NaN if LOW, whose last it is, has not run."""
   return float(found[LOW].curve('seen')[-1]) if LOW in found else math.nan

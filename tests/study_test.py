@@ -175,6 +175,14 @@ def test_intervals_hold_the_mean_and_gaps_are_paired():
   np.testing.assert_allclose([gap.mean, gap.low, gap.high], 0.4, atol=1e-6)
 
 
+def test_arms_are_compared_with_the_same_seeds_only():
+  done = results_of(FOUND)
+  assert stats.paired(stats.arms(done), 'LoRA r = 5', stats.OURS)
+  del done['lora_r_5-lr0.0008-seed2']
+  assert not stats.paired(stats.arms(done), 'LoRA r = 5', stats.OURS)
+  assert report._claims_of(stats.arms(done))[0][-1] == 'not run yet'
+
+
 def test_bytes_are_interpolated_where_a_target_is_crossed():
   arm = stats.arms(results_of(FOUND))[stats.OURS]
   assert stats.bytes_to(arm, 3.41 + 0.3) == pytest.approx(0.5e6)
