@@ -1,7 +1,8 @@
-"""Writes golden/tiny.json: python -m tests.make_golden, or `make golden`."""
+"""Writes golden/tiny.json, or FILE: python -m tests.make_golden [FILE]; `make golden`."""
 
 import json
 import pathlib
+import sys
 import tempfile
 
 from hetlora_jax import config, metrics, training
@@ -36,5 +37,6 @@ def _flat(row: metrics.Row) -> metrics.Row:
 
 
 if __name__ == '__main__':
-  PATH.write_text(json.dumps(golden_rows(), indent=1) + '\n')
-  print(f'Wrote {PATH}')
+  out = pathlib.Path(sys.argv[1]) if sys.argv[1:] else PATH
+  out.write_text(json.dumps(golden_rows(), indent=1) + '\n')
+  print(f'Wrote {out}')
