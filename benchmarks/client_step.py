@@ -23,7 +23,7 @@ from absl import flags
 
 from benchmarks import machine
 from hetlora_jax import lora
-from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models import decoder, pretrained, readout
 from hetlora_jax.types import Batch
 
 _SOURCE = flags.DEFINE_string('source', 'gemma3_270m', 'Base model.')
@@ -51,7 +51,7 @@ def variant(model, base, clients: int, remat: bool):
   """Returns a compiled step of so many clients at once, and its arguments."""
   dims = decoder.adapter_dims(model.config, ('q', 'v'))
   adapters = lora.init(jax.random.key(0), dims, _RANK, 'gaussian')
-  loss = decoder.make_loss(model.config, jnp.float32, remat)
+  loss = readout.make_loss(model.config, jnp.float32, remat)
 
   def step(base, adapters, batch):
     total = lambda a: loss(base, a, jnp.float32(2), batch)[0]  # noqa: E731

@@ -24,7 +24,7 @@ from hetlora_jax import config, experiment
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example, People, evenly_spaced
 from hetlora_jax.evaluation import generation
-from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models import pretrained, readout
 from hetlora_jax.models.pretrained import sources
 
 _CONFIG = machine.define_config()
@@ -81,7 +81,7 @@ class Ours:
     length = max(len(e.tokens) for e in self.chosen)
     targets = sum(e.num_target for e in self.chosen)
     batch = packing.pack(self.chosen, len(self.chosen), length, targets)
-    loss = jax.jit(decoder.make_loss(self.config, jnp.float32, False))
+    loss = jax.jit(readout.make_loss(self.config, jnp.float32, False))
     return float(loss(self.params, {}, jnp.float32(1), batch)[0])
 
 

@@ -6,8 +6,7 @@ the edge, with the first seed, then, at the best rate, with the other seeds. Eve
 run ends in docs/results/raw/TASK/RUN.json; one that has its file is not run again,
 and one that was killed goes on from its checkpoint. Subject lines are also written,
 and scored by ROUGE. The untouched model, without and with examples in its prompt, is
-the floor.
-`benchmarks.study_report` makes docs/results.md of these files.
+the floor. `benchmarks.study_report` makes docs/results.md of these files.
 """
 
 import hashlib
@@ -32,6 +31,7 @@ from hetlora_jax import (
   console,
   experiment,
   metrics,
+  processes,
   sweep,
   training,
 )
@@ -41,7 +41,14 @@ from hetlora_jax.evaluation import scores
 _RAW = flags.DEFINE_string('raw', 'docs/results/raw', 'Folder of the results.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/study', 'Folder of the runs.')
 _TASKS = flags.DEFINE_list('tasks', list(study.TASKS), 'Tasks to run.')
-_TOGETHER = flags.DEFINE_integer('together', 3, 'Most runs in one program.')
+flags.register_validator(
+  'tasks',
+  lambda tasks: bool(tasks) and set(tasks) <= set(study.TASKS),
+  f'one or more of {", ".join(study.TASKS)}',
+)
+_TOGETHER = flags.DEFINE_integer(
+  'together', 3, 'Most runs in one program.', lower_bound=1
+)
 _ONLY = flags.DEFINE_list(
   'only', [], 'Names of runs that share a program, to run in this process.'
 )
@@ -254,7 +261,7 @@ def _command(task: str, names: str) -> list[str]:
 
 def _start(commands: dict[str, list[str]]) -> None:
   logs = pathlib.Path(_WORKDIR.value) / 'logs'
-  if not sweep.start_all(commands, logs, parallel=1):
+  if not processes.start_all(commands, logs, parallel=1):
     console.say('Stopped; the same line goes on.')
     sys.exit(console.SAVED)
 
@@ -285,22 +292,34 @@ def _floors_missing(task: str) -> bool:
   return not all((folder / f'shots{n}.json').exists() for n in study.SHOTS)
 
 
+def _only(names: Sequence[str]) -> None:
+  """Does what one process was started for."""
+  if processes.CHILD in os.environ:
+    console.end_with_parent()
+  if len(_TASKS.value) != 1:
+    raise ValueError(f'--only={",".join(names)} needs one of --tasks.')
+  (task,) = _TASKS.value
+  if names == [_FLOORS]:
+    _do_floors(task)
+    return
+  chosen = {
+    arm: [run for run in _missing(task, arm) if run.name in names]
+    for arm in study.ARMS
+  }
+  if not any(chosen.values()):
+    raise ValueError(f'--only={",".join(names)}: {task} lacks no such run.')
+  try:
+    for arm, runs_of in chosen.items():
+      if runs_of:
+        _do(task, arm, runs_of)
+  except training.Interrupted:
+    sys.exit(console.SAVED)
+
+
 def main() -> None:
   jax.config.update('jax_platforms', 'cpu' if not _ONLY.value else None)
   if _ONLY.value:
-    if sweep.CHILD in os.environ:
-      console.end_with_parent()
-    (task,) = _TASKS.value
-    if _ONLY.value == [_FLOORS]:
-      _do_floors(task)
-      return
-    try:
-      for arm in study.ARMS:
-        chosen = [r for r in _missing(task, arm) if r.name in _ONLY.value]
-        if chosen:
-          _do(task, arm, chosen)
-    except training.Interrupted:
-      sys.exit(console.SAVED)
+    _only(_ONLY.value)
     return
   for task in _TASKS.value:
     _start_floors(task)

@@ -17,7 +17,7 @@ from hetlora_jax import prng, sharding
 from hetlora_jax.config import Config, ConfigError, RandomModel
 from hetlora_jax.data import people
 from hetlora_jax.data.tokenizer import Tokenizer
-from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models import decoder, pretrained, readout
 from hetlora_jax.types import Array, Loss, PyTree
 
 
@@ -38,7 +38,7 @@ def of_config(config: Config, mesh: Mesh) -> BaseModel:
   return BaseModel(
     params=model.params,
     dims=decoder.adapter_dims(model.config, config.lora.targets),
-    loss=decoder.make_loss(model.config, dtype, config.model.remat),
+    loss=readout.make_loss(model.config, dtype, config.model.remat),
     tokenizer=model.tokenizer,
     identity={
       'sha256': model.fingerprint,

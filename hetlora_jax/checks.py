@@ -100,9 +100,19 @@ def check(config) -> None:
   _check_tail(config)
 
 
-def _conditions(c) -> Iterator[tuple[str, Any, bool, str]]:
-  """Yields (field, value, whether it holds, what would)."""
-  f, r = c.federated, c.ranks
+# (field, value, whether it holds, what would)
+_Condition = tuple[str, Any, bool, str]
+
+
+def _conditions(c) -> Iterator[_Condition]:
+  yield from _of_rounds(c)
+  yield from _of_ranks(c)
+  yield from _of_adapters(c)
+  yield from _of_data(c)
+
+
+def _of_rounds(c) -> Iterator[_Condition]:
+  f = c.federated
   yield (
     'federated.r_min', f.r_min, f.r_min <= f.r_max,
     f'it exceeds federated.r_max={f.r_max}; lower it or raise r_max',
@@ -135,6 +145,10 @@ def _conditions(c) -> Iterator[tuple[str, Any, bool, str]]:
     'faults.malicious', c.faults.malicious, c.faults.malicious <= 1,
     'it is a share of the people, in [0, 1]',
   )  # fmt: skip
+
+
+def _of_ranks(c) -> Iterator[_Condition]:
+  f, r = c.federated, c.ranks
   yield (
     'ranks.data_correlation', r.data_correlation, abs(r.data_correlation) <= 1,
     'it must be in [-1, 1]',
@@ -153,6 +167,9 @@ def _conditions(c) -> Iterator[tuple[str, Any, bool, str]]:
     r.distribution != 'tiers' or (fits and abs(sum(fractions) - 1) < 1e-6),
     'give one for each of ranks.tiers, summing to 1',
   )  # fmt: skip
+
+
+def _of_adapters(c) -> Iterator[_Condition]:
   yield (
     'lora.targets', c.lora.targets,
     bool(c.lora.targets) and set(c.lora.targets) <= set(decoder.TARGETS),
@@ -167,6 +184,9 @@ def _conditions(c) -> Iterator[tuple[str, Any, bool, str]]:
     'lora.scale', c.lora.scale, not start or c.lora.scale > 0,
     'at scale 0 no adapter can be that of lora.from_peft',
   )  # fmt: skip
+
+
+def _of_data(c) -> Iterator[_Condition]:
   for name in ('unseen_fraction', 'heldout_fraction'):
     value = getattr(c.data, name)
     yield f'data.{name}', value, 0 < value < 1, 'it must be in (0, 1)'
@@ -196,7 +216,6 @@ def _combinations(c) -> Iterator[tuple[str, bool, str]]:
   """Yields (role, whether its rule fits the others, why not)."""
   n = registry.rule_names(c)
   product = n['aggregation'] in aggregation.PRODUCT_SPACE
-  adapters = n['trainable'] != 'base'
   prefix = n['distribution'] in ('prefix', 'full')
   yield (
     'redistribution',
@@ -228,12 +247,6 @@ def _combinations(c) -> Iterator[tuple[str, bool, str]]:
     n['objective'] != 'nested_prefixes' or prefix,
     ("only prefixes nest: distribution 'prefix' or 'full'"),
   )
-  middle = n['aggregation'] in aggregation.UNWEIGHTED
-  yield (
-    'aggregation',
-    adapters or not middle,
-    ("changes of the base are summed as they come in; take 'factors'"),
-  )
   in_factors = n['aggregation'] == 'factors' and n['redistribution'] == 'keep'
   own = n['personal'] != 'none'
   yield (
@@ -243,6 +256,16 @@ def _combinations(c) -> Iterator[tuple[str, bool, str]]:
       "a client's own factor needs a basis that stays: aggregation 'factors' and "
       "redistribution 'keep'"
     ),
+  )
+  yield from _of_full_finetuning(n)
+
+
+def _of_full_finetuning(n) -> Iterator[tuple[str, bool, str]]:
+  adapters = n['trainable'] != 'base'
+  yield (
+    'aggregation',
+    adapters or n['aggregation'] not in aggregation.UNWEIGHTED,
+    ("changes of the base are summed as they come in; take 'factors'"),
   )
   yield (
     'weighting',
@@ -259,6 +282,7 @@ def _combinations(c) -> Iterator[tuple[str, bool, str]]:
     adapters or n['distribution'] == 'full',
     ("full fine-tuning sends all of the model; take 'full'"),
   )
+  own = n['personal'] != 'none'
   yield 'personal', adapters or not own, 'full fine-tuning has no factors'
 
 

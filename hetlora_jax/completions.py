@@ -37,7 +37,7 @@ from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example, Kind, evenly_spaced
 from hetlora_jax.evaluation import generation, scores
 from hetlora_jax.experiment import Experiment
-from hetlora_jax.models import decoder
+from hetlora_jax.models import readout
 from hetlora_jax.types import Hyperparameters, Rules, ServerState
 
 SEARCHES = ('greedy', 'beam')
@@ -250,7 +250,7 @@ def _programs(config, dtype, max_tokens: int, beams: int, alpha: float):
   generate = generation.make_generate(
     config, dtype, max_tokens=max_tokens, beams=beams, alpha=alpha
   )
-  return jax.jit(generate), jax.jit(decoder.make_judge(config, dtype))
+  return jax.jit(generate), jax.jit(readout.make_judge(config, dtype))
 
 
 def _answer(

@@ -29,7 +29,7 @@ from hetlora_jax import (
 )
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.methods.registry import rule_names
-from hetlora_jax.models import decoder, kernels, shapes
+from hetlora_jax.models import decoder, kernels, readout, shapes
 from hetlora_jax.types import Batch, Cohort, PyTree
 
 
@@ -192,6 +192,25 @@ def _compiled(lowered, compiler: str):
     ) from error
 
 
+def _inputs(config: Config, count: int, rules, mesh, dims, base, rank_N):
+  """Returns base, state, cohorts and hyperparameters as shapes on a mesh."""
+
+  def of_points(make):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype),
+      jax.eval_shape(make),
+    )
+
+  state = of_points(lambda: build.init_state(config, dims, base, rank_N, rules))
+  hyper = of_points(lambda: build.make_hyperparameters(config))
+  return (
+    _placed(base, sharding.by_name(mesh, base)),
+    _placed(state, sharding.by_name(mesh, state, points=True)),
+    _placed(_cohorts(config, count), sharding.over_clients(mesh)),
+    _placed(hyper, sharding.over_points(mesh)),
+  )
+
+
 def compile_for(points: Sequence[Config], chip: str) -> Report:
   """Compiles the rounds of some points for a pod and reads the program.
 
@@ -217,7 +236,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
     lambda: decoder.init_params(shape, prng.stream(0, 'base'), dtype)
   )
   dims = decoder.adapter_dims(shape, config.lora.targets)
-  loss = decoder.make_loss(
+  loss = readout.make_loss(
     shape, dtype, config.model.remat, kernels.WORDS_ON_ACCELERATORS
   )
   rules = build.make_rules(config, loss)
@@ -225,19 +244,9 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
     config.data.num_people or _POPULATION, config.federated.clients_per_round
   )
   rank_N = build.draw_ranks(config, np.ones(population))
-
-  def of_points(make):
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype),
-      jax.eval_shape(make),
-    )
-
-  state = of_points(lambda: build.init_state(config, dims, base, rank_N, rules))
-  state = _placed(state, sharding.by_name(mesh, state, points=True))
-  hyper = of_points(lambda: build.make_hyperparameters(config))
-  hyper = _placed(hyper, sharding.over_points(mesh))
-  cohorts = _placed(_cohorts(config, count), sharding.over_clients(mesh))
-  base = _placed(base, sharding.by_name(mesh, base))
+  base, state, cohorts, hyper = _inputs(
+    config, count, rules, mesh, dims, base, rank_N
+  )
   program, text = _compiled(
     build.make_rounds(rules, mesh, state, config.mesh.points_at_once).lower(
       base, state, cohorts, hyper

@@ -9,13 +9,11 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-import os
 import pathlib
 import re
 import runpy
 import shlex
 import statistics
-import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +24,6 @@ import numpy as np
 from hetlora_jax import (
   bounds,
   checkpoint,
-  console,
   experiment,
   metrics,
   training,
@@ -43,7 +40,6 @@ _NUMBERS = (
   'aggregation/error',
   'time/this_call_s',
 )
-CHILD = 'HETLORA_JAX_CHILD'  # in the environment of a process started here
 
 Fields = dict[str, Any]  # what a point changes: field -> value
 
@@ -223,52 +219,6 @@ def run_program(runs: Sequence[Run]) -> None:
     training.run_points(
       [training.Point(r.config, r.workdir, r.command) for r in batch]
     )
-
-
-def start_all(
-  commands: dict[str, list[str]], logs: pathlib.Path, parallel: int
-) -> bool:
-  """Runs commands, some at a time; returns False if they were interrupted.
-
-  With several at a time each writes to a file of its own in `logs`. Signals
-  are passed on; after one, and after a run that was interrupted, no other is
-  started. A process that loses its parent ends (`console.end_with_parent`).
-  """
-  waiting, running, interrupted = dict(commands), {}, False
-  with console.PassSignals() as signals:
-    while running or (waiting and not signals.received):
-      while waiting and len(running) < parallel and not signals.received:
-        name = next(iter(waiting))
-        number = len(commands) - len(waiting) + 1
-        console.say(f'\n[{number}/{len(commands)}] {name}')
-        running[name] = _start(waiting.pop(name), logs, name, parallel > 1)
-        signals.processes.append(running[name])
-      for name, process in list(running.items()):
-        try:
-          code = process.wait(0.2)
-        except subprocess.TimeoutExpired:
-          continue
-        del running[name]
-        signals.processes.remove(process)
-        if code in (console.SAVED, console.INTERRUPTED):
-          interrupted = True
-          waiting.clear()
-        elif code:
-          console.say(f'{name} failed: exit code {code}')
-  return not (interrupted or signals.received)
-
-
-def _start(command, logs: pathlib.Path, name: str, to_file: bool):
-  out = None
-  if to_file:
-    logs.mkdir(parents=True, exist_ok=True)
-    path = logs / f'{name.replace(" ", "-")}.log'
-    console.say(f'writes to {path}')
-    out = path.open('w')
-  return subprocess.Popen(
-    command, stdin=subprocess.PIPE, stdout=out, stderr=out,
-    env=os.environ | {CHILD: '1'}, start_new_session=True,
-  )  # fmt: skip
 
 
 def results(runs: Sequence[Run]) -> list[dict]:

@@ -15,7 +15,7 @@ import sys
 from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, sweep, training
+from hetlora_jax import console, processes, sweep, training
 from launch import flags
 
 SWEEP = absl_flags.DEFINE_string(
@@ -100,7 +100,7 @@ def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
         f'--group={GROUP.value} is no program of this sweep: it has '
         f'{len(programs)}, counted from 0.'
       )
-    if sweep.CHILD in os.environ:
+    if processes.CHILD in os.environ:
       console.end_with_parent()
     sweep.run_program(programs[GROUP.value])
     return
@@ -111,7 +111,7 @@ def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     for number, group in enumerate(programs)
     if any(sweep.summary_of(r) is None for r in group)
   }  # fmt: skip
-  if not sweep.start_all(unfinished, workdir / 'logs', PARALLEL.value):
+  if not processes.start_all(unfinished, workdir / 'logs', PARALLEL.value):
     raise training.Interrupted('Stopped.')
   found = sweep.results(runs)
   print(f'\n{sweep.report(found, workdir)}\n\nResults are in {workdir}/')

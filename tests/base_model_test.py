@@ -7,7 +7,7 @@ import pytest
 
 from hetlora_jax import base_model, lora
 from hetlora_jax.config import ConfigError, RandomModel
-from hetlora_jax.models import decoder
+from hetlora_jax.models import decoder, readout
 from hetlora_jax.types import Batch
 
 WORDS = 19
@@ -34,7 +34,7 @@ def _params(seed: int = 0):
 
 def _apply(base, adapters, scale, batch):
   """The decoder as a function that returns logits, off by a constant."""
-  log_probs = decoder.make_log_probs(SHAPE, jnp.float32)
+  log_probs = readout.make_log_probs(SHAPE, jnp.float32)
   return 3 + log_probs(
     base, adapters, scale, batch.tokens, batch.segment, batch.position
   )
@@ -57,7 +57,7 @@ def test_the_task_of_logits_is_that_of_the_decoder():
   assert model.dims == decoder.adapter_dims(SHAPE, TARGETS)
   adapters = lora.init(jax.random.key(1), model.dims, 3, 'gaussian')
   adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-  usual = decoder.make_loss(SHAPE, jnp.float32, remat=False)
+  usual = readout.make_loss(SHAPE, jnp.float32, remat=False)
   given = (model.params, adapters, jnp.float32(1.5), _batch())
   got, want = model.loss(*given), usual(*given)
   np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hetlora_jax import lora, sharding
-from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models import decoder, pretrained, readout
 from hetlora_jax.types import Batch, Lora
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -27,7 +27,7 @@ def _packed(ids):
 def _assert_agrees(source, name):
   """Compares every golden text; see make_reference_logprobs.py."""
   model = pretrained.load(source, dtype=np.float32, cached=False)
-  log_probs = jax.jit(decoder.make_log_probs(model.config, jnp.float32))
+  log_probs = jax.jit(readout.make_log_probs(model.config, jnp.float32))
   golden = np.load(GOLDEN / f'reference_{name}.npz')
   agree, positions = 0, 0
   for i in range(len(golden.files) // 4):
@@ -94,7 +94,7 @@ def _batch(rng, config, rows=2, tokens=13, targets=7) -> Batch:
 
 def test_two_texts_in_a_row_do_not_see_each_other():
   config, params = _tiny()
-  log_probs = jax.jit(decoder.make_log_probs(config, jnp.float32))
+  log_probs = jax.jit(readout.make_log_probs(config, jnp.float32))
   rng = np.random.default_rng(0)
   first, second = (rng.integers(3, 300, n) for n in (9, 12))
   row = np.concatenate([first, second, [0, 0]])[None]
@@ -115,7 +115,7 @@ def test_adapters_on_activations_equal_merged_weights(family):
     t: params['layers'][t] + x for t, x in lora.deltas(adapters, scale).items()
   }
   args = _packed(np.arange(3, 20))
-  log_probs = jax.jit(decoder.make_log_probs(config, jnp.float32))
+  log_probs = jax.jit(readout.make_log_probs(config, jnp.float32))
   np.testing.assert_allclose(
     log_probs(params, adapters, scale, *args),
     log_probs(params | {'layers': merged}, {}, scale, *args),
@@ -127,7 +127,7 @@ def test_adapters_on_activations_equal_merged_weights(family):
 def test_masked_rank_equals_true_rank(remat):
   config, params = _tiny()
   batch = _batch(np.random.default_rng(1), config)
-  loss = decoder.make_loss(config, jnp.float32, remat)
+  loss = readout.make_loss(config, jnp.float32, remat)
   wide = _adapters(config, 6)
   masks = {t: lora.prefix_mask(jnp.full(7, 3), 6) for t in wide}
   wide = lora.truncate(wide, masks)
@@ -146,7 +146,7 @@ def test_gradients_are_finite_at_initialisation():
   config, params = _tiny()
   dims = decoder.adapter_dims(config, decoder.TARGETS)
   adapters = lora.init(jax.random.key(0), dims, 4, 'gaussian')
-  loss = jax.jit(decoder.make_loss(config, jnp.float32, False))
+  loss = jax.jit(readout.make_loss(config, jnp.float32, False))
   batch = _batch(np.random.default_rng(2), config)
   grads = jax.grad(lambda x: loss(params, x, jnp.float32(2), batch)[0])(
     adapters
@@ -168,7 +168,7 @@ def test_padding_changes_nothing():
     target=np.pad(batch.target, (0, 2)),
     weight=np.pad(batch.weight, (0, 2)),
   )
-  loss = jax.jit(decoder.make_loss(config, jnp.float32, False))
+  loss = jax.jit(readout.make_loss(config, jnp.float32, False))
   got, want = (loss(params, {}, jnp.float32(1), b) for b in (padded, batch))
   np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
   assert float(got[1]) == float(want[1]) == 7
@@ -179,7 +179,7 @@ def test_clients_are_one_vmap():
   rng = np.random.default_rng(4)
   batches = [_batch(rng, config) for _ in range(3)]
   clients = [_adapters(config, 4, seed) for seed in range(3)]
-  loss = jax.jit(decoder.make_loss(config, jnp.float32, False))
+  loss = jax.jit(readout.make_loss(config, jnp.float32, False))
 
   def stack(trees):
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
@@ -203,7 +203,7 @@ def test_devices_share_the_work_without_changing_it():
   batches = jax.tree.map(
     lambda *x: np.stack(x), *[_batch(rng, config) for _ in range(2)]
   )
-  loss = decoder.make_loss(config, jnp.float32, True)
+  loss = readout.make_loss(config, jnp.float32, True)
   step = jax.jit(
     jax.vmap(
       jax.grad(lambda x, base, b: loss(base, x, jnp.float32(2), b)[0]),
@@ -225,8 +225,8 @@ def test_devices_share_the_work_without_changing_it():
 def test_gradients_of_the_base_are_those_of_the_log_probabilities(family):
   config, params = _tiny(family)
   batch = _batch(np.random.default_rng(7), config)
-  loss = decoder.make_loss(config, jnp.float32, True)
-  log_probs = decoder.make_log_probs(config, jnp.float32)
+  loss = readout.make_loss(config, jnp.float32, True)
+  log_probs = readout.make_log_probs(config, jnp.float32)
 
   def plain(base):
     args = (batch.tokens, batch.segment, batch.position)
@@ -248,7 +248,7 @@ def test_bfloat16_steps_have_float32_gradients_near_those_of_float32():
   batch = _batch(np.random.default_rng(8), config)
 
   def gradient(dtype):
-    loss = decoder.make_loss(config, dtype, False)
+    loss = readout.make_loss(config, dtype, False)
     base = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
     step = jax.grad(lambda x: loss(base, x, jnp.float32(0.1), batch)[0])
     return jax.jit(step)(adapters)

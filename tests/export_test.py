@@ -27,7 +27,7 @@ from hetlora_jax import (
 )
 from hetlora_jax.config import ConfigError
 from hetlora_jax.data.tokenizer import Tokenizer
-from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models import decoder, pretrained, readout
 from hetlora_jax.models.pretrained import hugging_face, peft
 from hetlora_jax.types import Lora
 
@@ -128,7 +128,7 @@ def _export(x, tmp_path, format='peft', **choice):
 
 @functools.cache
 def _log_probs(shape):
-  return jax.jit(decoder.make_log_probs(shape, jnp.float32))
+  return jax.jit(readout.make_log_probs(shape, jnp.float32))
 
 
 def _args(ids):

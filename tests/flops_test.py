@@ -9,7 +9,7 @@ import numpy as np
 
 from hetlora_jax import base_model, flops, lora
 from hetlora_jax.config import RandomModel
-from hetlora_jax.models import decoder
+from hetlora_jax.models import decoder, readout
 from hetlora_jax.types import Batch, Cohort
 
 TOKENS, SLOTS, WORDS = 64, 8, 512
@@ -65,7 +65,7 @@ def test_counted_operations_are_those_of_the_compiled_step():
 
   base = decoder.init_params(shape, jax.random.key(0), jnp.float32)
   adapters = lora.init(jax.random.key(1), dims, SLOTS, 'gaussian')
-  loss = decoder.make_loss(shape, jnp.float32, remat=False)
+  loss = readout.make_loss(shape, jnp.float32, remat=False)
 
   def total(adapters, base, batch):
     return loss(base, adapters, jnp.float32(2), batch)[0]

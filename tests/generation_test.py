@@ -15,7 +15,7 @@ from hetlora_jax import lora
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
 from hetlora_jax.evaluation import generation
-from hetlora_jax.models import decoder, pretrained
+from hetlora_jax.models import decoder, pretrained, readout
 
 FAMILIES = ('llama', 'gemma3')
 B, T, SLOTS = 3, 9, 17
@@ -25,7 +25,7 @@ NOTHING = jnp.float32(1)
 @functools.cache
 def _log_probs(family):
   config, _ = decoder_test._tiny(family)
-  return jax.jit(decoder.make_log_probs(config, jnp.float32))
+  return jax.jit(readout.make_log_probs(config, jnp.float32))
 
 
 def _prompts(config, lengths=(5, 17, 11), seed=0):
@@ -247,7 +247,7 @@ def test_gemma3_270m_with_kept_keys_equals_without():
   got = generate(
     model.params, {}, NOTHING, generation.pad(prompts, 16), never
   )  # fmt: skip
-  judge = jax.jit(decoder.make_judge(model.config, jnp.float32))
+  judge = jax.jit(readout.make_judge(model.config, jnp.float32))
   batch = packing.pack(
     [
       Example(np.array([*p, *row], np.int32), most)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from hetlora_jax.models import kernels
-from hetlora_jax.types import Adapters, Array, Batch, Loss, PyTree
+from hetlora_jax.types import Adapters, Array, PyTree
 
 TARGETS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 ACTIVATIONS = {
@@ -284,13 +284,17 @@ def init_params(config: DecoderConfig, key: Array, dtype) -> PyTree:
 
 def make_hidden(config: DecoderConfig, dtype, remat: bool):
   """Returns (base, adapters, scale, tokens, segment, position) -> h."""
-  model = Decoder(config, dtype, remat)
+  return _applied(Decoder(config, dtype, remat))
 
-  def hidden(base, adapters: Adapters, scale, tokens, segment, position):
+
+def _applied(model: Decoder):
+  """Returns a function of the module's variables and inputs."""
+
+  def apply(base, adapters: Adapters, scale, tokens, segment, position):
     variables = {'params': base, 'lora': {'layers': adapters}}
     return model.apply(variables, tokens, segment, position, scale)
 
-  return hidden
+  return apply
 
 
 def make_prefill(config: DecoderConfig, dtype):
@@ -299,13 +303,7 @@ def make_prefill(config: DecoderConfig, dtype):
   These are [L, P, T, K, d]. Adapters and scale may be of each row: factors
   [L, P, ...] and [P, 1, 1].
   """
-  model = Decoder(config, dtype, remat=False, keep=True)
-
-  def prefill(base, adapters: Adapters, scale, tokens, segment, position):
-    variables = {'params': base, 'lora': {'layers': adapters}}
-    return model.apply(variables, tokens, segment, position, scale)
-
-  return prefill
+  return _applied(Decoder(config, dtype, remat=False, keep=True))
 
 
 def unstack(layers: PyTree, count: int) -> list[PyTree]:
@@ -345,59 +343,3 @@ def make_step(config: DecoderConfig, dtype):
     return rms_norm(h, base['final_norm'], config.norm_eps), kept
 
   return step
-
-
-def make_loss(
-  config: DecoderConfig, dtype, remat: bool, words: int = 0
-) -> Loss:
-  """Returns the task: the summed loss at target positions, and their count.
-
-  `words` are those of `kernels.linear_cross_entropy`.
-  """
-  hidden = make_hidden(config, dtype, remat)
-
-  def loss(base, adapters, scale, batch: Batch):
-    h = hidden(
-      base, adapters, scale, batch.tokens, batch.segment, batch.position
-    )
-    h_MD = h.reshape(-1, h.shape[-1])[batch.target_index]
-    embed = head(config, base).astype(dtype)
-    total = kernels.linear_cross_entropy(
-      h_MD, embed, batch.target, batch.weight, words
-    )
-    return total, batch.weight.sum()
-
-  return loss
-
-
-def make_judge(config: DecoderConfig, dtype):
-  """Returns (base, adapters, scale, batch) -> what is said at its targets.
-
-  The likeliest token there and log p of the target, given the true text: [M].
-  """
-  hidden = make_hidden(config, dtype, remat=False)
-
-  def judge(base, adapters, scale, batch: Batch):
-    h = hidden(
-      base, adapters, scale, batch.tokens, batch.segment, batch.position
-    )
-    h_MD = h.reshape(-1, h.shape[-1])[batch.target_index]
-    embed = head(config, base).astype(dtype)
-    return kernels.judge_words(h_MD, embed, batch.target)
-
-  return judge
-
-
-def make_log_probs(config: DecoderConfig, dtype):
-  """Returns a function of `hidden`'s arguments to log p [P, T, V], float32."""
-  hidden = make_hidden(config, dtype, remat=False)
-
-  def log_probs(base, *args):
-    embed = head(config, base).astype(dtype)
-    logit = jnp.einsum(
-      'ptd,vd->ptv', hidden(base, *args), embed,
-      preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return jax.nn.log_softmax(logit)
-
-  return log_probs

@@ -1,0 +1,286 @@
+"""The tables of docs/results.md, in Markdown."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks import study as runner
+from benchmarks import study_stats
+from benchmarks.study_plots import NAMES
+from benchmarks.study_stats import HIGH, LOW, OURS, Arm
+from configs import study
+from hetlora_jax import config as config_lib
+
+Found = dict[str, Arm]
+
+
+def config(task: str = study.TASKS[0]) -> config_lib.Config:
+  """Returns what all arms of a task share."""
+  return config_lib.build(study.get_config(task))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [heads, ['---', *['---:'] * (len(heads) - 1)], *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _with_interval(
+  sum_SE: np.ndarray, count_E: np.ndarray, digits: int, map=float
+) -> str:
+  low, high = study_stats.interval(study_stats.resample(sum_SE, count_E))
+  mean = sum_SE.mean(0).sum() / count_E.sum()
+  low, mean, high = (f'{map(x):.{digits}f}' for x in (low, mean, high))
+  return f'{mean} [{low}, {high}]'
+
+
+def _perplexity(arm: Arm, kind: str) -> str:
+  return _with_interval(*arm.losses(kind), 2, math.exp)
+
+
+def _rouge(arm: Arm, text: str) -> str:
+  """Returns RougeL in percent of people never seen, with its interval."""
+  people = [
+    study_stats.reported(r['texts']['unseen'], 'unseen') for r in arm.results
+  ]
+  value_SE = np.array([[p[text] for p in seed] for seed in people])
+  return _with_interval(100 * value_SE, np.ones(value_SE.shape[1]), 1)
+
+
+def _megabytes(arm: Arm, found: Found) -> str:
+  target = study_stats.target_loss(found)
+  if math.isnan(target):
+    return ''
+  count = study_stats.bytes_to(arm, target)
+  return f'{count / 1e6:.1f}' if math.isfinite(count) else 'not reached'
+
+
+def _cells(task: str, arm: Arm, sent: str) -> list[str]:
+  """Returns what the summary says of an arm on a task."""
+  measured = 'people' in arm.results[0]  # not of prompts with examples
+  perplexity = _perplexity(arm, 'unseen') if measured else ''
+  written = [_rouge(arm, 'generated')] if task in study.WRITTEN else []
+  return [perplexity, *written, sent]
+
+
+def _place(name: str, found_of: dict[str, Found]) -> tuple[int, float]:
+  """Sorts by the mean loss of people never seen; last if a task is missing."""
+  arms = [found[name] for found in found_of.values() if name in found]
+  losses = [study_stats.loss(arm, 'unseen') for arm in arms]
+  return -len(arms), float(np.mean(losses))
+
+
+def summary(found_of: dict[str, Found], floors_of: dict[str, list]) -> str:
+  """Returns the table of all methods and tasks, the best first."""
+  heads, columns = [''], {}
+  for task in study.TASKS:
+    names = ['perplexity', 'RougeL'][: 1 + (task in study.WRITTEN)]
+    columns[task] = len(names) + 1
+    heads += [f'{NAMES[task]}: {name}' for name in [*names, 'MB to target']]
+  rows = []
+  names = [a for a in study.ARMS if any(a in f for f in found_of.values())]
+  for name in sorted(names, key=lambda name: _place(name, found_of)):
+    row, trained = [name], ''
+    for task, found in found_of.items():
+      if name in found:
+        row += _cells(task, found[name], _megabytes(found[name], found))
+        trained = f'{found[name].results[0]["train/parameters"]:,.0f}'
+      else:
+        row += [''] * columns[task]
+    rows.append([*row, trained])
+  for i, shots in enumerate(study.SHOTS):
+    row = ['untouched' + (f', {shots} examples in the prompt' if shots else '')]
+    for task, floors in floors_of.items():
+      known = i < len(floors)
+      row += (
+        _cells(task, _floor(floors[i]), '') if known else [''] * columns[task]
+      )
+    rows.append([*row, '0'])
+  return _table([*heads, 'trained'], rows)
+
+
+def _floor(result: dict) -> Arm:
+  return Arm(name='untouched model', rate=0, results=[result])
+
+
+def ranking(task: str, found: Found) -> str:
+  """Says which arms the intervals tell apart from ours."""
+  if OURS not in found:
+    return ''
+  ours = found[OURS]
+  seeds = len(ours.results)
+  worse, better, alike = [], [], []
+  for name, arm in found.items():
+    if name == OURS or len(arm.results) != seeds:
+      continue
+    gap = study_stats.gap(arm, ours, 'unseen')
+    group = worse if gap.low > 0 else better if gap.high < 0 else alike
+    group.append((gap.mean, f'{name} ({gap.mean:+.3f})'))
+  worse, better, alike = (
+    ', '.join(text for _, text in sorted(group)) or 'none'
+    for group in (worse, better, alike)
+  )
+  return (
+    f'**{NAMES[task]}, against {OURS}** ({seeds} seed{"s" * (seeds > 1)}, people '
+    f'never seen, nats a token). Better: {better}. Not told apart: '
+    f'{alike}. Worse: {worse}.'
+  )
+
+
+def _claims_of(found: Found) -> list[list[str]]:
+  """Returns the numbers and the verdict of every claim on one task."""
+  rows = []
+  for claim in study_stats.CLAIMS:
+    if not all(study_stats.paired(found, *pair) for pair in claim.pairs):
+      rows.append(['', '', 'not run yet'])
+      continue
+    pairs = [(found[a], found[b]) for a, b in claim.pairs]
+    cells, verdicts = [], []
+    for kind in ('seen', 'unseen'):
+      gaps = [study_stats.gap(a, b, kind) for a, b in pairs]
+      cells.append('; '.join(map(str, gaps)))
+      verdicts.append(study_stats.verdict(gaps))
+    verdict = verdicts[0]
+    if verdicts[0] != verdicts[1]:
+      verdict = f'seen: {verdicts[0]}; unseen: {verdicts[1]}'
+    rows.append([*cells, verdict])
+  return rows
+
+
+def _seed_claims_of(found: Found) -> list[list[str]]:
+  rows = []
+  for claim in study_stats.SEED_CLAIMS:
+    if not study_stats.paired(found, claim.more, claim.less):
+      rows.append(['', 'not run yet'])
+      continue
+    values = study_stats.by_seed(claim, found)
+    shown = ', '.join(f'{x:+.3g}' for x in values)
+    rows.append([shown, study_stats.verdict_by_seed(values)])
+  return rows
+
+
+def claims(found_of: dict[str, Found]) -> str:
+  """Returns a table of the verdicts, both tasks beside each other."""
+  texts = [c.text for c in (*study_stats.CLAIMS, *study_stats.SEED_CLAIMS)]
+  verdicts = [
+    [row[-1] for row in (*_claims_of(found), *_seed_claims_of(found))]
+    for found in found_of.values()
+  ]
+  rows = [list(row) for row in zip(texts, *verdicts, strict=True)]
+  return _table(['the paper says', *(NAMES[t] for t in found_of)], rows)
+
+
+def evidence(found: Found) -> str:
+  """Returns the tables of the numbers behind the verdicts of a task."""
+  pairs = [
+    [claim.text, *row]
+    for claim, row in zip(study_stats.CLAIMS, _claims_of(found), strict=True)
+  ]
+  seeds = [
+    [claim.text, *row]
+    for claim, row in zip(
+      study_stats.SEED_CLAIMS, _seed_claims_of(found), strict=True
+    )
+  ]
+  first = _table(['claim', 'gap, seen', 'gap, unseen', 'verdict'], pairs)
+  return f'{first}\n\n{_table(["claim", "every seed", "verdict"], seeds)}'
+
+
+def details(task: str, found: Found) -> str:
+  """Returns the table of a task, the best on people never seen first."""
+  heads = ['', 'rate', 'seeds', 'perplexity, seen', 'perplexity, unseen']
+  written = task in study.WRITTEN
+  heads += ['teacher-forced RougeL'] if written else []
+  ours = found.get(OURS)
+  rows = []
+  for arm in sorted(
+    found.values(), key=lambda a: study_stats.loss(a, 'unseen')
+  ):
+    row = [arm.name, f'{arm.rate:g}', str(len(arm.results))]
+    row += [_perplexity(arm, kind) for kind in ('seen', 'unseen')]
+    row += [_rouge(arm, 'teacher_forced')] if written else []
+    paired = ours and len(ours.results) == len(arm.results) and arm is not ours
+    gap = str(study_stats.gap(arm, ours, 'unseen')) if paired else ''
+    rows.append([*row, gap])
+  return _table([*heads, 'gap to ours, unseen'], rows)
+
+
+def speed(task: str, found: Found) -> str:
+  """Returns how fast low and high ranks learn, and whether they overfit."""
+  rows = []
+  for name in (LOW, HIGH, OURS, 'centralized LoRA', 'full fine-tuning'):
+    if name not in found:
+      continue
+    arm = found[name]
+    cells = [name]
+    for kind in ('seen', 'unseen'):
+      values = arm.curve(kind)
+      cells += [f'{values[1] - values[0]:+.3f}', f'{values[-1] - values[0]:+.3f}',
+                f'{values[-1] - values.min():+.3f}']  # fmt: skip
+    cells.append(f'{arm.rounds("train/loss")[-3:].mean():.3f}')
+    rows.append(cells)
+  first = config(task).eval.every
+  heads = [
+    f'{what}, {kind}'
+    for kind in ('seen', 'unseen')
+    for what in (f'change until round {first}', 'at the end', 'end above best')
+  ]
+  return _table(['', *heads, 'training loss at the end'], rows)
+
+
+def why(found: Found) -> str:
+  """Returns the diagnostics that explain the ranking."""
+  rows = []
+  for arm in found.values():
+    rows.append([
+      arm.name, f'{arm.rounds("aggregation/error").mean():.3f}',
+      f'{arm.rounds("energy/effective_slots")[-1]:.1f}',
+      f'{arm.rounds("weight/effective_clients").mean():.2f}',
+      f'{arm.rounds("rank/mean")[0]:.1f}', f'{arm.rounds("rank/mean")[-1]:.1f}',
+      f'{arm.rounds("rank/pruned").sum():.1f}',
+    ])  # fmt: skip
+  clients = config().federated.clients_per_round
+  heads = ['', 'aggregation error', 'effective slots at the end',
+           f'effective clients of {clients}', 'mean rank at first', 'at the end',
+           'prunings']  # fmt: skip
+  return _table(heads, rows)
+
+
+def tried(results: dict[str, dict]) -> str:
+  """Returns the validation perplexity of every arm at every rate of its ladder."""
+  rows = []
+  for arm in study.ARMS:
+    _, ladder = study.rates(arm)
+    names = [runner.name_of(arm, rate, study.SEEDS[0]) for rate in ladder]
+    losses = [
+      runner.validation_loss(results[n]) if n in results else None
+      for n in names
+    ]
+    if any(losses):
+      shown = [f'{math.exp(min(x, 99)):.2f}' if x else '' for x in losses]
+      rows.append([arm, *shown, _edge(arm, ladder, results)])
+  heads = ['', *(f'{rate:g}' for rate in study.RATES), 'the best']
+  full = ' '.join(f'{rate:g}' for rate in study.FULL_RATES)
+  return f'{_table(heads, rows)}\n\nOf full fine-tuning: {full}.'
+
+
+def _edge(arm: str, ladder: Sequence[float], results: dict[str, dict]) -> str:
+  best = runner.best_rate(arm, results)
+  if best is None:
+    return 'not yet known'
+  return f'{best:g}{", the end" if best in (ladder[0], ladder[-1]) else ""}'
+
+
+def of_whole_targets(floors: Sequence[dict]) -> str:
+  """Tells the untouched model's perplexity without and with examples."""
+  parts = []
+  for floor in floors:
+    people = study_stats.reported(floor['whole']['unseen'], 'unseen')
+    loss = sum(p['loss_sum'] for p in people) / sum(p['tokens'] for p in people)
+    parts.append(f'{math.exp(loss):.2f} with {floor["shots"]}')
+  if not parts:
+    return ''
+  return (
+    'On whole targets (elsewhere long ones are cut), the untouched model’s '
+    f'perplexity is {", ".join(parts)} examples of other people in its prompt.'
+  )
