@@ -15,7 +15,7 @@ ORDER = [
   ['rounds'],
   ['sharding', 'flops'],
   ['data', 'evaluation', 'communication', 'metrics', 'checks', 'console'],
-  ['config', 'results'],
+  ['config', 'results', 'processes'],
   ['checkpoint', 'workdirs'],
   ['build', 'base_model'],
   ['experiment'],
