@@ -202,10 +202,10 @@ def each_point(
 
 
 def chunks(clients: int, at_once: int, devices: int) -> tuple[int, int]:
-  """Divides a round's clients into chunks that all devices work on.
+  """Divides clients into chunks that all devices work on.
 
   Args:
-    clients: of the round.
+    clients: of a round, or an evaluation.
     at_once: how many a device trains at a time; 0 is all of its own.
     devices: along `clients`.
 

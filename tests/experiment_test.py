@@ -286,6 +286,27 @@ def test_own_rank_is_evaluated_on_request():
   assert row['eval/seen_own/loss'] == pytest.approx(row['eval/seen/loss'])
 
 
+def test_people_evaluated_at_once_keep_their_order(monkeypatch):
+  def evaluated(at_once):
+    monkeypatch.setattr(experiment, '_PEOPLE_AT_ONCE', at_once)
+    x = experiment.prepare(
+      small_config(eval__own_rank=True, eval__num_people=7)
+    )
+    return experiment.evaluate(x, x.initial_state)
+
+  one, several = evaluated(1), evaluated(5)
+  assert one.keys() == several.keys()
+  for name, (loss_KE, tokens_KE) in one.items():
+    people = loss_KE.shape[1]  # the others fill up
+    assert len(np.unique(loss_KE)) > 2  # else any order would do
+    np.testing.assert_array_equal(
+      several[name].tokens_KE[:, :people], tokens_KE
+    )
+    np.testing.assert_allclose(
+      several[name].loss_KE[:, :people], loss_KE, rtol=1e-5
+    )
+
+
 def test_people_json_tells_everybodys_part_of_the_last_evaluation(unbroken):
   told = json.loads((unbroken / 'people.json').read_text())
   last = json.loads((unbroken / 'summary.json').read_text())['last']

@@ -47,14 +47,16 @@ def losses(
   return loss_E, tokens_E
 
 
-def make_evaluate(rules: Rules, mesh, own: bool, points_at_once: int = 1):
+def make_evaluate(
+  rules: Rules, mesh, own: bool, at_once: int, points_at_once: int = 1
+):
   """Returns (base, state, cohort, hyper) -> losses and token counts, jitted.
 
   State and hyper-parameters are of K points, and so are the results: [K, E].
+  For `own` and `at_once` see `losses`.
   """
 
   def evaluate(base, state, cohort, hyper):
-    at_once = mesh.shape['clients']
     return losses(rules, own, at_once, base, state, cohort, hyper)
 
   points = sharding.each_point(
