@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 
 from hetlora_jax import (
+  build,
   checkpoint,
   console,
   experiment,
@@ -121,6 +122,7 @@ def run_points(
     for writer in writers:
       stack.callback(writer.close)
     stack.enter_context(console.not_left_alone())
+    stack.enter_context(_in_memory(x))
     _run_rounds(x, state, first, writers, checkpoints)
   seconds = (time.time() - started) / len(points)
   summaries = []
@@ -144,6 +146,24 @@ def _on_disk(points: Sequence[Point]) -> Iterator[None]:
     raise OSError(
       f'{error} (--workdir={points[0].workdir}). What has been saved is kept: '
       'make room or mend the disk, and run the same line to go on.'
+    ) from error
+
+
+@contextlib.contextmanager
+def _in_memory(x: Experiment) -> Iterator[None]:
+  """Says what to do when the devices' memory is full."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    text = str(error).splitlines()[0].rstrip('.')
+    if not text.startswith('RESOURCE_EXHAUSTED'):
+      raise
+    at_once = build.clients_at_once(x.config)[0] // x.config.mesh.clients
+    raise ConfigError(
+      f'a round does not fit in memory ({text}): {at_once} clients train at once '
+      f'on a device (federated.clients_at_once); lower that, or '
+      'federated.local_batch, or run fewer points together. What has been saved '
+      'is kept.'
     ) from error
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -190,6 +191,20 @@ def test_killed_and_continued_equals_unbroken(unbroken, tmp_path):
     newest_state(small_config(), unbroken),
   )
   assert timeless(tmp_path) == timeless(unbroken)
+
+
+def test_a_round_that_does_not_fit_names_the_dial(tmp_path, monkeypatch):
+  def full(x, state):
+    # What XLA raises, truly: no machine has a petabyte.
+    return jax.block_until_ready(jax.numpy.zeros((1 << 48,)))
+
+  monkeypatch.setattr(experiment, 'evaluate', full)
+  with pytest.raises(config.ConfigError) as caught:
+    training.run(small_config(federated__clients_at_once=2), tmp_path)
+  assert re.search(
+    r'RESOURCE_EXHAUSTED.*: 2 clients .*federated\.clients_at_once.*lower',
+    str(caught.value),
+  )
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
