@@ -71,7 +71,18 @@ def _place(name: str, found_of: dict[str, Found]) -> tuple[int, float]:
 
 
 def summary(found_of: dict[str, Found], floors_of: dict[str, list]) -> str:
-  """Returns the table of all methods and tasks, the best first."""
+  """Returns the table of all methods and tasks, the best first.
+
+  A cell stays empty until all seeds have run: one alone compares with nothing.
+  """
+  found_of = {
+    task: {
+      name: arm
+      for name, arm in found.items()
+      if len(arm.results) == len(study.SEEDS)
+    }
+    for task, found in found_of.items()
+  }
   heads, columns = [''], {}
   for task in study.TASKS:
     names = ['perplexity', 'RougeL'][: 1 + (task in study.WRITTEN)]
