@@ -184,6 +184,16 @@ def test_arms_are_compared_with_the_same_seeds_only():
   assert tables._claims_of(stats.arms(done))[0][-1] == 'not run yet'
 
 
+def test_the_summary_waits_for_all_seeds():
+  done = results_of(FOUND)
+  assert '\n| LoRA r = 5 |' in tables.summary({'chat': stats.arms(done)}, {})
+  _, rates = study.rates('LoRA r = 5')
+  del done[runner.name_of('LoRA r = 5', rates[2], study.SEEDS[-1])]
+  shown = tables.summary({'chat': stats.arms(done)}, {})
+  assert 'LoRA r = 5 |' not in shown
+  assert '\n| LoRA r = 50 |' in shown
+
+
 def test_bytes_are_interpolated_where_a_target_is_crossed():
   arm = stats.arms(results_of(FOUND))[stats.OURS]
   assert stats.bytes_to(arm, 3.41 + 0.3) == pytest.approx(0.5e6)
