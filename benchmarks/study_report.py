@@ -26,7 +26,7 @@ def _task(
   task: str, results: dict[str, dict], found: Found, floors: Sequence[dict]
 ) -> str:
   if not found:
-    return f'## {NAMES[task]}\n\nNo arm has run at all of its rates yet.\n'
+    return f'## {NAMES[task]}\n\nNo arm has run with all of its rates and seeds yet.\n'
   first = next(iter(found.values())).results[0]['curve']
   untouched = ', '.join(
     f'{kind} {math.exp(first[kind][0]):.2f}' for kind in ('seen', 'unseen')
@@ -76,7 +76,7 @@ the section "Why", which is `docs/results/notes.md`.*
 
 Perplexity a target token and RougeL (%) of people never trained on, with 95 % intervals;
 megabytes sent both ways until the loss where LoRA r = 5 ends (people trained on);
-parameters that a client trains, on average.
+parameters that a client trains, on average over rounds and seeds.
 
 {summary}
 

@@ -46,15 +46,16 @@ class Arm:
 
 
 def arms(results: dict[str, dict]) -> dict[str, Arm]:
-  """Returns the arms whose rate could be chosen, with the seeds that ran."""
+  """Returns the arms of which all rates to try and all seeds have run."""
   out = {}
   for name in study.ARMS:
     rate = runner.best_rate(name, results)
     if rate is None:
       continue
     names = [runner.name_of(name, rate, seed) for seed in study.SEEDS]
-    seeds = [results[n] for n in names if n in results]
-    out[name] = Arm(name=name, rate=rate, results=seeds)
+    if all(n in results for n in names):
+      seeds = [results[n] for n in names]
+      out[name] = Arm(name=name, rate=rate, results=seeds)
   return out
 
 
@@ -101,12 +102,6 @@ class Gap:
 def gap(arm: Arm, other: Arm, kind: str) -> Gap:
   low, high = interval(draws(arm, kind) - draws(other, kind))
   return Gap(mean=loss(arm, kind) - loss(other, kind), low=low, high=high)
-
-
-def paired(found: dict[str, Arm], name: str, other: str) -> bool:
-  """Tells whether two arms have run, with the same seeds."""
-  both = [len(found[n].results) for n in (name, other) if n in found]
-  return len(both) == 2 and both[0] == both[1]
 
 
 def target_loss(found: dict[str, Arm]) -> float:
@@ -234,7 +229,7 @@ def by_seed(claim: SeedClaim, found: dict[str, Arm]) -> list[float]:
   return [
     claim.number(more.of_seed(i), target)
     - claim.number(less.of_seed(i), target)
-    for i in range(min(len(more.results), len(less.results)))
+    for i in range(len(study.SEEDS))
   ]
 
 

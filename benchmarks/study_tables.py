@@ -60,7 +60,8 @@ def _cells(task: str, arm: Arm, sent: str) -> list[str]:
   measured = 'people' in arm.results[0]  # not of prompts with examples
   perplexity = _perplexity(arm, 'unseen') if measured else ''
   written = [_rouge(arm, 'generated')] if task in study.WRITTEN else []
-  return [perplexity, *written, sent]
+  trained = np.mean([r['train/parameters'] for r in arm.results])
+  return [perplexity, *written, sent, f'{trained:,.0f}']
 
 
 def _place(name: str, found_of: dict[str, Found]) -> tuple[int, float]:
@@ -71,34 +72,23 @@ def _place(name: str, found_of: dict[str, Found]) -> tuple[int, float]:
 
 
 def summary(found_of: dict[str, Found], floors_of: dict[str, list]) -> str:
-  """Returns the table of all methods and tasks, the best first.
-
-  A cell stays empty until all seeds have run: one alone compares with nothing.
-  """
-  found_of = {
-    task: {
-      name: arm
-      for name, arm in found.items()
-      if len(arm.results) == len(study.SEEDS)
-    }
-    for task, found in found_of.items()
-  }
+  """Returns the table of all methods and tasks, the best first."""
   heads, columns = [''], {}
   for task in study.TASKS:
-    names = ['perplexity', 'RougeL'][: 1 + (task in study.WRITTEN)]
-    columns[task] = len(names) + 1
-    heads += [f'{NAMES[task]}: {name}' for name in [*names, 'MB to target']]
+    names = ['perplexity', *['RougeL'] * (task in study.WRITTEN)]
+    names += ['MB to target', 'trained']
+    columns[task] = len(names)
+    heads += [f'{NAMES[task]}: {name}' for name in names]
   rows = []
   names = [a for a in study.ARMS if any(a in f for f in found_of.values())]
   for name in sorted(names, key=lambda name: _place(name, found_of)):
-    row, trained = [name], ''
+    row = [name]
     for task, found in found_of.items():
       if name in found:
         row += _cells(task, found[name], _megabytes(found[name], found))
-        trained = f'{found[name].results[0]["train/parameters"]:,.0f}'
       else:
         row += [''] * columns[task]
-    rows.append([*row, trained])
+    rows.append(row)
   for i, shots in enumerate(study.SHOTS):
     row = ['untouched' + (f', {shots} examples in the prompt' if shots else '')]
     for task, floors in floors_of.items():
@@ -106,25 +96,24 @@ def summary(found_of: dict[str, Found], floors_of: dict[str, list]) -> str:
       row += (
         _cells(task, _floor(floors[i]), '') if known else [''] * columns[task]
       )
-    rows.append([*row, '0'])
-  return _table([*heads, 'trained'], rows)
+    rows.append(row)
+  return _table(heads, rows)
 
 
 def _floor(result: dict) -> Arm:
-  return Arm(name='untouched model', rate=0, results=[result])
+  untouched = result | {'train/parameters': 0}
+  return Arm(name='untouched model', rate=0, results=[untouched])
 
 
 def ranking(task: str, found: Found) -> str:
   """Says which arms the intervals tell apart from ours."""
   if OURS not in found:
     return ''
-  ours = found[OURS]
-  seeds = len(ours.results)
   worse, better, alike = [], [], []
   for name, arm in found.items():
-    if name == OURS or len(arm.results) != seeds:
+    if name == OURS:
       continue
-    gap = study_stats.gap(arm, ours, 'unseen')
+    gap = study_stats.gap(arm, found[OURS], 'unseen')
     group = worse if gap.low > 0 else better if gap.high < 0 else alike
     group.append((gap.mean, f'{name} ({gap.mean:+.3f})'))
   worse, better, alike = (
@@ -132,9 +121,9 @@ def ranking(task: str, found: Found) -> str:
     for group in (worse, better, alike)
   )
   return (
-    f'**{NAMES[task]}, against {OURS}** ({seeds} seed{"s" * (seeds > 1)}, people '
-    f'never seen, nats a token). Better: {better}. Not told apart: '
-    f'{alike}. Worse: {worse}.'
+    f'**{NAMES[task]}, against {OURS}** ({len(study.SEEDS)} seeds, people never '
+    f'seen, nats a token). Better: {better}. Not told apart: {alike}. Worse: '
+    f'{worse}.'
   )
 
 
@@ -142,7 +131,7 @@ def _claims_of(found: Found) -> list[list[str]]:
   """Returns the numbers and the verdict of every claim on one task."""
   rows = []
   for claim in study_stats.CLAIMS:
-    if not all(study_stats.paired(found, *pair) for pair in claim.pairs):
+    if not all(name in found for pair in claim.pairs for name in pair):
       rows.append(['', '', 'not run yet'])
       continue
     pairs = [(found[a], found[b]) for a, b in claim.pairs]
@@ -161,7 +150,7 @@ def _claims_of(found: Found) -> list[list[str]]:
 def _seed_claims_of(found: Found) -> list[list[str]]:
   rows = []
   for claim in study_stats.SEED_CLAIMS:
-    if not study_stats.paired(found, claim.more, claim.less):
+    if not {claim.more, claim.less} <= found.keys():
       rows.append(['', 'not run yet'])
       continue
     values = study_stats.by_seed(claim, found)
@@ -199,7 +188,7 @@ def evidence(found: Found) -> str:
 
 def details(task: str, found: Found) -> str:
   """Returns the table of a task, the best on people never seen first."""
-  heads = ['', 'rate', 'seeds', 'perplexity, seen', 'perplexity, unseen']
+  heads = ['', 'rate', 'perplexity, seen', 'perplexity, unseen']
   written = task in study.WRITTEN
   heads += ['teacher-forced RougeL'] if written else []
   ours = found.get(OURS)
@@ -207,11 +196,11 @@ def details(task: str, found: Found) -> str:
   for arm in sorted(
     found.values(), key=lambda a: study_stats.loss(a, 'unseen')
   ):
-    row = [arm.name, f'{arm.rate:g}', str(len(arm.results))]
+    row = [arm.name, f'{arm.rate:g}']
     row += [_perplexity(arm, kind) for kind in ('seen', 'unseen')]
     row += [_rouge(arm, 'teacher_forced')] if written else []
-    paired = ours and len(ours.results) == len(arm.results) and arm is not ours
-    gap = str(study_stats.gap(arm, ours, 'unseen')) if paired else ''
+    other = ours and arm is not ours
+    gap = str(study_stats.gap(arm, ours, 'unseen')) if other else ''
     rows.append([*row, gap])
   return _table([*heads, 'gap to ours, unseen'], rows)
 

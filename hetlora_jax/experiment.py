@@ -41,11 +41,6 @@ VARIES = (
   'ranks.tier_fractions', 'ranks.data_correlation',
 )  # fmt: skip
 
-# That a device evaluates at once. One after the other would read the whole model
-# for each, 1.2 to 1.8 times slower on a CPU; more than 8 gains little, and 8 that
-# only read need less memory than one that trains (WORKSPACE_NOTES, log).
-_PEOPLE_AT_ONCE = 8
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -124,12 +119,6 @@ def _load_people(config: Config, words) -> people.People:
   return crowd
 
 
-def _people_at_once(config: Config, people: int) -> int:
-  """Returns how many of so many people all devices evaluate at once."""
-  devices = config.mesh.clients
-  return sharding.chunks(people, _PEOPLE_AT_ONCE, devices)[0]
-
-
 def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
   e, out = config.eval, {}
   for name, kind in (('seen', 'heldout'), ('unseen', 'unseen')):
@@ -140,26 +129,8 @@ def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
       num_people=num_people,
       examples_per_person=e.examples_per_person,
       **packing(config, e.examples_per_person),
-      multiple_of=_people_at_once(config, num_people),
+      multiple_of=perplexity.people_at_once(num_people, config.mesh.clients),
     )
-  return out
-
-
-def _make_evaluations(
-  config: Config, rules: Rules, mesh, sets: dict[str, Cohort]
-) -> dict[str, Callable]:
-  """Returns the evaluations that a run does, by name; `sets` as above."""
-
-  @functools.cache  # sets of the same size share a program
-  def make(own: bool, people: int) -> Callable:
-    at_once = _people_at_once(config, people)
-    points_at_once = config.mesh.points_at_once
-    return perplexity.make_evaluate(rules, mesh, own, at_once, points_at_once)
-
-  seen, unseen = (len(sets[name].client_id) for name in ('seen', 'unseen'))
-  out = {'seen': make(rules.personal, seen), 'unseen': make(False, unseen)}
-  if config.eval.own_rank and not rules.personal:
-    out['seen_own'] = make(True, seen)
   return out
 
 
@@ -206,13 +177,22 @@ def prepare(
     ]
   )
   hyper = _stack([build.make_hyperparameters(p) for p in points])
-  sets = _evaluation_sets(config, crowd)
+  evaluate = dict.fromkeys(
+    ('seen', 'unseen'),
+    perplexity.make_evaluate(rules, mesh, False, at_once),
+  )
+  if rules.personal:
+    evaluate['seen'] = perplexity.make_evaluate(rules, mesh, True, at_once)
+  elif config.eval.own_rank:
+    evaluate['seen_own'] = perplexity.make_evaluate(rules, mesh, True, at_once)
   return Experiment(
     points=points,
     people=crowd,
     base=model.params,
     dims=dims,
-    evaluation=sharding.place(sets, sharding.over_people(mesh)),
+    evaluation=sharding.place(
+      _evaluation_sets(config, crowd), sharding.over_people(mesh)
+    ),
     hyper=sharding.place(hyper, sharding.over_points(mesh)),
     initial_state=sharding.place(
       state, sharding.by_name(mesh, state, points=True)
@@ -220,7 +200,7 @@ def prepare(
     initial_rank=rank_KN,
     rules=rules,
     run_rounds=build.make_rounds(rules, mesh, state, at_once),
-    evaluate=_make_evaluations(config, rules, mesh, sets),
+    evaluate=evaluate,
     take_point=_make_take(state, mesh),
     mesh=mesh,
     base_identity=model.identity,

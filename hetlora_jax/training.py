@@ -160,10 +160,10 @@ def _in_memory(x: Experiment) -> Iterator[None]:
       raise
     at_once = build.clients_at_once(x.config)[0] // x.config.mesh.clients
     raise ConfigError(
-      f'a round does not fit in memory ({text}): {at_once} clients train at once '
-      f'on a device (federated.clients_at_once); lower that, or '
-      'federated.local_batch, or run fewer points together. What has been saved '
-      'is kept.'
+      f'out of memory ({text}): {at_once} clients train at once on a device; '
+      'lower that, federated.clients_at_once, or federated.local_batch, for '
+      'evaluations eval.examples_per_person, or run fewer points together. What '
+      'has been saved is kept.'
     ) from error
 
 

@@ -23,6 +23,7 @@ from hetlora_jax import (
   training,
 )
 from hetlora_jax.data import people
+from hetlora_jax.evaluation import perplexity
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
@@ -193,7 +194,7 @@ def test_killed_and_continued_equals_unbroken(unbroken, tmp_path):
   assert timeless(tmp_path) == timeless(unbroken)
 
 
-def test_a_round_that_does_not_fit_names_the_dial(tmp_path, monkeypatch):
+def test_a_run_that_does_not_fit_names_the_dials(tmp_path, monkeypatch):
   def full(x, state):
     # What XLA raises, truly: no machine has a petabyte.
     return jax.block_until_ready(jax.numpy.zeros((1 << 48,)))
@@ -202,7 +203,7 @@ def test_a_round_that_does_not_fit_names_the_dial(tmp_path, monkeypatch):
   with pytest.raises(config.ConfigError) as caught:
     training.run(small_config(federated__clients_at_once=2), tmp_path)
   assert re.search(
-    r'RESOURCE_EXHAUSTED.*: 2 clients .*federated\.clients_at_once.*lower',
+    r'RESOURCE_EXHAUSTED.*: 2 clients .* lower that, federated\.clients_at_once',
     str(caught.value),
   )
 
@@ -303,7 +304,7 @@ def test_own_rank_is_evaluated_on_request():
 
 def test_people_evaluated_at_once_keep_their_order(monkeypatch):
   def evaluated(at_once):
-    monkeypatch.setattr(experiment, '_PEOPLE_AT_ONCE', at_once)
+    monkeypatch.setattr(perplexity, 'PEOPLE_AT_ONCE', at_once)
     x = experiment.prepare(
       small_config(eval__own_rank=True, eval__num_people=7)
     )

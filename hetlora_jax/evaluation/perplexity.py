@@ -5,6 +5,10 @@ import jax
 from hetlora_jax import client, lora, prng, sharding
 from hetlora_jax.types import Array, Cohort, Hyperparameters, Rules, ServerState
 
+# That a device evaluates at once. One after the other would read the whole model
+# for each; more than 8 gains little (`python -m benchmarks.evaluation`).
+PEOPLE_AT_ONCE = 8
+
 
 def losses(
   rules: Rules,
@@ -47,16 +51,19 @@ def losses(
   return loss_E, tokens_E
 
 
-def make_evaluate(
-  rules: Rules, mesh, own: bool, at_once: int, points_at_once: int = 1
-):
+def people_at_once(people: int, devices: int) -> int:
+  """Returns how many are evaluated at once; to a multiple of it sets are filled."""
+  return sharding.chunks(people, PEOPLE_AT_ONCE, devices)[0]
+
+
+def make_evaluate(rules: Rules, mesh, own: bool, points_at_once: int = 1):
   """Returns (base, state, cohort, hyper) -> losses and token counts, jitted.
 
   State and hyper-parameters are of K points, and so are the results: [K, E].
-  For `own` and `at_once` see `losses`.
   """
 
   def evaluate(base, state, cohort, hyper):
+    at_once = people_at_once(len(cohort.client_id), mesh.shape['clients'])
     return losses(rules, own, at_once, base, state, cohort, hyper)
 
   points = sharding.each_point(
