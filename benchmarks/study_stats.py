@@ -158,6 +158,10 @@ CLAIMS = (
     text='HetLoRA beats reconstruct-then-SVD', pairs=(('Recon+SVD', OURS),)
   ),
   Claim(
+    text='(our control: low rank and HetLoRA, uniform weights on both)',
+    pairs=(('LoRA r = 5, uniform weights', 'HetLoRA, uniform weights'),),
+  ),
+  Claim(
     text='full fine-tuning is the ceiling of HetLoRA',
     pairs=((OURS, 'full fine-tuning'),),
   ),

@@ -41,6 +41,11 @@ ARMS = {
   'FLoRA': {'method': 'flora'},
   'FedEx': {'method': 'fedex'},
   'PreLort': {'method': 'prelort'},
+  # Not the paper's: what of HetLoRA's gain is the weights', and what may win.
+  'LoRA r = 5, uniform weights': {
+    'method': 'fedit', 'federated.r_max': 5, 'methods.weighting': 'uniform',
+  },
+  'HetLoRA, owners alike': _hetlora(0.99, **{'methods.weighting': 'owner_uniform'}),
   # Last, since it takes longest; five copies of the model at once are 30 GB.
   'full fine-tuning': {'method': 'full_finetuning', 'federated.clients_at_once': 1},
 }  # fmt: skip

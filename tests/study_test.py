@@ -141,7 +141,7 @@ def test_an_arm_is_done_before_the_next_begins(tmp_path, monkeypatch):
     flags.FLAGS.unparse_flags()
   assert end.value.code == 0
   assert started[:2] == [(task, runner._FLOORS) for task in study.TASKS]
-  assert len(set(started[2:])) == len(started[2:]) == 180
+  assert len(set(started[2:])) == len(started[2:]) == len(study.ARMS) * 10
   first = [(t, n) for t, n in started if n.startswith('hetlora_0.99-lr')]
   assert started[2:12] == first  # five a task
   assert first[:5] == [('chat', n) for _, n in first[:5]]
@@ -238,7 +238,10 @@ def test_the_page_tells_what_ran(tmp_path):
   assert f'| untouched | {math.exp(4):.2f} [' in page
   assert '| untouched, 3 examples in the prompt |  |' in page
   assert '54.60 with 0, 54.60 with 3 examples of other people' in page
-  assert '15 of 180 runs are done; the others are missing' in page
+  assert (
+    f'15 of {len(study.ARMS) * 10} runs are done; the others are missing'
+    in page
+  )
   assert '| HetLoRA beats homogeneous LoRA of low rank | +0.400' in page
   assert '| HetLoRA beats homogeneous LoRA of low rank | confirmed |' in page
   assert 'Worse: LoRA r = 5 (+0.400), LoRA r = 50' in page
