@@ -9,7 +9,9 @@ import numpy as np
 from benchmarks.study_stats import OURS, Arm
 
 NAMES = {'chat': 'chitchat', 'mail': 'mail_subject'}  # data sets
-_LATER = ('raFLoRA', 'RBLA', 'FLoRA', 'FedEx', 'PreLort')
+_LATER = (
+  'raFLoRA', 'RBLA', 'FLoRA', 'FedEx', 'PreLort', 'LoRA r = 5, uniform weights',
+)  # fmt: skip
 
 # The label of an axis and what it shows of an arm.
 Axis = tuple[str, Callable[[Arm], np.ndarray]]
@@ -33,7 +35,7 @@ _UNSEEN: Axis = ('loss, people never seen', lambda arm: arm.curve('unseen'))
 
 
 def _groups(found: dict[str, Arm]) -> dict[str, list[Arm]]:
-  """Returns the paper's methods, parts of HetLoRA changed, and later methods."""
+  """Returns the paper's methods, parts of HetLoRA changed, and the others."""
   changed = [
     a for n, a in found.items() if n.startswith('HetLoRA') and n != OURS
   ]
@@ -43,7 +45,7 @@ def _groups(found: dict[str, Arm]) -> dict[str, list[Arm]]:
   groups = {
     "the paper's methods": rest,
     'parts of HetLoRA changed': [*ours, *changed] if changed else [],
-    'later methods': [*ours, *later] if later else [],
+    'later methods, and a control': [*ours, *later] if later else [],
   }
   return {name: group for name, group in groups.items() if group}
 
