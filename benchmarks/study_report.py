@@ -46,6 +46,10 @@ on people seen. {study_tables.of_whole_targets(floors)}
 
 {study_tables.evidence(found)}
 
+Against HetLoRA with the same weights, so that ranks alone differ:
+
+{study_tables.controls(found)}
+
 How fast they learn, and whether they lose it again (loss in nats a token, all people):
 
 {study_tables.speed(task, found)}

@@ -127,10 +127,12 @@ def ranking(task: str, found: Found) -> str:
   )
 
 
-def _claims_of(found: Found) -> list[list[str]]:
+def _claims_of(
+  found: Found, claims: Sequence[study_stats.Claim] = study_stats.CLAIMS
+) -> list[list[str]]:
   """Returns the numbers and the verdict of every claim on one task."""
   rows = []
-  for claim in study_stats.CLAIMS:
+  for claim in claims:
     if not all(name in found for pair in claim.pairs for name in pair):
       rows.append(['', '', 'not run yet'])
       continue
@@ -184,6 +186,17 @@ def evidence(found: Found) -> str:
   ]
   first = _table(['claim', 'gap, seen', 'gap, unseen', 'verdict'], pairs)
   return f'{first}\n\n{_table(["claim", "every seed", "verdict"], seeds)}'
+
+
+def controls(found: Found) -> str:
+  """Returns gaps to HetLoRA where both weigh their clients alike."""
+  claims = study_stats.CONTROLS
+  rows = [
+    [claim.text, *row]
+    for claim, row in zip(claims, _claims_of(found, claims), strict=True)
+  ]
+  heads = ['gap to HetLoRA of', 'seen', 'unseen', 'HetLoRA is better']
+  return _table(heads, rows)
 
 
 def details(task: str, found: Found) -> str:

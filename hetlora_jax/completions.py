@@ -92,7 +92,8 @@ def run(c: Config, workdir: pathlib.Path, choice: Choice) -> dict[str, Any]:
   model = base_model.load(x.config, x.mesh)
   round, state = _state(x, workdir, choice)
   tasks = list(_tasks(x, model.tokenizer, state, choice))
-  answers = _answer(x, model, state, tasks, choice)
+  with experiment.in_memory('lower --max_tokens, --shots or --beams.'):
+    answers = _answer(x, model, state, tasks, choice)
   lines = [
     _line(model.tokenizer, task, answer)
     for task, answer in zip(tasks, answers, strict=True)

@@ -7,6 +7,7 @@ One or several points of a sweep, which differ in what one program may vary
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import math
@@ -132,6 +133,18 @@ def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
       multiple_of=perplexity.people_at_once(num_people, config.mesh.clients),
     )
   return out
+
+
+@contextlib.contextmanager
+def in_memory(remedy: str) -> Iterator[None]:
+  """Says what to do when the devices' memory is full, as a ConfigError."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    text = str(error).splitlines()[0].rstrip('.')
+    if not text.startswith('RESOURCE_EXHAUSTED'):
+      raise
+    raise ConfigError(f'out of memory ({text}): {remedy}') from error
 
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:

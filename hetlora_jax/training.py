@@ -122,7 +122,7 @@ def run_points(
     for writer in writers:
       stack.callback(writer.close)
     stack.enter_context(console.not_left_alone())
-    stack.enter_context(_in_memory(x))
+    stack.enter_context(_in_memory(x.config))
     _run_rounds(x, state, first, writers, checkpoints)
   seconds = (time.time() - started) / len(points)
   summaries = []
@@ -149,22 +149,14 @@ def _on_disk(points: Sequence[Point]) -> Iterator[None]:
     ) from error
 
 
-@contextlib.contextmanager
-def _in_memory(x: Experiment) -> Iterator[None]:
-  """Says what to do when the devices' memory is full."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    text = str(error).splitlines()[0].rstrip('.')
-    if not text.startswith('RESOURCE_EXHAUSTED'):
-      raise
-    at_once = build.clients_at_once(x.config)[0] // x.config.mesh.clients
-    raise ConfigError(
-      f'out of memory ({text}): {at_once} clients train at once on a device; '
-      'lower that, federated.clients_at_once, or federated.local_batch, for '
-      'evaluations eval.examples_per_person, or run fewer points together. What '
-      'has been saved is kept.'
-    ) from error
+def _in_memory(c: Config) -> contextlib.AbstractContextManager[None]:
+  at_once = build.clients_at_once(c)[0] // c.mesh.clients
+  return experiment.in_memory(
+    f'{at_once} clients train at once on a device; lower that, '
+    'federated.clients_at_once, or federated.local_batch, for evaluations '
+    'eval.examples_per_person, or run fewer points together. What has been '
+    'saved is kept.'
+  )
 
 
 def evaluate_checkpoint(
@@ -178,7 +170,8 @@ def evaluate_checkpoint(
   x = experiment.prepare(config, model=model)
   like = experiment.shape_of_one(x)
   first, state = checkpoint.newest(workdir, x.base_identity, like)
-  found = experiment.evaluate(x, experiment.join(x, [state]))
+  with experiment.in_memory('lower eval.examples_per_person.'):
+    found = experiment.evaluate(x, experiment.join(x, [state]))
   return {'round': first, **results.evaluation_row(found, 0)}
 
 

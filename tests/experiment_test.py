@@ -16,6 +16,7 @@ import pytest
 from configs import tiny
 from hetlora_jax import (
   checkpoint,
+  completions,
   config,
   experiment,
   metrics,
@@ -194,12 +195,23 @@ def test_killed_and_continued_equals_unbroken(unbroken, tmp_path):
   assert timeless(tmp_path) == timeless(unbroken)
 
 
-def test_a_run_that_does_not_fit_names_the_dials(tmp_path, monkeypatch):
-  def full(x, state):
-    # What XLA raises, truly: no machine has a petabyte.
-    return jax.block_until_ready(jax.numpy.zeros((1 << 48,)))
+def fill_memory(*_):
+  # What XLA raises, truly: no machine has a petabyte.
+  return jax.block_until_ready(jax.numpy.zeros((1 << 48,)))
 
-  monkeypatch.setattr(experiment, 'evaluate', full)
+
+def test_what_does_not_fit_in_memory_names_the_dials(
+  unbroken, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(experiment, 'evaluate', fill_memory)
+  monkeypatch.setattr(completions, '_answer', fill_memory)
+  full = 'RESOURCE_EXHAUSTED.*: lower '
+  with pytest.raises(
+    config.ConfigError, match=f'{full}eval.examples_per_person'
+  ):
+    training.evaluate_checkpoint(small_config(), unbroken)
+  with pytest.raises(config.ConfigError, match=f'{full}--max_tokens'):
+    completions.run(small_config(), unbroken, completions.Choice())
   with pytest.raises(config.ConfigError) as caught:
     training.run(small_config(federated__clients_at_once=2), tmp_path)
   assert re.search(

@@ -187,6 +187,16 @@ def test_an_arm_waits_for_all_its_seeds():
   assert tables._claims_of(found)[0][-1] == 'not run yet'
 
 
+def test_controls_compare_arms_of_the_same_weights():
+  found = stats.arms(results_of(FOUND))
+  row = '| LoRA r = 5, both by examples |'
+  assert f'{row}  |  | not run yet |' in tables.controls(found)
+  found['HetLoRA, size weights'] = found['LoRA r = 50']
+  gap = stats.gap(found['LoRA r = 5'], found['LoRA r = 50'], 'seen')
+  assert abs(gap.mean) > 0.1
+  assert f'{row} {gap} |' in tables.controls(found)
+
+
 def test_bytes_are_interpolated_where_a_target_is_crossed():
   arm = stats.arms(results_of(FOUND))[stats.OURS]
   assert stats.bytes_to(arm, 3.41 + 0.3) == pytest.approx(0.5e6)
