@@ -137,12 +137,13 @@ def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
 
 @contextlib.contextmanager
 def in_memory(remedy: str) -> Iterator[None]:
-  """Says what to do when the devices' memory is full, as a ConfigError."""
+  """Says what to do when memory is full, as a ConfigError."""
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
-    text = str(error).splitlines()[0].rstrip('.')
-    if not text.startswith('RESOURCE_EXHAUSTED'):
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    text = (str(error) or 'MemoryError').splitlines()[0].rstrip('.')
+    device = isinstance(error, jax.errors.JaxRuntimeError)
+    if device and not text.startswith('RESOURCE_EXHAUSTED'):
       raise
     raise ConfigError(f'out of memory ({text}): {remedy}') from error
 
@@ -162,6 +163,10 @@ def _fill_up(points: Sequence[Config]) -> tuple[Config, ...]:
   return (*points, *[points[-1]] * (-len(points) % c.mesh.sweep))
 
 
+@in_memory(
+  'take a smaller model.source, model.dtype=bfloat16, fewer points together, or '
+  'more devices that share a model, mesh.model.'
+)
 def prepare(
   *points: Config, model: base_model.BaseModel | None = None
 ) -> Experiment:

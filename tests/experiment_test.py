@@ -15,6 +15,7 @@ import pytest
 
 from configs import tiny
 from hetlora_jax import (
+  base_model,
   checkpoint,
   completions,
   config,
@@ -218,6 +219,21 @@ def test_what_does_not_fit_in_memory_names_the_dials(
     r'RESOURCE_EXHAUSTED.*: 2 clients .* lower that, federated\.clients_at_once',
     str(caught.value),
   )
+
+
+def refuse_memory(*_):
+  # What NumPy raises, truly: a few bytes short of all that can be addressed.
+  return np.empty(1 << 62, np.uint8)
+
+
+@pytest.mark.parametrize('fill', [fill_memory, refuse_memory])
+def test_a_model_that_does_not_fit_in_memory_names_the_dials(
+  fill, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(base_model, 'load', fill)
+  with pytest.raises(config.ConfigError, match='out of memory .*model.source'):
+    training.run(small_config(), tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

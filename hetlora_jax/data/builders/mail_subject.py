@@ -70,7 +70,7 @@ class Post:
   subject: str
   body: str
   mailing_list: str
-  is_reply: bool  # by its subject, or because it names what it answers
+  is_reply: bool  # by its subject
   forwarded: bool
 
 
