@@ -36,6 +36,11 @@ class Damaged(ValueError):
   """A file is not what it should be; the message has its path and a remedy."""
 
 
+def out_of_memory(error: Exception) -> bool:
+  """Tells whether memory was short, NumPy's, XLA's or a device's: no damage."""
+  return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
+
+
 def damaged(path: os.PathLike, why: object, remedy: str) -> Damaged:
   """Returns the error that says what is wrong with a file and what to do."""
   return Damaged(f'{path} is damaged ({short(why)}): {remedy}.')

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from hetlora_jax import config, console
+from hetlora_jax import bounds, config, console
 from hetlora_jax.config import ConfigError
 from hetlora_jax.types import Array, ServerState
 
@@ -244,12 +244,17 @@ def _naming(manager) -> Iterator[None]:
 
 
 def _read(manager, path: pathlib.Path, **args):
-  """Reads a part of a checkpoint; whatever fails in it is damage."""
+  """Reads a part of a checkpoint; what fails in it is damage, or full memory."""
   try:
     return manager.restore(int(path.name), args=ocp.args.Composite(**args))
-  except (MemoryError, PermissionError):
+  except PermissionError:
     raise
   except Exception as error:  # from JSON, zarr, tensorstore, orbax
+    if bounds.out_of_memory(error):
+      raise ConfigError(
+        f'{path} cannot be read, out of memory ({_first_line(error)}): free '
+        'some, and run the same line again. It is left as it is.'
+      ) from error
     raise Damaged(f'{path} is damaged: {_first_line(error)}.') from error
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetlora_jax import base_model, build, communication, sharding
+from hetlora_jax import base_model, bounds, build, communication, sharding
 from hetlora_jax.config import Config, ConfigError, flat, to_dict
 from hetlora_jax.data import cohorts, partition, people
 from hetlora_jax.evaluation import perplexity
@@ -141,10 +141,9 @@ def in_memory(remedy: str) -> Iterator[None]:
   try:
     yield
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
-    text = (str(error) or 'MemoryError').splitlines()[0].rstrip('.')
-    device = isinstance(error, jax.errors.JaxRuntimeError)
-    if device and not text.startswith('RESOURCE_EXHAUSTED'):
+    if not bounds.out_of_memory(error):
       raise
+    text = (str(error) or 'MemoryError').splitlines()[0].rstrip('.')
     raise ConfigError(f'out of memory ({text}): {remedy}') from error
 
 

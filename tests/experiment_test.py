@@ -24,7 +24,7 @@ from hetlora_jax import (
   results,
   training,
 )
-from hetlora_jax.data import people
+from hetlora_jax.data import builders, people
 from hetlora_jax.evaluation import perplexity
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -226,11 +226,18 @@ def refuse_memory(*_):
   return np.empty(1 << 62, np.uint8)
 
 
-@pytest.mark.parametrize('fill', [fill_memory, refuse_memory])
+@pytest.mark.parametrize(
+  ('module', 'name', 'fill'),
+  [
+    (base_model, 'load', fill_memory),
+    (base_model, 'load', refuse_memory),
+    (builders, '_open_prepared', refuse_memory),
+  ],
+)
 def test_a_model_that_does_not_fit_in_memory_names_the_dials(
-  fill, tmp_path, monkeypatch
+  module, name, fill, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(base_model, 'load', fill)
+  monkeypatch.setattr(module, name, fill)
   with pytest.raises(config.ConfigError, match='out of memory .*model.source'):
     training.run(small_config(), tmp_path)
   assert not list(tmp_path.iterdir())

@@ -12,9 +12,18 @@ import sys
 import jax
 import ml_collections
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from devices_test import assert_agree, many_rounds
-from experiment_test import ROOT, SMALL, newest_state, small_config, timeless
+from experiment_test import (
+  ROOT,
+  SMALL,
+  fill_memory,
+  newest_state,
+  refuse_memory,
+  small_config,
+  timeless,
+)
 from tensorboard.backend.event_processing import event_accumulator
 
 from hetlora_jax import checkpoint, config, experiment, metrics, training
@@ -122,6 +131,15 @@ def test_a_damaged_newest_checkpoint_is_named_and_made_again(
     newest_state(small_config(), done),
   )
   assert timeless(workdir) == timeless(done)
+
+
+@pytest.mark.parametrize('fill', [fill_memory, refuse_memory])
+def test_full_memory_is_no_damage(fill, done, tmp_path, monkeypatch):
+  workdir = _copy(done, tmp_path)
+  monkeypatch.setattr(ocp.CheckpointManager, 'restore', lambda *_, **__: fill())
+  with pytest.raises(config.ConfigError, match='4 cannot be read, out of mem'):
+    training.run(small_config(), workdir)
+  assert checkpoint.steps(workdir / 'checkpoints') == {2, 3, 4}
 
 
 def test_with_no_undamaged_checkpoint_nothing_is_run(done, tmp_path):

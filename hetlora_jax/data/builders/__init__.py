@@ -62,6 +62,8 @@ class _Records(Sequence):
       raise IndexError(f'row {row} of {len(self)}')
     try:
       return self._records[row]
+    except MemoryError:
+      raise
     except Exception as error:  # TFDS has no narrower type
       why = f'row {row}: {error}'
       raise bounds.damaged(self._folder, why, ANEW) from error
@@ -173,7 +175,7 @@ def open_dataset(
       f'{folder} cannot be read ({bounds.short(error, 200)}): change its '
       f'permissions, or {ANEW}.'
     ) from error
-  except bounds.Damaged:
+  except (bounds.Damaged, MemoryError):
     raise
   except Exception as error:  # TFDS has no narrower type
     raise bounds.damaged(folder, error, ANEW) from error
