@@ -90,7 +90,9 @@ def rates_wanted(arm: str, results: dict[str, dict]) -> list[float]:
   """Returns the rates to try: three of the ladder, more where the best is last."""
   _, ladder = study.rates(arm)
   names = [name_of(arm, rate, study.SEEDS[0]) for rate in ladder]
-  wanted = {1, 2, 3} | {i for i, name in enumerate(names) if name in results}
+  middle = len(ladder) // 2
+  wanted = {middle - 1, middle, middle + 1}
+  wanted |= {i for i, name in enumerate(names) if name in results}
   if all(names[i] in results for i in wanted):
     best = min(sorted(wanted), key=lambda i: validation_loss(results[names[i]]))
     wanted |= {best - 1, best + 1}

@@ -260,21 +260,31 @@ def why(found: Found) -> str:
 
 
 def tried(results: dict[str, dict]) -> str:
-  """Returns the validation perplexity of every arm at every rate of its ladder."""
-  rows = []
-  for arm in study.ARMS:
-    _, ladder = study.rates(arm)
-    names = [runner.name_of(arm, rate, study.SEEDS[0]) for rate in ladder]
-    losses = [
-      runner.validation_loss(results[n]) if n in results else None
-      for n in names
-    ]
-    if any(losses):
-      shown = [f'{math.exp(min(x, 99)):.2f}' if x else '' for x in losses]
-      rows.append([arm, *shown, _edge(arm, ladder, results)])
-  heads = ['', *(f'{rate:g}' for rate in study.RATES), 'the best']
-  full = ' '.join(f'{rate:g}' for rate in study.FULL_RATES)
-  return f'{_table(heads, rows)}\n\nOf full fine-tuning: {full}.'
+  """Returns the validation perplexity of every arm at the rates it tried."""
+  parts = []
+  for ladder in (study.RATES, study.FULL_RATES):
+    arms = [arm for arm in study.ARMS if study.rates(arm)[1] == ladder]
+    loss = {
+      (arm, rate): runner.validation_loss(results[name])
+      for arm in arms
+      for rate in ladder
+      if (name := runner.name_of(arm, rate, study.SEEDS[0])) in results
+    }
+    rates = [rate for rate in ladder if any((a, rate) in loss for a in arms)]
+    rows = [
+      [arm, *(_in_perplexity(loss.get((arm, rate))) for rate in rates),
+       _edge(arm, ladder, results)]
+      for arm in arms
+      if any((arm, rate) in loss for rate in rates)
+    ]  # fmt: skip
+    if rows:
+      heads = ['', *(f'{rate:g}' for rate in rates), 'the best']
+      parts.append(_table(heads, rows))
+  return '\n\n'.join(parts)
+
+
+def _in_perplexity(loss: float | None) -> str:
+  return '' if loss is None else f'{math.exp(min(loss, 99)):.2f}'
 
 
 def _edge(arm: str, ladder: Sequence[float], results: dict[str, dict]) -> str:

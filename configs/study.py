@@ -15,8 +15,8 @@ SEEDS = (0, 1, 2)
 SHOTS = (0, 3)  # examples in the prompt of the untouched model
 # Ladders of learning rates: the middle three are tried, and the next one where the
 # best of them is the lowest or the highest.
-RATES = (5e-5, 2e-4, 8e-4, 4e-3, 2e-2)  # of adapters
-FULL_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)  # of the whole model
+RATES = (1.25e-5, 5e-5, 2e-4, 8e-4, 4e-3, 2e-2, 1e-1)  # of adapters
+FULL_RATES = (3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)  # of the whole model
 
 
 def _hetlora(gamma, **fields):

@@ -45,7 +45,7 @@ def results_of(losses_of_arms):
   out = {}
   for arm, losses in losses_of_arms.items():
     _, rates = study.rates(arm)
-    for rate, worse in zip(rates[1:4], (0.5, 0.0, 0.2), strict=True):
+    for rate, worse in zip(rates[2:5], (0.5, 0.0, 0.2), strict=True):
       for seed in study.SEEDS if not worse else study.SEEDS[:1]:
         shifted = [x + worse + 0.01 * seed for x in losses]
         out[runner.name_of(arm, rate, seed)] = result(arm, shifted)
@@ -94,9 +94,22 @@ def test_rates_go_on_while_the_best_is_at_the_edge():
   assert runner.rates_wanted('FedEx', done) == [2e-4, 8e-4, 4e-3, 2e-2]
   assert runner.best_rate('FedEx', done) is None
   done['fedex-lr0.02-seed0'] = result('FedEx', [4.0, 2.4])
-  assert runner.rates_wanted('FedEx', done) == [2e-4, 8e-4, 4e-3, 2e-2]
-  assert runner.best_rate('FedEx', done) == 2e-2
-  assert '| 0.02, the end |' in tables.tried(done)
+  assert runner.rates_wanted('FedEx', done) == [2e-4, 8e-4, 4e-3, 2e-2, 1e-1]
+  assert '| not yet known |' in tables.tried(done)
+  done['fedex-lr0.1-seed0'] = result('FedEx', [4.0, 2.3])
+  assert runner.rates_wanted('FedEx', done) == [2e-4, 8e-4, 4e-3, 2e-2, 1e-1]
+  assert runner.best_rate('FedEx', done) == 1e-1
+  assert '| 0.1, the end |' in tables.tried(done)
+
+
+def test_rates_of_the_whole_model_have_a_table_of_their_own():
+  shown = tables.tried(
+    results_of({'FedEx': [4.0, 3.0], 'full fine-tuning': [4.0, 3.0]})
+  )
+  of_adapters, of_all = shown.split('\n\n')
+  assert of_adapters.startswith('|  | 0.0002 | 0.0008 | 0.004 | the best |')
+  assert of_all.startswith('|  | 3e-06 | 1e-05 | 3e-05 | the best |')
+  assert 'full fine-tuning' in of_all and 'FedEx' in of_adapters
 
 
 def test_texts_are_written_of_runs_that_may_be_chosen():
