@@ -183,14 +183,21 @@ CLAIMS = (
 
 # Not the paper's: arms whose clients are weighed alike, so that ranks alone differ.
 _BY_SIZE = 'HetLoRA, size weights'
+_BY_EXAMPLES = (
+  LOW, HIGH, 'Recon+SVD', 'raFLoRA', 'RBLA', 'FLoRA', 'FedEx', 'PreLort'
+)  # fmt: skip
 CONTROLS = (
-  Claim(text='LoRA r = 5, both by examples', pairs=((LOW, _BY_SIZE),)),
-  Claim(text='LoRA r = 50, both by examples', pairs=((HIGH, _BY_SIZE),)),
-  Claim(text='Recon+SVD, both by examples', pairs=(('Recon+SVD', _BY_SIZE),)),
-  Claim(text='raFLoRA, both by examples', pairs=(('raFLoRA', _BY_SIZE),)),
+  *(
+    Claim(text=f'{arm}, both by examples', pairs=((arm, _BY_SIZE),))
+    for arm in _BY_EXAMPLES
+  ),
   Claim(
     text='LoRA r = 5, both uniform',
     pairs=(('LoRA r = 5, uniform weights', 'HetLoRA, uniform weights'),),
+  ),
+  Claim(
+    text='HetLoRA, owners alike',
+    pairs=(('HetLoRA, owners alike', 'HetLoRA, uniform weights'),),
   ),
 )
 
