@@ -196,7 +196,7 @@ CONTROLS = (
     pairs=(('LoRA r = 5, uniform weights', 'HetLoRA, uniform weights'),),
   ),
   Claim(
-    text='HetLoRA, owners alike',
+    text='HetLoRA, owners alike, both uniform',
     pairs=(('HetLoRA, owners alike', 'HetLoRA, uniform weights'),),
   ),
 )
