@@ -199,6 +199,10 @@ CONTROLS = (
     text='HetLoRA, owners alike, both uniform',
     pairs=(('HetLoRA, owners alike', 'HetLoRA, uniform weights'),),
   ),
+  Claim(
+    text='LoRA r = 5, uniform, to HetLoRA from 5 to 20',
+    pairs=(('LoRA r = 5, uniform weights', 'HetLoRA, r = 5 to 20'),),
+  ),
 )
 
 
