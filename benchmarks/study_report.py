@@ -46,7 +46,8 @@ on people seen. {study_tables.of_whole_targets(floors)}
 
 {study_tables.evidence(found)}
 
-Against HetLoRA with the same weights, so that ranks alone differ:
+Controls, not the paper's: against HetLoRA with the same weights, so that weights do not
+decide, and the arm that wins against the next best composition, each with its own weights:
 
 {study_tables.controls(found)}
 

@@ -181,7 +181,7 @@ CLAIMS = (
   ),
 )  # fmt: skip
 
-# Not the paper's: arms whose clients are weighed alike, so that ranks alone differ.
+# Not the paper's: arms whose clients are weighed alike; the last row, what wins.
 _BY_SIZE = 'HetLoRA, size weights'
 _BY_EXAMPLES = (
   LOW, HIGH, 'Recon+SVD', 'raFLoRA', 'RBLA', 'FLoRA', 'FedEx', 'PreLort'

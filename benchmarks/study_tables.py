@@ -189,7 +189,7 @@ def evidence(found: Found) -> str:
 
 
 def controls(found: Found) -> str:
-  """Returns gaps to HetLoRA where both weigh their clients alike."""
+  """Returns gaps to HetLoRA that no claim has: see `study_stats.CONTROLS`."""
   claims = study_stats.CONTROLS
   rows = [
     [claim.text, *row]
