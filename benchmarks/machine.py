@@ -9,10 +9,10 @@ import resource
 import time
 
 import jax
-from absl import app, logging
+from absl import logging
 from ml_collections import config_flags
 
-from launch import errors
+from launch import errors, program
 
 
 def describe() -> dict[str, str]:
@@ -48,7 +48,7 @@ def run(benchmark) -> None:
     except (ValueError, OSError) as error:
       errors.fail(error)
 
-  app.run(main, flags_parser=errors.parse)
+  program.call(main)
 
 
 def define_config():

@@ -44,8 +44,8 @@ ALPHA = flags.DEFINE_float('partition_alpha', 1.0, 'Number of a rule.')
 SEED = flags.DEFINE_integer('partition_seed', 0, 'Seed of a rule.')
 
 
-def _show() -> None:
-  """Prints the table and draws the histograms."""
+def _statistics() -> str:
+  """Returns the table, having drawn the histograms."""
   found = statistics.collect(
     DATASET.value,
     pretrained.load_tokenizer(TOKENIZER.value),
@@ -57,13 +57,23 @@ def _show() -> None:
       seed=SEED.value,
     ),
   )
-  print(statistics.table(found))
-  if OUT.value:
-    folder = pathlib.Path(OUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f'{found.name.replace("/", "_")}.png'
-    statistics.plot(found, path)
-    print(f'Histograms are in {path}.')
+  table = statistics.table(found)
+  if not OUT.value:
+    return table
+  folder = pathlib.Path(OUT.value)
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / f'{found.name.replace("/", "_")}.png'
+  statistics.plot(found, path)
+  return f'{table}\nHistograms are in {path}.'
+
+
+def _prepared() -> str:
+  """Prepares the data and says where they are."""
+  dataset = builders.open_dataset(DATASET.value, path=PATH.value)
+  return (
+    f'{DATASET.value} is in {dataset.folder}: {len(dataset.examples):,} '
+    f'examples of {len(dataset.people):,} clients.'
+  )
 
 
 def run(argv: list[str]) -> None:
@@ -78,16 +88,10 @@ def run(argv: list[str]) -> None:
   if OUT.value and not STATS.value:
     errors.fail('--out is for histograms: give --stats too')
   try:
-    if STATS.value:
-      _show()
-      return
-    dataset = builders.open_dataset(DATASET.value, path=PATH.value)
-  except (ValueError, OSError) as error:
-    errors.fail(error)
-  print(
-    f'{DATASET.value} is in {dataset.folder}: {len(dataset.examples):,} '
-    f'examples of {len(dataset.people):,} clients.'
-  )
+    text = _statistics() if STATS.value else _prepared()
+  except (ValueError, OSError) as error:  # which name the configuration's field
+    errors.fail(str(error).replace('data.path', '--path'))
+  print(text)
 
 
 def main() -> None:

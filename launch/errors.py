@@ -18,7 +18,13 @@ MOST_CHARACTERS = 20_000  # of a message; it may name every field
 
 
 def fail(message: object) -> NoReturn:
-  """Prints an error of one line and exits with code 2."""
+  """Prints an error of one line and exits with code 2.
+
+  Raises:
+    BrokenPipeError: the error given, which `program.call` knows how to end.
+  """
+  if isinstance(message, BrokenPipeError):
+    raise message
   print(f'Error: {bounds.short(message, MOST_CHARACTERS)}', file=sys.stderr)
   sys.exit(BAD_INPUT)
 
@@ -40,6 +46,8 @@ def parse(argv: Sequence[str]) -> list[str]:
   """Parses flags; a bad one is an error of one line."""
   try:
     return flags.FLAGS(argv)
+  except BrokenPipeError:
+    raise  # of --help | head
   except OSError as error:
     fail(f'--config: {error}')
   except Exception as error:  # a --config file may raise anything

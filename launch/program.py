@@ -11,6 +11,7 @@ import configs
 from launch import errors
 
 _PREFIX = 'hetlora-'  # of the console scripts in setup.py
+_CLOSED_PIPE = 128 + 13  # SIGPIPE, as a shell reports it
 _FILES = ('--config', '--sweep', '')  # flags, or none before a word of its own
 
 
@@ -42,6 +43,18 @@ def _tell(modules: Sequence[str]) -> None:
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
+def call(main: Callable[[list[str]], None]) -> None:
+  """Parses flags and calls `main`; ends without a word if `| head` has enough."""
+  try:
+    try:
+      app.run(main, flags_parser=errors.parse)
+    finally:
+      sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(_CLOSED_PIPE)
+
+
 def start(main: Callable[[list[str]], None], *modules: str) -> None:
   """Parses flags, a bad one being an error of one line, and calls `main`.
 
@@ -52,4 +65,4 @@ def start(main: Callable[[list[str]], None], *modules: str) -> None:
   _tell(modules)
   sys.argv[1:] = map(_found, sys.argv[1:])
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  app.run(main, flags_parser=errors.parse)
+  call(main)

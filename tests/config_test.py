@@ -187,6 +187,25 @@ def test_print_config_explains_and_flagfile_works(tmp_path):
   assert '# Decay factor' in done.stdout
 
 
+@pytest.mark.parametrize(
+  'words',
+  [
+    ('launch.train', '--config=configs/tiny.py', '--print_config'),
+    ('launch.data', '--dataset=synthetic', '--stats'),
+    ('benchmarks.peers', '--help'),
+  ],
+)
+def test_a_closed_pipe_ends_a_program_without_a_word(words):
+  reader, writer = os.pipe()
+  os.close(reader)  # as if `| head` had enough
+  with open(writer, 'w') as pipe:
+    done = subprocess.run(
+      [sys.executable, '-m', *words],
+      cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+  assert done.returncode == 128 + 13 and not done.stderr
+
+
 @pytest.mark.parametrize('method', registry.METHODS)
 def test_every_method_and_every_weighting_can_be_named_by_flag(method):
   from configs import chitchat_gemma3

@@ -116,7 +116,7 @@ def test_any_counts_can_be_drawn(tmp_path, count):
     (['--dataset=redit'], "dataset='redit' is unknown; one of"),
     (['--dataset=synthetic', '--out=x'], '--out is for histograms'),
     (['--dataset=synthetic', 'x'], "unexpected argument 'x'"),
-    (['--dataset=synthetic', '--path=x'], 'reads no files of yours'),
+    (['--dataset=synthetic', '--path=x'], "leave --path='x' empty"),
     (
       ['--dataset=synthetic', '--stats', '--partition=x'],
       "partition='x' is unknown",
