@@ -184,7 +184,8 @@ CLAIMS = (
 # Not the paper's: arms whose clients are weighed alike; the last row, what wins.
 _BY_SIZE = 'HetLoRA, size weights'
 _BY_EXAMPLES = (
-  LOW, HIGH, 'Recon+SVD', 'raFLoRA', 'RBLA', 'FLoRA', 'FedEx', 'PreLort'
+  LOW, HIGH, 'full fine-tuning', 'Recon+SVD',
+  'raFLoRA', 'RBLA', 'FLoRA', 'FedEx', 'PreLort',
 )  # fmt: skip
 CONTROLS = (
   *(
