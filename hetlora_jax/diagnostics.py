@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetlora_jax import lora
-from hetlora_jax.types import Array, ClientUpdates, Masks, ServerState
+from hetlora_jax.types import Array, Masks, ServerState
 
 
 def measure(
-  state: ServerState, updates: ClientUpdates, weights: Masks, scale: Array
+  state: ServerState, weights: Masks, share_C: Array, scale: Array
 ) -> dict:
   """Measures the new state, and how much each client counted.
 
@@ -18,13 +18,15 @@ def measure(
       that holds all of it is rank collapse (raFLoRA, arXiv 2602.13486).
     rank_histogram: [R + 1], how many people (or matrices of people) have
       rank 0..R.
-    weight: target -> [C], a client's weight, averaged over layers and slots.
+    weight: target -> [C], a client's weight, averaged over layers and slots;
+      without adapters 'base' -> [C], its share in the change of the base.
   """
   slots = max((x.a.shape[-1] for x in state.adapters.values()), default=0)
   return {
     'slot_energy': lora.slot_energy(state.adapters, scale),
     'rank_histogram': jnp.bincount(state.memory.rank.ravel(), length=slots + 1),
-    'weight': jax.tree.map(lambda w: w.mean((1, 2)), weights),
+    'weight': jax.tree.map(lambda w: w.mean((1, 2)), weights)
+    or {'base': share_C},
   }
 
 
@@ -38,7 +40,7 @@ def _by_class(out: dict, r_min: int) -> dict[str, float]:
   """Returns loss and weight of the clients that reported, by their rank."""
   r_max = len(out['rank_histogram']) - 1
   rank = out['sent_rank'].mean(1)
-  weight = np.mean(list(out['weight'].values()) or [0 * rank], axis=0)
+  weight = np.mean(list(out['weight'].values()), axis=0)
   row = {}
   for low, high in rank_classes(min(r_min, r_max), r_max):
     here = out['reports'] & (rank >= low) & (rank < high + 1)
@@ -72,7 +74,7 @@ def row(out: dict, r_min: int) -> dict:
   histogram, energy = out['rank_histogram'], np.asarray(out['slot_energy'])
   held = np.flatnonzero(histogram)
   mean = (histogram * np.arange(len(histogram))).sum() / histogram.sum()
-  weight_C = np.mean(list(out['weight'].values()) or [out['reports']], axis=0)
+  weight_C = np.mean(list(out['weight'].values()), axis=0)
   total = energy.sum()
   shares = energy / total if total > 0 else energy
   return {

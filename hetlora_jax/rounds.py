@@ -43,11 +43,13 @@ def _shares(rules: Rules, num_examples_C: Array) -> Array:
   return weights['base'][:, 0, 0]
 
 
-def _without(change: PyTree, share_C: Array, sound_C: Array) -> PyTree:
-  """Makes up for the shares of clients that were left out of a mean."""
+def _without(
+  change: PyTree, share_C: Array, sound_C: Array
+) -> tuple[PyTree, Array]:
+  """Makes up for clients left out of a mean; returns it and the shares in it."""
   left = (share_C * sound_C).sum()
   more = jnp.where(sound_C.all() | (left == 0), 1.0, 1 / left)
-  return jax.tree.map(lambda x: x * more, change)
+  return jax.tree.map(lambda x: x * more, change), share_C * sound_C * more
 
 
 def _remember(memory: Memory, new: Memory, who_C: Array, reports_C: Array):
@@ -96,7 +98,7 @@ def federated_round(
   # What is not finite is not sent.
   nonfinite_C = reports_C & ~sound_C
   reports_C &= sound_C
-  change = _without(change, share_C, sound_C)
+  change, share_C = _without(change, share_C, sound_C)
 
   # 3. Weigh and aggregate; the server steps along the pseudo-gradient.
   weights = rules.weigh(updates.num_examples, updates.mask, updates.norm)
@@ -125,7 +127,7 @@ def federated_round(
     memory=_remember(state.memory, memory, cohort.client_id, reports_C),
   )
   return new_state, diagnostics.measure(
-    new_state, updates, weights, now.scale
+    new_state, weights, share_C, now.scale
   ) | {
     'present': cohort.num_examples > 0,
     'reports': reports_C,

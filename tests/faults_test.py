@@ -52,8 +52,9 @@ def test_a_client_that_is_not_finite_counts_as_absent(method):
     )
 
   _, poisoned, out = _two_rounds(method, lambda c: _poisoned(c, 2))
-  _, absent, _ = _two_rounds(method, without)
+  _, absent, there = _two_rounds(method, without)
   _close(poisoned, absent)
+  _close(out['weight'], there['weight'])
   np.testing.assert_array_equal(out['nonfinite'], [False, False, True, False])
   np.testing.assert_array_equal(out['reports'], [True, True, False, True])
   assert np.isfinite(out['loss_sum']).all() and out['tokens'][2] == 0

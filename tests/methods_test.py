@@ -110,6 +110,15 @@ def test_a_client_that_drops_out_is_as_if_it_had_not_been_there(method):
   assert float(out['tokens'].sum()) == sum((3, 18, 7, 11))
 
 
+@pytest.mark.parametrize('method', ['full_finetuning', 'fedit', 'flexlora'])
+def test_weights_by_size_are_shares_of_the_examples(method):
+  run, base, state, rng = warmed_up(method)
+  _, out = run.step(base, state, quadratic.make_cohort(rng))
+  assert out['weight']
+  for weight_C in out['weight'].values():
+    np.testing.assert_allclose(weight_C, np.array([3, 18, 7, 11]) / 39, 1e-6)
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_one_client_alone_is_taken_as_it_is(method):
   """K = 1 is the identity: the global model becomes the client's own."""
@@ -119,7 +128,7 @@ def test_one_client_alone_is_taken_as_it_is(method):
   cohort = quadratic.make_cohort(rng, (0, 18, 0, 0), clients=[1] * 4)
   after, out = run.step(base, state, cohort)
   assert int(out['rank'][1, 0]) in (9, 6, 0)  # HetLoRA may prune
-  weights = np.asarray(list(out['weight'].values()) or [[0, 1, 0, 0]])
+  weights = np.asarray(list(out['weight'].values()))
   np.testing.assert_allclose(weights, [[0, 1, 0, 0]] * len(weights), atol=1e-6)
   assert float(out['aggregation_error']) < 1e-5
   if names['personal'] != 'none':
