@@ -57,6 +57,8 @@ def _draw(axis, group: list[Arm], x: Axis, y: Axis) -> None:
     axis.plot(x[1](arm), y[1](arm), color=color, lw=width, label=arm.name,
               marker='.')  # fmt: skip
   axis.set(xlabel=x[0], ylabel=y[0])
+  if x[0] == 'round':
+    axis.xaxis.get_major_locator().set_params(integer=True)
   axis.grid(alpha=0.3)
 
 
