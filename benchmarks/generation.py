@@ -67,8 +67,8 @@ class Ours:
   def __call__(self) -> dict:
     start = time.perf_counter()
     prompts = [e.tokens[: -e.num_target] for e in self.chosen]
-    padded = generation.pad(prompts, max(map(len, prompts)))
-    out = self.generate(self.params, {}, jnp.float32(1), padded, self.never)
+    packed = generation.pack(prompts, max(map(len, prompts)))
+    out = self.generate(self.params, {}, jnp.float32(1), packed, self.never)
     tokens = jax.device_get(out.tokens)
     return {
       'seconds': time.perf_counter() - start,

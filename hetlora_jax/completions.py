@@ -273,8 +273,7 @@ def _answer(
     full = batch + batch[-1:] * (ROWS - len(batch))
     about = (base, *adapters(full))
     prompts = [t.example.tokens[: -t.example.num_target] for t in full]
-    slots = _bucket(max(map(len, prompts)), 32)
-    out = generate(*about, generation.pad(prompts, slots), stop_V)
+    out = generate(*about, _laid_out(prompts, *about[1:]), stop_V)
     said = _judged(functools.partial(judge, *about), full)
     out = jax.device_get(out)
     for i, row, n, (best, log_prob) in zip(
@@ -282,6 +281,14 @@ def _answer(
     ):
       answers[i] = Answer(row[:n], best, log_prob)
   return [answers[i] for i in range(len(tasks))]
+
+
+def _laid_out(prompts, adapters, scale) -> generation.Prompts:
+  """Packs prompts, unless each has adapters of its own; in few shapes."""
+  slots = _bucket(max(map(len, prompts)), 32)
+  if np.ndim(scale):
+    return generation.pad(prompts, slots)
+  return generation.pack(prompts, slots, multiple=4)
 
 
 def _chunks(tasks: Sequence[Task]) -> list[list[int]]:

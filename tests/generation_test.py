@@ -82,28 +82,19 @@ def _run(family, prompts, stop_V, adapters=None, scale=NOTHING, **options):
   ]
 
 
-def _left(prompts: generation.Prompts) -> generation.Prompts:
-  """Moves the padding of each row to the left."""
-  shift = (prompts.segment == 0).sum(1)
-  return generation.Prompts(
-    *[
-      np.stack([np.roll(row, n) for row, n in zip(x, shift, strict=True)])
-      for x in prompts
-    ]
-  )
-
-
 @pytest.mark.parametrize('family', FAMILIES)
-def test_kept_keys_change_no_token_wherever_the_padding_is(family):
+def test_kept_keys_change_no_token_padded_or_packed(family):
   config, _ = decoder_test._tiny(family)
   adapters, scale = decoder_test._adapters(config, 5), jnp.float32(1.7)
   prompts, never = _prompts(config), _stops(config)
   want = [
     _greedy_by_hand(family, adapters, scale, p, never, T) for p in prompts
   ]
-  right = generation.pad(prompts, SLOTS)
-  assert _run(family, right, never, adapters, scale) == want
-  assert _run(family, _left(right), never, adapters, scale) == want
+  padded = generation.pad(prompts, SLOTS)
+  assert _run(family, padded, never, adapters, scale) == want
+  packed = generation.pack(prompts, SLOTS)
+  assert packed.tokens.shape == (2, SLOTS)
+  assert _run(family, packed, never, adapters, scale) == want
   assert len({token for row in want for token in row}) > T
 
 
@@ -122,7 +113,7 @@ def test_rows_with_adapters_of_their_own_equal_one_after_the_other():
   padded = generation.pad(prompts, SLOTS)
   got = _run('gemma3', padded, never, stacked, jnp.stack(scales)[:, None, None])
   for row, (adapters, scale) in enumerate(zip(own, scales, strict=True)):
-    alone = jax.tree.map(lambda x, row=row: x[[row] * B], padded)
+    alone = generation.pad([prompts[row]] * B, SLOTS)
     assert _run('gemma3', alone, never, adapters, scale)[0] == got[row]
   assert len({tuple(row) for row in got}) == B
 
@@ -208,8 +199,23 @@ def test_a_beam_of_all_words_finds_the_best_of_all_texts():
 def test_a_long_prompt_keeps_bos_and_its_end():
   got = generation.pad([np.arange(2, 9), np.arange(2, 5)], 4)
   np.testing.assert_array_equal(got.tokens, [[2, 6, 7, 8], [2, 3, 4, 0]])
-  np.testing.assert_array_equal(got.segment, [[1, 1, 1, 1], [1, 1, 1, 0]])
+  np.testing.assert_array_equal(got.segment, [[1, 1, 1, 1], [2, 2, 2, 0]])
   np.testing.assert_array_equal(got.position, [[0, 1, 2, 3], [0, 1, 2, 0]])
+  np.testing.assert_array_equal(got.length, [4, 3])
+  np.testing.assert_array_equal(got.slot, [[0, 1, 2, 3], [4, 5, 6, 0]])
+
+
+def test_prompts_are_packed_first_fit_in_a_multiple_of_rows():
+  prompts = [np.arange(2, 2 + n) for n in (2, 5, 3)]
+  got = generation.pack(prompts, 5)
+  np.testing.assert_array_equal(got.tokens, [[2, 3, 4, 5, 6], [2, 3, 4, 2, 3]])
+  np.testing.assert_array_equal(got.segment, [[2] * 5, [3, 3, 3, 1, 1]])
+  np.testing.assert_array_equal(got.position, [range(5), [0, 1, 2, 0, 1]])
+  np.testing.assert_array_equal(got.length, [2, 5, 3])
+  np.testing.assert_array_equal(
+    got.slot, [[8, 9, 0, 0, 0], range(5), [5, 6, 7, 0, 0]]
+  )
+  assert generation.pack(prompts, 5, multiple=4).tokens.shape == (4, 5)
 
 
 def test_impossible_searches_are_refused():

@@ -13,7 +13,7 @@ from hetlora_jax.data.people import Example
 from hetlora_jax.types import Batch
 
 
-def _first_fit(
+def first_fit(
   length_E: np.ndarray, rows: int, row_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, bool]:
   """Places the longest first, each in the first row with room for it.
@@ -37,7 +37,7 @@ def _highest_cap(
 ) -> int:
   """Lowers a cap from `top` until the lengths at that cap can be placed."""
   cap = _highest_below(length_at, top, rows * row_tokens)
-  while cap > 1 and not _first_fit(length_at(cap), rows, row_tokens)[-1]:
+  while cap > 1 and not first_fit(length_at(cap), rows, row_tokens)[-1]:
     cap -= 1
   return cap
 
@@ -111,7 +111,7 @@ def pack(
   target_E = _cap_targets(wanted_E, rows, row_tokens, num_targets)
   length_E = length_E - (wanted_E - target_E)
   length_E = _cap_lengths(length_E, target_E, rows, row_tokens)
-  row_E, offset_E, _ = _first_fit(length_E, rows, row_tokens)
+  row_E, offset_E, _ = first_fit(length_E, rows, row_tokens)
   filled = 0
   for e, (row, offset) in enumerate(zip(row_E, offset_E, strict=True)):
     tokens = _trim(examples[e], length_E[e], target_E[e])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hetlora_jax.data import packing
 from hetlora_jax.data.tokenizer import Tokenizer
 from hetlora_jax.models import decoder, kernels
 from hetlora_jax.models.decoder import DecoderConfig, Past
@@ -17,11 +18,13 @@ from hetlora_jax.types import Array, PyTree
 
 
 class Prompts(NamedTuple):
-  """Prompts of their own lengths, padded on either side."""
+  """Prompts of their own lengths, one or several in a row (P rows)."""
 
-  tokens: Array  # [B, S] int32
-  segment: Array  # [B, S] int32, 1; 0 is padding
-  position: Array  # [B, S] int32, from 0 in each prompt
+  tokens: Array  # [P, S] int32
+  segment: Array  # [P, S] int32, a prompt's number from 1; 0 is padding
+  position: Array  # [P, S] int32, from 0 in each prompt
+  length: Array  # [B] int32
+  slot: Array  # [B, S] int32, where its tokens are, of P * S; 0 past its end
 
 
 class Completions(NamedTuple):
@@ -31,14 +34,47 @@ class Completions(NamedTuple):
   count: Array  # [B] int32
 
 
+def _laid_out(prompts, row_B, start_B, rows: int, slots: int) -> Prompts:
+  """Writes prompts into rows, where each starts."""
+  tokens, segment, position = np.zeros((3, rows, slots), np.int32)
+  slot = np.zeros((len(prompts), slots), np.int32)
+  for i, (prompt, row, start) in enumerate(
+    zip(prompts, row_B, start_B, strict=True)
+  ):
+    n = len(prompt)
+    at = np.s_[row, start : start + n]
+    tokens[at], segment[at], position[at] = prompt, i + 1, np.arange(n)
+    slot[i, :n] = row * slots + start + np.arange(n)
+  length = np.array([len(prompt) for prompt in prompts], np.int32)
+  return Prompts(tokens, segment, position, length, slot)
+
+
+def _cut(prompts: Sequence[np.ndarray], slots: int) -> list[np.ndarray]:
+  """Takes from longer prompts what follows bos."""
+  return [
+    np.concatenate([p[:1], p[1:][-(slots - 1) :]])[:slots] for p in prompts
+  ]
+
+
 def pad(prompts: Sequence[np.ndarray], slots: int) -> Prompts:
-  """Pads prompts on the right, in numpy; longer ones lose what follows bos."""
-  tokens, segment, position = np.zeros((3, len(prompts), slots), np.int32)
-  for row, prompt in enumerate(prompts):
-    kept = np.concatenate([prompt[:1], prompt[1:][-(slots - 1) :]])[:slots]
-    tokens[row, : len(kept)], segment[row, : len(kept)] = kept, 1
-    position[row, : len(kept)] = np.arange(len(kept))
-  return Prompts(tokens, segment, position)
+  """Gives each prompt a row; longer ones lose what follows bos. In numpy."""
+  count = len(prompts)
+  starts = np.zeros(count, int)
+  return _laid_out(_cut(prompts, slots), range(count), starts, count, slots)
+
+
+def pack(
+  prompts: Sequence[np.ndarray], slots: int, multiple: int = 1
+) -> Prompts:
+  """Packs prompts, which must share adapters, into few rows; else as `pad`.
+
+  The number of rows is a multiple of `multiple`: programs depend on it.
+  """
+  kept = _cut(prompts, slots)
+  length_B = np.array([len(prompt) for prompt in kept])
+  row_B, start_B, _ = packing.first_fit(length_B, len(kept), slots)
+  rows = -(-int(row_B.max() + 1) // multiple) * multiple
+  return _laid_out(kept, row_B, start_B, rows, slots)
 
 
 def stops(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -69,17 +105,22 @@ def _read_prompts(
   Beams share the prompt's keys, and each other's: what a beam sees is a mask,
   so that nothing is copied when one takes another's place.
   """
-  count, (rows, slots) = config.num_layers, prompts.tokens.shape
+  count, (rows, slots) = config.num_layers, prompts.slot.shape
   h, (k, v) = decoder.make_prefill(config, dtype)(
-    base, adapters, scale, *prompts
+    base, adapters, scale, prompts.tokens, prompts.segment, prompts.position
   )
-  real_BS = prompts.segment > 0
-  last_B = jnp.where(real_BS, jnp.arange(slots)[None], 0).max(1)
-  length_B = real_BS.sum(1, dtype=jnp.int32)
+
+  def take(x, slot):
+    return x.reshape(-1, *x.shape[2:])[slot]
+
+  def with_room(x):
+    own = take(x, prompts.slot)
+    return jnp.pad(own, ((0, 0), (0, max_tokens * beams), (0, 0), (0, 0)))
+
+  slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
+  real_BS = slot_BS < prompts.length[:, None]
   new = jnp.arange(max_tokens * beams, dtype=jnp.int32) // beams
-  position = jnp.concatenate(
-    [prompts.position, length_B[:, None] + new[None]], 1
-  )
+  position = jnp.concatenate([slot_BS, prompts.length[:, None] + new[None]], 1)
   prompt_BKS = jnp.broadcast_to(real_BS[:, None], (rows, beams, slots))
   # Taken apart and cast once, not in every step.
   layers = decoder.unstack((base['layers'], adapters), count)
@@ -88,13 +129,13 @@ def _read_prompts(
   def read(i, token_BK, visible, kept):
     seen = jnp.concatenate([prompt_BKS, visible], 2)
     pasts = [Past(k, v, slots + i * beams, position, seen) for k, v in kept]
-    at = jnp.broadcast_to(length_B[:, None] + i, token_BK.shape)
+    at = jnp.broadcast_to(prompts.length[:, None] + i, token_BK.shape)
     return step(base, layers, scale, token_BK, at, pasts)
 
-  room = ((0, 0), (0, max_tokens * beams), (0, 0), (0, 0))
+  last_B = prompts.slot[jnp.arange(rows), prompts.length - 1]
   return _Text(
-    h=h[jnp.arange(rows), last_B],
-    kept=[(jnp.pad(k[i], room), jnp.pad(v[i], room)) for i in range(count)],
+    h=take(h, last_B),
+    kept=[(with_room(k[i]), with_room(v[i])) for i in range(count)],
     words=decoder.head(config, base).astype(dtype),
     read=read,
   )
@@ -218,8 +259,8 @@ def make_generate(
 ) -> Callable[..., Completions]:
   """Returns (base, adapters, scale, prompts, stop_V) -> Completions.
 
-  Adapters and scale are of all rows, or of each: factors [L, B, ...] and
-  [B, 1, 1]. `stop_V` marks the tokens that end a completion.
+  Adapters and scale are of all prompts, or, if each has a row, of each: factors
+  [L, B, ...] and [B, 1, 1]. `stop_V` marks the tokens that end a completion.
 
   Args:
     config: the model's shape.
