@@ -49,7 +49,7 @@ def call(main: Callable[[list[str]], None]) -> None:
     try:
       app.run(main, flags_parser=errors.parse)
     finally:
-      sys.stdout.flush()
+      print(end='', flush=True)  # sys.stdout is None after `>&-`
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(_CLOSED_PIPE)

@@ -206,6 +206,15 @@ def test_a_closed_pipe_ends_a_program_without_a_word(words):
   assert done.returncode == 128 + 13 and not done.stderr
 
 
+def test_a_program_without_standard_output_runs():
+  words = [sys.executable, '-m', 'launch.data', '--dataset=synthetic']
+  done = subprocess.run(
+    ['sh', '-c', 'exec "$@" >&-', 'sh', *words],
+    cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0 and not done.stderr
+
+
 @pytest.mark.parametrize('method', registry.METHODS)
 def test_every_method_and_every_weighting_can_be_named_by_flag(method):
   from configs import chitchat_gemma3
