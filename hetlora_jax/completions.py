@@ -273,7 +273,7 @@ def _answer(
     full = batch + batch[-1:] * (ROWS - len(batch))
     about = (base, *adapters(full))
     prompts = [t.example.tokens[: -t.example.num_target] for t in full]
-    out = generate(*about, _laid_out(prompts, *about[1:]), stop_V)
+    out = generate(*about, _arranged(prompts, np.ndim(about[-1]) > 0), stop_V)
     said = _judged(functools.partial(judge, *about), full)
     out = jax.device_get(out)
     for i, row, n, (best, log_prob) in zip(
@@ -283,10 +283,12 @@ def _answer(
   return [answers[i] for i in range(len(tasks))]
 
 
-def _laid_out(prompts, adapters, scale) -> generation.Prompts:
+def _arranged(
+  prompts: Sequence[np.ndarray], own_adapters: bool
+) -> generation.Prompts:
   """Packs prompts, unless each has adapters of its own; in few shapes."""
   slots = _bucket(max(map(len, prompts)), 32)
-  if np.ndim(scale):
+  if own_adapters:
     return generation.pad(prompts, slots)
   return generation.pack(prompts, slots, multiple=4)
 

@@ -89,8 +89,8 @@ def run(argv: list[str]) -> None:
     errors.fail('--out is for histograms: give --stats too')
   try:
     text = _statistics() if STATS.value else _prepared()
-  except (ValueError, OSError) as error:  # which name the configuration's field
-    errors.fail(str(error).replace('data.path', '--path'))
+  except (ValueError, OSError) as error:
+    errors.fail(error, {'data.path': '--path'})
   print(text)
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from absl import flags
@@ -17,15 +17,22 @@ _OF_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 MOST_CHARACTERS = 20_000  # of a message; it may name every field
 
 
-def fail(message: object) -> NoReturn:
+def fail(message: object, names: Mapping[str, str] | None = None) -> NoReturn:
   """Prints an error of one line and exits with code 2.
+
+  Args:
+    message: a text or an exception.
+    names: what a program calls some of the fields that the message may name.
 
   Raises:
     BrokenPipeError: the error given, which `program.call` knows how to end.
   """
   if isinstance(message, BrokenPipeError):
     raise message
-  print(f'Error: {bounds.short(message, MOST_CHARACTERS)}', file=sys.stderr)
+  text = str(message)
+  for field, name in (names or {}).items():
+    text = text.replace(field, name)
+  print(f'Error: {bounds.short(text, MOST_CHARACTERS)}', file=sys.stderr)
   sys.exit(BAD_INPUT)
 
 

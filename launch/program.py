@@ -11,6 +11,7 @@ import configs
 from launch import errors
 
 _PREFIX = 'hetlora-'  # of the console scripts in setup.py
+_HELP = 1  # how absl ends after --help
 _CLOSED_PIPE = 128 + 13  # SIGPIPE, as a shell reports it
 _FILES = ('--config', '--sweep', '')  # flags, or none before a word of its own
 
@@ -44,15 +45,30 @@ def _tell(modules: Sequence[str]) -> None:
 
 
 def call(main: Callable[[list[str]], None]) -> None:
-  """Parses flags and calls `main`; ends without a word if `| head` has enough."""
+  """Parses flags and calls `main`.
+
+  Ends without a word if `| head` has enough, and in one line if standard output is
+  on a full disk.
+  """
+  code = None
   try:
     try:
       app.run(main, flags_parser=errors.parse)
+    except SystemExit as done:
+      code = done.code
+      raise
     finally:
       print(end='', flush=True)  # sys.stdout is None after `>&-`
-  except BrokenPipeError:
+  except OSError as error:
+    # What is left of the output is not tried again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(_CLOSED_PIPE)
+    if code not in (None, 0, _HELP):
+      sys.exit(code)  # an error that was told, or a state that was saved
+    if isinstance(error, BrokenPipeError):
+      sys.exit(_CLOSED_PIPE)
+    if '--verbose' in sys.argv:
+      raise
+    errors.fail(error)
 
 
 def start(main: Callable[[list[str]], None], *modules: str) -> None:

@@ -187,23 +187,41 @@ def test_print_config_explains_and_flagfile_works(tmp_path):
   assert '# Decay factor' in done.stdout
 
 
+def _run_into(pipe, cache, words, unbuffered):
+  """Runs a program whose standard output is `pipe`; its cache is empty."""
+  env = {'PYTHONUNBUFFERED': unbuffered, 'HETLORA_CACHE': str(cache)}
+  return subprocess.run(
+    [sys.executable, '-m', *words], cwd=ROOT, env=os.environ | env,
+    stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
 @pytest.mark.parametrize(
   'words',
   [
     ('launch.train', '--config=configs/tiny.py', '--print_config'),
-    ('launch.data', '--dataset=synthetic', '--stats'),
+    ('launch.data', '--dataset=synthetic'),
     ('benchmarks.peers', '--help'),
   ],
 )
-def test_a_closed_pipe_ends_a_program_without_a_word(words):
+def test_a_closed_pipe_ends_a_program_without_a_word(
+  words, unbuffered, tmp_path
+):
   reader, writer = os.pipe()
   os.close(reader)  # as if `| head` had enough
   with open(writer, 'w') as pipe:
-    done = subprocess.run(
-      [sys.executable, '-m', *words],
-      cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
-    )  # fmt: skip
+    done = _run_into(pipe, tmp_path, words, unbuffered)
   assert done.returncode == 128 + 13 and not done.stderr
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_a_full_disk_behind_standard_output_is_one_line(unbuffered, tmp_path):
+  words = ('launch.data', '--dataset=synthetic')
+  with open('/dev/full', 'w') as full:
+    done = _run_into(full, tmp_path, words, unbuffered)
+  assert done.returncode == 2
+  assert done.stderr == 'Error: [Errno 28] No space left on device\n'
 
 
 def test_a_program_without_standard_output_runs():

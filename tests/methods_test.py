@@ -129,6 +129,7 @@ def test_one_client_alone_is_taken_as_it_is(method):
   after, out = run.step(base, state, cohort)
   assert int(out['rank'][1, 0]) in (9, 6, 0)  # HetLoRA may prune
   weights = np.asarray(list(out['weight'].values()))
+  assert len(weights)
   np.testing.assert_allclose(weights, [[0, 1, 0, 0]] * len(weights), atol=1e-6)
   assert float(out['aggregation_error']) < 1e-5
   if names['personal'] != 'none':
