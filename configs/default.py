@@ -136,13 +136,14 @@ def get_config() -> ml_collections.ConfigDict:
   o.learning_rate = 1.0
 
   m = c.model = ml_collections.ConfigDict()
-  # 'gemma3_270m', 'smollm2_135m', a .gguf, a Hugging Face folder or 'random'.
+  # 'gemma3_270m', 'smollm2_135m', a .gguf, a Hugging Face folder, 'random', or
+  # 'random:gemma3_1b': random weights in a published shape (models/shapes.py).
   m.source = 'gemma3_270m'
   # 'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.
   m.dtype = 'auto'
   # Recompute all of a layer in the backward pass, products too: least memory.
   m.remat = False
-  # Shape of a 'random' model, of the Gemma 3 family.
+  # Shape of a model that is just 'random', of the Gemma 3 family.
   x = m.random = ml_collections.ConfigDict()
   # Seed of its parameters.
   x.seed = 0

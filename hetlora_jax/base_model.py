@@ -1,4 +1,4 @@
-"""The base model of a run: a pretrained one, a random one for `tiny`, or yours."""
+"""The base model of a run: a pretrained one, a random one, or yours."""
 
 import dataclasses
 import functools
@@ -14,10 +14,10 @@ import optax
 from jax.sharding import Mesh
 
 from hetlora_jax import prng, sharding
-from hetlora_jax.config import Config, ConfigError, RandomModel
+from hetlora_jax.config import Config, ConfigError, Model, RandomModel
 from hetlora_jax.data import people
 from hetlora_jax.data.tokenizer import Tokenizer
-from hetlora_jax.models import decoder, pretrained, readout
+from hetlora_jax.models import decoder, pretrained, readout, shapes
 from hetlora_jax.types import Array, Loss, PyTree
 
 
@@ -135,8 +135,8 @@ def load(config: Config, mesh: Mesh) -> pretrained.Pretrained:
   The last one is kept, and only there: the points of a sweep share it.
   """
   c, dtype = config.model, compute_dtype(config)
-  if c.source == 'random':
-    model = _draw(c.random, config.data.name, config.data.path, dtype, mesh)
+  if is_random(c.source):
+    model = _draw(c, config.data.name, config.data.path, dtype, mesh)
   else:
     model = _load(c.source, dtype, mesh)
   check_split(config, model.config)
@@ -159,13 +159,18 @@ def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> pretrained.Pretrained:
 
 @functools.lru_cache(1)
 def _draw(
-  c: RandomModel, data: str, path: str, dtype: jnp.dtype, mesh: Mesh
+  c: Model, data: str, path: str, dtype: jnp.dtype, mesh: Mesh
 ) -> pretrained.Pretrained:
-  tokenizer = Tokenizer.train(people.corpus(data, path=path), c.vocab_size)
-  shape = random_shape(c, tokenizer.vocab_size)
-  params = decoder.init_params(shape, prng.stream(c.seed, 'base'), dtype)
-  model = pretrained.Pretrained(shape, params, f'random-{c.seed}', tokenizer)
-  return _place(model, mesh)
+  """Draws parameters, each where it lives; trains a tokenizer on the data."""
+  words = people.corpus(data, path=path)
+  tokenizer = Tokenizer.train(words, c.random.vocab_size)
+  shape = shape_of_random(c, tokenizer.vocab_size)
+  draw = functools.partial(decoder.init_params, shape, dtype=dtype)
+  key = prng.stream(c.random.seed, 'base')
+  where = sharding.by_name(mesh, jax.eval_shape(draw, key))
+  params = jax.jit(draw, out_shardings=where)(key)
+  name = f'{c.source}-{c.random.seed}'
+  return pretrained.Pretrained(shape, params, name, tokenizer)
 
 
 def _place(model: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained:
@@ -175,6 +180,22 @@ def _place(model: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained:
 def _placed(params: PyTree, mesh: Mesh) -> PyTree:
   where = sharding.by_name(mesh, params)
   return jax.block_until_ready(sharding.place(params, where))
+
+
+def is_random(source: str) -> bool:
+  """Tells whether a `model.source` is drawn, not read."""
+  return source.partition(':')[0] == 'random'
+
+
+def shape_of_random(c: Model, vocab_size: int) -> decoder.DecoderConfig:
+  """Returns the shape of 'random', or the published one of 'random:NAME'.
+
+  Args:
+    c: the model's configuration, checked.
+    vocab_size: words of a shape that is not published.
+  """
+  name = c.source.partition(':')[2]
+  return shapes.SHAPES[name] if name else random_shape(c.random, vocab_size)
 
 
 def random_shape(c: RandomModel, vocab_size: int) -> decoder.DecoderConfig:

@@ -12,7 +12,7 @@ from typing import Any
 from hetlora_jax import lora, ranks
 from hetlora_jax.data import partition
 from hetlora_jax.methods import aggregation, pruning, registry, tail, weighting
-from hetlora_jax.models import decoder
+from hetlora_jax.models import decoder, shapes
 
 
 class ConfigError(ValueError):
@@ -108,6 +108,7 @@ def _conditions(c) -> Iterator[_Condition]:
   yield from _of_rounds(c)
   yield from _of_ranks(c)
   yield from _of_adapters(c)
+  yield from _of_model(c)
   yield from _of_data(c)
 
 
@@ -184,6 +185,21 @@ def _of_adapters(c) -> Iterator[_Condition]:
     'lora.scale', c.lora.scale, not start or c.lora.scale > 0,
     'at scale 0 no adapter can be that of lora.from_peft',
   )  # fmt: skip
+
+
+def _of_model(c) -> Iterator[_Condition]:
+  kind, colon, shape = c.model.source.partition(':')
+  drawn = kind == 'random' and bool(colon)
+  yield (
+    'model.source', repr(c.model.source), not drawn or shape in shapes.SHAPES,
+    f'published shapes are {", ".join(shapes.SHAPES)}; or give just "random"',
+  )  # fmt: skip
+  if drawn:
+    words, most = c.model.random.vocab_size, shapes.SHAPES[shape].vocab_size
+    yield (
+      'model.random.vocab_size', words, words <= most,
+      f'{shape} has {most} words, and the tokenizer cannot have more',
+    )  # fmt: skip
 
 
 def _of_data(c) -> Iterator[_Condition]:

@@ -82,8 +82,8 @@ class Report(NamedTuple):
 def model_shape(config: Config) -> decoder.DecoderConfig:
   """Returns the shape of the base model; raises ConfigError."""
   c = config.model
-  if c.source == 'random':
-    return base_model.random_shape(c.random, c.random.vocab_size)
+  if base_model.is_random(c.source):
+    return base_model.shape_of_random(c, c.random.vocab_size)
   if c.source not in shapes.SHAPES:
     raise ConfigError(
       f'config.model.source={c.source!r} has no entry in models/shapes.py, '

@@ -110,14 +110,21 @@ def _load_people(config: Config, words) -> people.People:
     )
   except ValueError as error:
     raise ConfigError(f'config.data: {error}') from error
+  _check_population(
+    config, crowd,
+    f'of {d.name!r} with data.min_examples={d.min_examples} and '
+    f'data.num_people={d.num_people}: lower it, or raise data.copies',
+  )  # fmt: skip
+  return crowd
+
+
+def _check_population(config: Config, crowd: people.People, which: str) -> None:
   population, wanted = len(crowd.client_ids), config.federated.clients_per_round
   if wanted > population:
     raise ConfigError(
       f'config.federated.clients_per_round={wanted} exceeds the {population} '
-      f'people of {d.name!r} with data.min_examples={d.min_examples} and '
-      f'data.num_people={d.num_people}: lower it, or raise data.copies.'
+      f'people {which}.'
     )
-  return crowd
 
 
 def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
@@ -167,7 +174,9 @@ def _fill_up(points: Sequence[Config]) -> tuple[Config, ...]:
   'more devices that share a model, mesh.model.'
 )
 def prepare(
-  *points: Config, model: base_model.BaseModel | None = None
+  *points: Config,
+  model: base_model.BaseModel | None = None,
+  crowd: people.People | None = None,
 ) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing.
 
@@ -175,6 +184,8 @@ def prepare(
     *points: differ in `VARIES` alone.
     model: your own (`base_model.own`), instead of what `config.model` and
       `config.lora.targets` name.
+    crowd: your own people and their examples, instead of what `config.data`
+      names.
   """
   points = _fill_up(points)
   config = points[0]
@@ -183,7 +194,11 @@ def prepare(
     model = base_model.place(model, mesh)
   else:
     model = base_model.of_config(config, mesh)
-  crowd, dims = _load_people(config, model.tokenizer), model.dims
+  if crowd:
+    _check_population(config, crowd, 'that were given')
+  else:
+    crowd = _load_people(config, model.tokenizer)
+  dims = model.dims
   rules = build.make_rules(config, model.loss)
   at_once = config.mesh.points_at_once
   rank_KN = np.stack([build.draw_ranks(p, crowd.num_examples) for p in points])

@@ -102,7 +102,9 @@ def _check(
 def _restore(x: Experiment, workdir: pathlib.Path) -> tuple[int, ServerState]:
   """Restores the newest undamaged checkpoint; the type it ran in may differ."""
   identity = x.base_identity
-  if x.config.model.source != 'random':  # others are rounded to bfloat16 anyway
+  if not base_model.is_random(
+    x.config.model.source
+  ):  # others are rounded anyway
     identity = {k: v for k, v in identity.items() if k != 'dtype'}
   return checkpoint.newest(workdir, identity, experiment.shape_of_one(x))
 
@@ -172,7 +174,9 @@ def _write_peft(
     scale = 1.0
   source = c.model.source
   base = HUB.get(source) or (
-    str(pathlib.Path(source).resolve()) if source != 'random' else source
+    source
+    if base_model.is_random(source)
+    else str(pathlib.Path(source).resolve())
   )
   peft.write(folder, layers, scale, base)
   rank = [x.a.shape[-1] for factors in layers.values() for x in factors]

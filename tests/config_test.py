@@ -78,12 +78,21 @@ def test_every_config_resolves(name):
     ('data.row_tokens', 12, 'tokens_per_example'),
     ('mesh.clients', 0, 'at least 1'),
     ('model.dtype', 'float16', "'bfloat16'"),
+    ('model.source', 'random:gemma9', 'gemma3_270m, gemma3_1b'),
+    ('model.source', 'random:', 'gemma3_270m, gemma3_1b'),
   ],
 )
 def test_impossible_value_is_named(field, value, message):
   with pytest.raises(config.ConfigError, match=message) as error:
     _resolve(**{field: value})
   assert field.split('.')[-1] in str(error.value) or 'methods' in field
+
+
+def test_a_tokenizer_has_no_more_words_than_a_published_shape():
+  of_shape = {'model.source': 'random:smollm2_135m'}
+  _resolve(**of_shape, **{'model.random.vocab_size': 49_152})
+  with pytest.raises(config.ConfigError, match='smollm2_135m has 49152 words'):
+    _resolve(**of_shape, **{'model.random.vocab_size': 49_153})
 
 
 def test_tiers_are_checked():

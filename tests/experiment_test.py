@@ -1,5 +1,6 @@
 """Whole runs on a very small model: files, resuming, signals."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from hetlora_jax import (
   checkpoint,
   completions,
   config,
+  dryrun,
   experiment,
   metrics,
   results,
@@ -26,6 +28,7 @@ from hetlora_jax import (
 )
 from hetlora_jax.data import builders, people
 from hetlora_jax.evaluation import perplexity
+from hetlora_jax.models import shapes
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
@@ -109,6 +112,40 @@ def test_a_run_leaves_what_it_promises(unbroken):
   resolved = json.loads((unbroken / 'config.json').read_text())
   assert resolved['federated']['r_max'] == 6
   assert (unbroken / 'curves.png').stat().st_size > 10_000
+
+
+def test_random_weights_in_a_published_shape(monkeypatch):
+  c = small_config()
+  pocket = dataclasses.replace(
+    base_model.random_shape(c.model.random, 611), num_layers=3
+  )
+  monkeypatch.setitem(shapes.SHAPES, 'pocket', pocket)
+  c = small_config(model__source='random:pocket')
+  x = experiment.prepare(c)
+  assert x.base['embed'].shape == (611, 16)
+  assert x.base['layers']['q'].shape[0] == 3
+  assert x.base['embed'].std() > 0
+  told = dryrun.compile_for([c], 'h100')
+  leaves = jax.tree.leaves(x.base)
+  assert told.parameters == sum(leaf.size for leaf in leaves)
+  _, out = x.run_rounds(
+    x.base, x.initial_state, experiment.make_cohorts(x, 0), x.hyper
+  )
+  assert np.isfinite(out['loss_sum']).all() and (out['tokens'] > 0).all()
+
+
+def test_own_people_take_the_place_of_a_data_set():
+  c = small_config()
+  theirs = experiment.prepare(c).people
+  first = dataclasses.replace(theirs, read=lambda row: theirs.read(0))
+  cohort = experiment.make_cohorts(experiment.prepare(c, crowd=first), 0)
+  assert len(np.unique(cohort.batches.target[cohort.batches.weight > 0])) <= (
+    theirs.read(0).num_target
+  )
+  nobody = people.Group(ids=('a',), first=np.array([0]), count=np.array([1]))
+  few = dataclasses.replace(theirs, groups=theirs.groups | {'train': nobody})
+  with pytest.raises(config.ConfigError, match='exceeds the 1 people that'):
+    experiment.prepare(c, crowd=few)
 
 
 def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):

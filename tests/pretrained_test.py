@@ -249,6 +249,8 @@ def test_damaged_and_missing_sources_are_named(tmp_path):
       pretrained.load(path, dtype=np.float32)
   with pytest.raises(FileNotFoundError, match='gemma3_270m'):
     pretrained.load(tmp_path / 'absent', dtype=np.float32)
+  with pytest.raises(FileNotFoundError, match='random:gemma3_1b for random'):
+    pretrained.load('gemma3_1b', dtype=np.float32)
 
 
 def test_a_damaged_word_of_a_gguf_is_named(tmp_path):

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 
 from hetlora_jax import bounds
+from hetlora_jax.models import shapes
 
 GEMMA_FILE = 'gemma-3-270m-q4_k_m.gguf'
 GEMMA_SHA256 = (
@@ -55,9 +56,13 @@ def resolve(source: str | os.PathLike) -> Source:
   if path.is_file() and path.suffix == '.gguf':
     return Source(path, digest(path))
   problem = ValueError if path.exists() else FileNotFoundError
+  shape = str(source) in shapes.SHAPES
+  remedy = (
+    f', or random:{source} for random weights of its shape' if shape else ''
+  )
   raise problem(
     f'base model {str(source)!r} is none of {", ".join(FETCHED)}, a .gguf '
-    'file or a Hugging Face folder: give the path of one.'
+    f'file or a Hugging Face folder: give the path of one{remedy}.'
   )
 
 
