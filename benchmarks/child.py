@@ -24,12 +24,20 @@ def check() -> None:
 class Peer:
   """A script that answers a JSON object a line by another."""
 
-  def __init__(self, script: str, work: dict):
+  def __init__(self, script: str, work: dict, python: str = ''):
+    """Starts the script.
+
+    Args:
+      script: a file beside this one.
+      work: what it is told.
+      python: that runs it; that of --peers_python if it is left out.
+    """
     self._folder, self._script = tempfile.TemporaryDirectory(), script
+    self._python = python or PYTHON.value
     path = pathlib.Path(self._folder.name, 'workload.json')
     path.write_text(json.dumps(work))
     self._child = subprocess.Popen(
-      [PYTHON.value, str(pathlib.Path(__file__).with_name(script)), str(path)],
+      [self._python, str(pathlib.Path(__file__).with_name(script)), str(path)],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -39,8 +47,8 @@ class Peer:
       if line.startswith('{"seconds"'):
         return json.loads(line)
     raise ValueError(
-      f'{self._script} ended under --peers_python={PYTHON.value}, for the '
-      'reason above: has it the extra `bench`?'
+      f'{self._script} ended under {self._python}, for the reason above: has '
+      'it the extra `bench`?'
     )
 
   def close(self):

@@ -1,22 +1,91 @@
-"""What the benchmarks share: running, timing, where it was measured."""
+"""What the benchmarks share: flags, running, timing, where it was measured.
+
+A benchmark is two functions: `measure` returns its result as a dictionary, and
+`report` tells such a result in Markdown, on the terminal and in the pages
+(benchmarks/figures.py). With --smoke it runs in seconds at sizes that mean
+nothing, so that a test can see that it runs.
+"""
 
 import datetime
+import functools
 import json
 import os
 import pathlib
 import platform
 import resource
+import subprocess
 import time
+from collections.abc import Callable
 
 import jax
-from absl import logging
+import ml_collections
+from absl import flags, logging
 from ml_collections import config_flags
 
+from configs import tiny
 from launch import errors, program
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMOKE = flags.DEFINE_bool(
+  'smoke', False, 'Tiny sizes, in seconds: shows that it runs, no more.'
+)
+OUT = flags.DEFINE_string(
+  'out', None,
+  'JSON file of the result; benchmarks/results/NAME.json, with --smoke none.',
+)  # fmt: skip
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs of each.', 1)
+_COMMIT = flags.DEFINE_string(
+  'commit', None, 'What is measured, where there is no git to say so.'
+)
+# A round of next to nothing, without any download.
+_SMOKE_FIELDS = {
+  'federated.num_rounds': 2,
+  'federated.clients_per_round': 2,
+  'federated.clients_at_once': 2,
+  'federated.local_steps': 2,
+  'federated.local_batch': 2,
+  'federated.r_max': 4,
+  'lora.targets': ('q', 'v'),
+  'model.random.num_layers': 1,
+  'model.random.width': 32,
+  'model.random.mlp_width': 48,
+  'eval.num_people': 2,
+  'eval.every': 0,
+}
+
+
+def repeats() -> int:
+  """Returns how often to time, once after what warms up if it is a smoke."""
+  return 1 if SMOKE.value else _REPEATS.value
+
+
+@functools.cache
+def define_config():
+  """Defines --config, the main job by default; a bad field ends in one line.
+
+  Fields given on the command line are set already here.
+  """
+  try:
+    return config_flags.DEFINE_config_file(
+      'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
+    )
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    errors.fail(f'--config: {error}')
+
+
+def config() -> ml_collections.ConfigDict:
+  """Returns a copy of the experiment of --config, or with --smoke a tiny one."""
+  return smoke_config() if SMOKE.value else define_config().value.copy_and_resolve_references()  # fmt: skip
+
+
+def smoke_config() -> ml_collections.ConfigDict:
+  raw = tiny.get_config()
+  raw.update_from_flattened_dict(_SMOKE_FIELDS)
+  return raw
 
 
 def describe() -> dict[str, str]:
-  """Returns processor, cores, device, date and versions."""
+  """Returns processor, cores, device, versions, date and commit."""
   return {
     'processor': _processor(),
     'cores': str(os.cpu_count()),
@@ -24,17 +93,73 @@ def describe() -> dict[str, str]:
     'python': platform.python_version(),
     'jax': jax.__version__,
     'date': datetime.date.today().isoformat(),
+    'commit': commit(),
   }
 
 
-def write(path: str, result: dict) -> None:
-  """Writes a result as JSON, making its folder."""
+def told(found: dict[str, str]) -> str:
+  """Tells what `describe` returned in half a sentence."""
+  commit = f', commit {found["commit"]}' if found.get('commit') else ''
+  where = f'{found["cores"]} cores, {found["processor"]}'
+  if found['device'] != 'cpu':
+    where = f'{found["device"]}, {where}'
+  return f'{where}, jax {found["jax"]}, {found["date"]}{commit}'
+
+
+def commit() -> str:
+  """Returns the commit's name, with a + if tracked files differ from it."""
+  if _COMMIT.value:
+    return _COMMIT.value
+  command = ['git', 'describe', '--always', '--abbrev=10', '--exclude=*', '--dirty=+']  # fmt: skip
+  try:
+    done = subprocess.run(
+      command, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return ''
+  return done.stdout.strip()
+
+
+def write(path: str | os.PathLike, result: dict) -> None:
+  """Writes a result as JSON at once, making its folder."""
   file = pathlib.Path(path)
   file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(json.dumps(result, indent=1) + '\n')
+  temporary = file.with_name(f'.{file.name}.{os.getpid()}')
+  temporary.write_text(json.dumps(result, indent=1) + '\n')
+  os.replace(temporary, file)
 
 
-def run(benchmark) -> None:
+def read(path: str | os.PathLike) -> dict:
+  return json.loads(pathlib.Path(path).read_text())
+
+
+def save(name: str, result: dict) -> None:
+  """Writes what a benchmark has found so far to where its result goes."""
+  path = OUT.value or (None if SMOKE.value else f'benchmarks/results/{name}.json')  # fmt: skip
+  if path:
+    write(path, {'machine': describe()} | result)
+
+
+def run(
+  name: str, measure: Callable[[], dict], report: Callable[[dict], str]
+) -> None:
+  """Measures, writes and tells as a program; bad input ends in one line.
+
+  Args:
+    name: of the module and of its file in benchmarks/results/.
+    measure: returns the result, for JSON.
+    report: tells a result that has `machine` too.
+  """
+
+  def benchmark() -> None:
+    result = measure()
+    save(name, result)
+    print('\n' + report({'machine': describe()} | result))
+
+  start(benchmark)
+
+
+def start(benchmark: Callable[[], None]) -> None:
   """Runs a function of nothing as a program; bad input ends in one line."""
 
   def main(argv):
@@ -51,19 +176,6 @@ def run(benchmark) -> None:
   program.call(main)
 
 
-def define_config():
-  """Defines --config, the main job by default; a bad field ends in one line.
-
-  Fields given on the command line are set already here.
-  """
-  try:
-    return config_flags.DEFINE_config_file(
-      'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
-    )
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    errors.fail(f'--config: {error}')
-
-
 def seconds(function, *args) -> float:
   """Times one call of a function of arrays, until its result is there."""
   start = time.perf_counter()
@@ -74,6 +186,18 @@ def seconds(function, *args) -> float:
 def peak_mb() -> float:
   """Returns the most memory that this process ever held, in 10^6 bytes."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+  """Returns a Markdown table; columns but the first are aligned to the right.
+
+  Args:
+    head: names of the columns, divided by ' | '.
+    rows: cells.
+  """
+  names = head.split(' | ')
+  lines = [names, ['---', *['---:'] * (len(names) - 1)], *rows]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
 def dtypes() -> list[str]:
@@ -92,6 +216,13 @@ def _cpuinfo() -> str:
 
 
 def _processor() -> str:
-  lines = _cpuinfo().splitlines()
-  names = [line for line in lines if line.startswith('model name')]
-  return names[0].partition(': ')[2] if names else platform.processor()
+  """Returns the processor's name, and which products of bfloat16 it has."""
+  info = _cpuinfo()
+  names = [x for x in info.splitlines() if x.startswith('model name')]
+  name = names[0].partition(': ')[2] if names else platform.processor()
+  able = [
+    words
+    for flag, words in (('amx_bf16', 'AMX'), ('avx512_bf16', 'avx512_bf16'))
+    if flag in info
+  ]
+  return f'{name} ({able[0] if able else "no bfloat16"})'

@@ -1,12 +1,14 @@
 """The peer: torch + transformers + peft, clients one after another.
 
-A child process of benchmarks/peers.py, in a virtual environment of its own:
+A child process of benchmarks/peers.py and benchmarks/accelerator.py, in their
+virtual environment:
 
   python benchmarks/peer_torch.py WORKLOAD.json
 
-Reads one JSON object a line ({"case", "dtype", "padding"} and, if not all,
-"clients"), trains the clients of that case for one round, and answers with
-seconds, tokens, loss and memory.
+Reads one JSON object a line, {"case", "dtype", "padding"} and perhaps "clients"
+(if not all), "attention" (its kernels) and "compiled"; trains the clients of that
+case for one round, on a GPU if there is one, and answers with seconds, tokens, loss
+and memory, or with why it "failed".
 """
 
 import copy
@@ -21,16 +23,19 @@ import torch
 import transformers
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
-def load(path, dtype):
-  """Loads the base from its GGUF, frozen."""
+def load(path, dtype, attention=None):
+  """Loads the base from a GGUF file or a Hugging Face folder, frozen."""
   path = pathlib.Path(path)
+  where = [path, None] if path.is_dir() else [path.parent, path.name]
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    path.parent, gguf_file=path.name, dtype=torch.float32
-  )
+    where[0], gguf_file=where[1], dtype=torch.float32,
+    attn_implementation=attention,
+  )  # fmt: skip
   # Asked for bfloat16 at once, it may keep the weights packed.
-  return model.to(DTYPES[dtype]).requires_grad_(False)
+  return model.to(DEVICE, DTYPES[dtype]).requires_grad_(False)
 
 
 def with_adapters(model, work, ranks):
@@ -59,7 +64,8 @@ def pad(step, padding, pad_id):
     count, targets = len(tokens), example['num_target']
     ids[row, :count], mask[row, :count] = tokens, 1
     labels[row, count - targets : count] = tokens[-targets:]
-  return {'input_ids': ids, 'attention_mask': mask, 'labels': labels}
+  batch = {'input_ids': ids, 'attention_mask': mask, 'labels': labels}
+  return {name: x.to(DEVICE, non_blocking=True) for name, x in batch.items()}
 
 
 def factors(model, rank):
@@ -69,51 +75,101 @@ def factors(model, rank):
   }
 
 
-def train_client(model, client, sent, work, padding):
-  """Trains one client from the global adapters; returns them, loss, tokens."""
-  rank = client['rank']
-  model.set_adapter(f'r{rank}')
-  own = factors(model, rank)
+def slots(name, x, rank):
+  """Returns the first slots of a factor."""
+  return x[:rank] if 'lora_A' in name else x[:, :rank]
+
+
+def train_client(model, client, sent, work, padding, adapter=None, call=None):
+  """Trains one client from the global adapters; returns them, losses, tokens.
+
+  Args:
+    model: with adapters.
+    client: its rank and steps.
+    sent: the global adapters.
+    work: the workload.
+    padding: 'longest', or a length.
+    adapter: rank of the one to use, whose slots past the client's are zero, as
+      are their gradients then; its own if it is left out.
+    call: the model compiled, if it is.
+  """
+  adapter = adapter or client['rank']
+  model.set_adapter(f'r{adapter}')
+  own = factors(model, adapter)
   for name, p in own.items():
-    slots = sent[name.replace(f'.r{rank}.', '.')]
-    p.data.copy_(slots[:rank] if 'lora_A' in name else slots[:, :rank])
-  optimizer = torch.optim.Adam(own.values(), lr=work['learning_rate'])
+    p.data.zero_()
+    received = slots(
+      name, sent[name.replace(f'.r{adapter}.', '.')], client['rank']
+    )
+    slots(name, p.data, client['rank']).copy_(received)
+  optimizer = torch.optim.Adam(
+    own.values(), lr=work['learning_rate'], fused=DEVICE == 'cuda'
+  )
   losses, tokens = [], 0
   for step in client['steps']:
     count = sum(example['num_target'] for example in step)
     if not count:
       continue
-    loss = model(**pad(step, padding, 0)).loss
+    forward = model if call is None else call
+    loss = forward(**pad(step, padding, 0)).loss
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    losses.append(loss.item())
+    losses.append(loss.detach().clone())  # read at the end: nothing waits
     tokens += count
-  return own, losses, tokens
+  return own, [loss.item() for loss in losses], tokens
 
 
-def one_round(model, clients, sent, work, padding):
+def one_round(model, clients, sent, work, padding, adapter=None, call=None):
   """Trains all clients and averages their zero-padded adapters."""
   total = {name: torch.zeros_like(p) for name, p in sent.items()}
   first, tokens = None, 0
   for client in clients:
-    own, losses, count = train_client(model, client, sent, work, padding)
+    own, losses, count = train_client(
+      model, client, sent, work, padding, adapter, call
+    )
     first, tokens = first or losses[0], tokens + count
     for name, p in own.items():
-      slots = total[name.replace(f'.r{client["rank"]}.', '.')]
-      part = slots[: client['rank']] if 'lora_A' in name else slots[:, : client['rank']]  # fmt: skip
-      part += p.detach() / len(clients)
+      whole = total[name.replace(f'.r{adapter or client["rank"]}.', '.')]
+      part = slots(name, whole, client['rank'])
+      part += slots(name, p.detach(), client['rank']) / len(clients)
   return total, first, tokens
 
 
 def initial(model, work):
   """Draws the global adapters: A normal, B zero."""
-  rank = max(client['rank'] for client in work['cases']['chat'])
+  rank = largest_rank(work)
   sent = {}
   for name, p in factors(model, rank).items():
     draw = torch.randn_like(p) / p.shape[-1] ** 0.5 if 'lora_A' in name else torch.zeros_like(p)  # fmt: skip
     sent[name.replace(f'.r{rank}.', '.')] = draw
   return sent
+
+
+def largest_rank(work):
+  clients = next(iter(work['cases'].values()))
+  return max(client['rank'] for client in clients)
+
+
+def answer(model, call, work, ask):
+  """Trains a round and returns what it took."""
+  clients = work['cases'][ask['case']][: ask.get('clients')]
+  sent = initial(model, work)
+  adapter = None if call is None else largest_rank(work)
+  start = time.perf_counter()
+  _, loss, tokens = one_round(
+    model, clients, copy.copy(sent), work, ask['padding'], adapter, call
+  )
+  if DEVICE == 'cuda':
+    torch.cuda.synchronize()
+  return {
+    'seconds': time.perf_counter() - start,
+    'tokens': tokens,
+    'first_loss': loss,
+    'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+    'device_mb': torch.cuda.max_memory_allocated() / 1e6 if DEVICE == 'cuda' else 0,
+    'versions': {m.__name__: m.__version__ for m in (torch, transformers, peft)},
+  }  # fmt: skip
 
 
 def main():
@@ -122,26 +178,23 @@ def main():
   models = {}
   for line in sys.stdin:
     ask = json.loads(line)
-    if ask['dtype'] not in models:
+    key = ask['dtype'], ask.get('attention'), ask.get('compiled', False)
+    if key not in models:
       models.clear()  # one model in memory at a time
-      model = load(work['gguf'], ask['dtype'])
-      ranks = sorted({client['rank'] for client in work['cases']['chat']})
-      models[ask['dtype']] = with_adapters(model, work, ranks)
-    model = models[ask['dtype']]
-    clients = work['cases'][ask['case']][: ask.get('clients')]
-    sent = initial(model, work)
-    start = time.perf_counter()
-    _, loss, tokens = one_round(
-      model, clients, copy.copy(sent), work, ask['padding']
-    )
-    answer = {
-      'seconds': time.perf_counter() - start,
-      'tokens': tokens,
-      'first_loss': loss,
-      'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
-      'versions': {m.__name__: m.__version__ for m in (torch, transformers, peft)},
-    }  # fmt: skip
-    print(json.dumps(answer), flush=True)
+      model = load(work['model'], *key[:2])
+      ranks = sorted(
+        {c['rank'] for case in work['cases'].values() for c in case}
+      )
+      model = with_adapters(model, work, ranks)
+      call = torch.compile(model, mode='reduce-overhead') if key[2] else None
+      models[key] = model, call
+    try:
+      found = answer(*models[key], work, ask)
+    except Exception as error:  # of a compiler; then other variants are tried
+      if not ask.get('compiled'):
+        raise
+      found = {'seconds': 0, 'failed': str(error)[:300]}
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == '__main__':

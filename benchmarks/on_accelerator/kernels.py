@@ -1,0 +1,159 @@
+"""Attention by cuDNN and by XLA, and how many words of the vocabulary at once.
+
+The shapes are those of 64 clients that train at once: their rows are one batch.
+Forward and backward pass together; a row is timed alone.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import machine
+from hetlora_jax.models import kernels
+
+# Rows, tokens, query heads, key heads, width of a head.
+_ATTENTION = (
+  (64, 128, 4, 1, 256),
+  (64, 128, 9, 3, 64),
+  (64, 128, 24, 8, 128),
+  (8, 1024, 4, 1, 256),
+  (8, 1024, 9, 3, 64),
+  (8, 1024, 24, 8, 128),
+)
+_WORDS = (2048, 8192, 16384, 32768, 65536, 131072, 262144)
+_CLIENTS, _TARGETS, _WIDTH = 64, 48, 640
+_CALLS = 20
+
+
+def _time(function, *args) -> float:
+  """Returns the seconds of a call, of many that follow each other."""
+  jax.block_until_ready(function(*args))
+
+  def many():
+    for _ in range(_CALLS):
+      out = function(*args)
+    jax.block_until_ready(out)
+
+  return min(machine.seconds(many) for _ in range(3)) / _CALLS
+
+
+def _inputs(rows, tokens, heads, key_heads, width):
+  """Draws queries, keys, values and cotangent, and masks two examples a row."""
+  draw = [jax.random.normal(jax.random.key(i), (rows, tokens, n, width), jnp.bfloat16)
+          for i, n in enumerate((heads, key_heads, key_heads, heads))]  # fmt: skip
+  segment = jnp.arange(tokens)[None] >= tokens * 2 // 3
+  segment = jnp.broadcast_to(segment, (rows, tokens))
+  past = jnp.tril(jnp.ones((tokens, tokens), bool))
+  return draw, (segment[:, :, None] == segment[:, None]) & past[None]
+
+
+def attention(implementation: str):
+  """Returns (q, k, v, cotangent, mask) -> output and gradients."""
+
+  def both(q, k, v, cotangent, mask):
+    def attend(q, k, v):
+      return jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], scale=q.shape[-1] ** -0.5,
+        implementation=implementation,
+      )  # fmt: skip
+
+    out, back = jax.vjp(attend, q, k, v)
+    return out, back(cotangent)
+
+  return jax.jit(both)
+
+
+def _distance(a, b) -> float:
+  """Returns the largest relative distance of two trees' leaves."""
+  far = [
+    float(jnp.linalg.norm((x - y).astype(jnp.float32).ravel())
+          / jnp.linalg.norm(y.astype(jnp.float32).ravel()))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  ]  # fmt: skip
+  return max(far)
+
+
+def measure_attention(shape) -> dict:
+  """Times both implementations; says why, if one refuses a shape."""
+  draw, mask = _inputs(*shape)
+  wide = [x.astype(jnp.float32) for x in draw]
+  with jax.default_matmul_precision('highest'):
+    want = attention('xla')(*wide, mask)
+  row: dict = {'shape': shape}
+  for name in ('xla', 'cudnn'):
+    run = attention(name)
+    try:
+      row[name] = {'s': _time(run, *draw, mask)}
+      row[name]['error'] = _distance(run(*draw, mask), want)
+    except Exception as error:  # jax, XLA and cuDNN refuse in many ways
+      row[name] = {
+        'refused': (str(error).splitlines() or [repr(error)])[0][:300]
+      }
+  return row
+
+
+def measure_words(vocabulary: int) -> list[dict]:
+  """Times the loss of all clients' targets over chunks of the vocabulary."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  h = jax.random.normal(keys[0], (_CLIENTS, _TARGETS, _WIDTH), jnp.bfloat16)
+  embed = jax.random.normal(keys[1], (vocabulary, _WIDTH), jnp.bfloat16)
+  target = jax.random.randint(keys[2], h.shape[:2], 0, vocabulary)
+  rows = []
+  for words in _WORDS:
+    if words > vocabulary:
+      continue
+
+    def loss(h, embed, target, words=words):
+      one = lambda h, t: kernels.linear_cross_entropy(  # noqa: E731
+        h, embed, t, jnp.ones(t.shape), words
+      )
+      return jax.vmap(one)(h, target).sum()
+
+    run = jax.jit(jax.grad(loss)).lower(h, embed, target).compile()
+    memory = run.memory_analysis().temp_size_in_bytes / 1e6
+    seconds = _time(run, h, embed, target)
+    needed = 4 * math.prod(h.shape) * vocabulary
+    rows.append({
+      'words': words, 's': seconds, 'temporary_mb': memory,
+      'flops_per_s': needed / seconds,
+    })  # fmt: skip
+  return rows
+
+
+def measure(keep) -> None:
+  """Times attention at all shapes, then the loss."""
+  shapes = _ATTENTION
+  if machine.SMOKE.value:
+    shapes = [(2, 16, heads, keys, 16) for _, _, heads, keys, _ in shapes[:2]]
+  result: dict = {'attention': []}
+  for shape in shapes:
+    result['attention'].append(measure_attention(shape))
+    print(result['attention'][-1], flush=True)
+    keep(result)
+  result['words'] = measure_words(4096 if machine.SMOKE.value else 262144)
+  print(*result['words'], sep='\n', flush=True)
+  keep(result)
+
+
+def report(result: dict) -> str:
+  """Tells milliseconds and errors of attention, and of words at once."""
+
+  def cell(found: dict) -> str:
+    if 'refused' in found:
+      return f'refused: {found["refused"][:60]}'
+    return f'{1e3 * found["s"]:.3f} ms, error {found["error"]:.0e}'
+
+  rows = [
+    [' x '.join(map(str, row['shape'])), cell(row['xla']), cell(row['cudnn'])]
+    for row in result['attention']
+  ]
+  head = 'rows x tokens x heads x key heads x width | XLA | cuDNN'
+  text = machine.table(head, rows)
+  rows = [
+    [f'{row["words"]:,}', f'{1e3 * row["s"]:.2f}', f'{row["temporary_mb"]:,.0f}',
+     f'{row["flops_per_s"] / 1e12:.0f}']
+    for row in result.get('words', [])
+  ]  # fmt: skip
+  head = 'words at once | ms, loss and its gradient | temporary MB | TFLOP/s'
+  return f'{text}\n\n{machine.table(head, rows)}'
