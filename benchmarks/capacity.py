@@ -16,7 +16,7 @@ from absl import flags
 from benchmarks import machine
 from hetlora_jax import config, dryrun
 
-_CONFIG = machine.define_config()
+machine.define_config()
 _MODELS = flags.DEFINE_list(
   'models',
   ['gemma3_1b', 'gemma3_4b', 'llama32_3b'],
@@ -27,7 +27,6 @@ _MODEL_AXIS = flags.DEFINE_integer(
   'model_axis', 4, 'Devices that share a base.'
 )
 _CHIPS = flags.DEFINE_list('chips', list(dryrun.CHIPS), 'Chips.')
-_OUT = flags.DEFINE_string('out', 'benchmarks/results/capacity.json', 'Result.')
 _FEW, _MORE = 1, 9  # clients on each slice of the clients axis
 
 
@@ -35,7 +34,7 @@ def compiled(
   model: str, devices: int, chip: str, clients: int
 ) -> dryrun.Report:
   """Compiles a round of so many clients on each slice of the clients axis."""
-  raw = _CONFIG.value.copy_and_resolve_references()
+  raw = machine.config()
   slices = devices // _MODEL_AXIS.value
   raw.model.source = model
   raw.mesh.clients, raw.mesh.model = slices, _MODEL_AXIS.value
@@ -44,7 +43,7 @@ def compiled(
   return dryrun.compile_for([config.resolve(raw)], chip)
 
 
-def measure(model: str, devices: int, chip: str) -> dict:
+def cell(model: str, devices: int, chip: str) -> dict:
   """Returns a device's bytes, and the most clients a round by them."""
   few, more = (compiled(model, devices, chip, n) for n in (_FEW, _MORE))
   each = (more.peak - few.peak) / (_MORE - _FEW)
@@ -63,34 +62,55 @@ def most(cell: dict, memory: float) -> int:
   return max(0, int(_FEW + room)) * cell['clients_axis'] if room >= 0 else 0
 
 
-def main() -> None:
+def measure() -> dict:
+  """Compiles all cells, keeping each as it comes."""
+  models, devices = _MODELS.value, [int(n) for n in _DEVICES.value]
+  chips = _CHIPS.value
+  if machine.smoke():
+    models, devices, chips = ['random'], [8], ['h100', 'h200']
   jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', max(map(int, _DEVICES.value)))
-  result: dict = {'machine': machine.describe(), 'cells': []}
-  print('| model | devices | chip | base | state | temporaries | a waiting '
-        'client | most clients a round | compiled in |')  # fmt: skip
-  print('|---|---:|---|---:|---:|---:|---:|---:|---:|')
-  for model in _MODELS.value:
-    for devices in map(int, _DEVICES.value):
+  if jax.config.jax_num_cpu_devices < max(devices):
+    jax.config.update('jax_num_cpu_devices', max(devices))
+  result: dict = {'cells': []}
+  for model in models:
+    for count in devices:
       done: dict = {}
-      for chip in _CHIPS.value:
+      for chip in chips:
         compiler = dryrun.compiler_of(chip)
         if compiler not in done:
-          done[compiler] = measure(model, devices, chip)
-        cell = done[compiler] | {'chip': chip}
-        cell['most_clients'] = most(cell, dryrun.CHIPS[chip].memory)
-        result['cells'].append(cell)
-        base = cell['arguments']['base']
+          done[compiler] = cell(model, count, chip)
+        found = done[compiler] | {'chip': chip}
+        found['most_clients'] = most(found, dryrun.CHIPS[chip].memory)
+        result['cells'].append(found)
         print(
-          f'| {model} | {devices} | {chip} | {base / 1e9:.2f} GB '
-          f'| {(cell["argument_bytes"] - base) / 1e6:.0f} MB '
-          f'| {cell["temporary_bytes"] / 1e9:.2f} GB '
-          f'| {cell["a_client_bytes"] / 1e6:.1f} MB '
-          f'| {cell["most_clients"]:,} | {cell["seconds"]:.0f} s |',
+          f'{model}, {count} {chip}: {found["most_clients"]:,} clients',
           flush=True,
         )
-        machine.write(_OUT.value, result)
+        machine.save('capacity', result)
+  return result
+
+
+def report(result: dict) -> str:
+  """Tells the cells, a row each."""
+  rows = []
+  for c in result['cells']:
+    base = c['arguments']['base']
+    rows.append([
+      c['model'], str(c['devices']), c['chip'], f'{base / 1e9:.2f} GB',
+      f'{(c["argument_bytes"] - base) / 1e6:.0f} MB',
+      f'{c["temporary_bytes"] / 1e9:.2f} GB',
+      f'{c["a_client_bytes"] / 1e6:.1f} MB', f'{c["most_clients"]:,}',
+      f'{c["seconds"]:.0f} s',
+    ])  # fmt: skip
+  head = (
+    'model | devices | chip | base | state | temporaries | a waiting client | '
+    'most clients a round | compiled in'
+  )
+  return (
+    f'{machine.table(head, rows)}\n\nCompiled, twice a row ("compiled in" is '
+    f'both), on {machine.told(result["machine"])}.'
+  )
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('capacity', measure, report)

@@ -1,14 +1,21 @@
 """A peer in a child process, in a virtual environment of its own."""
 
+import importlib.util
 import json
 import pathlib
 import subprocess
+import sys
 import tempfile
 
 from absl import flags
 
 PYTHON = flags.DEFINE_string(
   'peers_python', '.venv-bench/bin/python', 'Python with torch, peft, flwr.'
+)
+
+
+PEERS = flags.DEFINE_bool(
+  'peers', True, 'Time the peers too; --nopeers runs only what is ours.'
 )
 
 
@@ -19,6 +26,14 @@ def check() -> None:
       f'--peers_python={PYTHON.value} does not exist: `make bench` makes it, '
       'or name a Python with the extra `bench`.'
     )
+
+
+def python_with(package: str) -> str:
+  """Returns this Python if it has a package, else that of --peers_python."""
+  if importlib.util.find_spec(package):
+    return sys.executable
+  check()
+  return PYTHON.value
 
 
 class Peer:

@@ -1,37 +1,46 @@
 """One training step: clients at once, recomputation, and where its time goes.
 
-python -m benchmarks.client_step [--source=gemma3_270m] [--repeats=5]
-  [--tokens=128] [--targets=48] [--profile]
+python -m benchmarks.client_step [--source=gemma3_270m] [--dtype=float32]
+  [--repeats=5] [--tokens=128] [--targets=48] [--profile]
 
-Variants are timed in turn; prints the median seconds a client, the ratio to one
-client at a time, and the temporary memory. With --profile, a trace of five
-clients at once, summed by operation: products that run at the same time each
-count their whole time.
+Variants are timed in turn: seconds a client, their ratio to one client at a time,
+and the temporary memory. With --profile, instead, where the time of a step of five
+clients goes, summed by operation; that is printed and not kept.
 """
 
 import collections
-import gzip
-import json
-import pathlib
-import re
-import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import machine
-from hetlora_jax import lora
+from benchmarks import machine, profiling
+from hetlora_jax import base_model, config, lora, sharding
 from hetlora_jax.models import decoder, pretrained, readout
-from hetlora_jax.types import Batch
+from hetlora_jax.types import Batch, PyTree
 
 _SOURCE = flags.DEFINE_string('source', 'gemma3_270m', 'Base model.')
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed calls of each.')
-_TOKENS = flags.DEFINE_integer('tokens', 128, 'Tokens a client.')
-_TARGETS = flags.DEFINE_integer('targets', 48, 'Loss-bearing positions.')
+_DTYPE = flags.DEFINE_enum(
+  'dtype', 'float32', ['float32', 'bfloat16'], 'Type of the base model.'
+)
+_TOKENS = flags.DEFINE_integer('tokens', 128, 'Tokens a client.', 1)
+_TARGETS = flags.DEFINE_integer('targets', 48, 'Loss-bearing positions.', 1)
 _PROFILE = flags.DEFINE_bool('profile', False, 'Print where the time goes.')
 _RANK = 50
+_CLIENTS = 5  # of the profile
+_AT_ONCE = (1, 2, 5, 10)
+_OPERATIONS = 30
+
+
+def load_model() -> tuple[decoder.DecoderConfig, PyTree]:
+  """Returns shape and parameters of --source, or with --smoke of a tiny model."""
+  if machine.smoke():
+    c = config.resolve(machine.smoke_config())
+    model = base_model.load(c, sharding.make_mesh())
+    return model.config, model.params
+  model = pretrained.load(_SOURCE.value, dtype=jnp.dtype(_DTYPE.value))
+  return model.config, jax.device_put(model.params)
 
 
 def _batch(rng, clients: int, vocabulary: int) -> Batch:
@@ -47,67 +56,82 @@ def _batch(rng, clients: int, vocabulary: int) -> Batch:
   )
 
 
-def variant(model, base, clients: int, remat: bool):
+def variant(
+  shape: decoder.DecoderConfig, base: PyTree, clients: int, remat: bool
+):
   """Returns a compiled step of so many clients at once, and its arguments."""
-  dims = decoder.adapter_dims(model.config, ('q', 'v'))
+  dims = decoder.adapter_dims(shape, ('q', 'v'))
   adapters = lora.init(jax.random.key(0), dims, _RANK, 'gaussian')
-  loss = readout.make_loss(model.config, jnp.float32, remat)
+  loss = readout.make_loss(shape, base['embed'].dtype, remat)
 
   def step(base, adapters, batch):
     total = lambda a: loss(base, a, jnp.float32(2), batch)[0]  # noqa: E731
     return jax.grad(total)(adapters)
 
   many = jax.tree.map(lambda x: jnp.stack([x] * clients), adapters)
-  batch = _batch(np.random.default_rng(0), clients, model.config.vocab_size)
+  batch = _batch(np.random.default_rng(0), clients, shape.vocab_size)
   args = base, many, batch
   return jax.jit(jax.vmap(step, (None, 0, 0))).lower(*args).compile(), args
 
 
-def profile(run, args) -> None:
-  """Prints the operations that take the most time, and what they compute."""
-  with tempfile.TemporaryDirectory() as folder:
-    with jax.profiler.trace(folder, create_perfetto_trace=True):
-      jax.block_until_ready(run(*args))
-    trace = next(pathlib.Path(folder).rglob('perfetto_trace.json.gz'))
-    events = json.loads(gzip.decompress(trace.read_bytes()))
-  spent = collections.Counter()
-  for event in events if isinstance(events, list) else events['traceEvents']:
-    spent[event['name']] += event.get('dur', 0)
-  text = run.as_text()
-  for name, microseconds in spent.most_common(60):
-    found = re.search(rf'%{re.escape(name)} = (\S+) .*op_name="([^"]*)"', text)
-    if found:
-      shape, what = found.groups()
-      what = re.sub(r'while/body/closed_call/|jit\(\w*\)/', '', what)[-60:]
-      print(f'{microseconds / 1e3:>9.1f} ms  {shape:<28} {what}')
+def profile() -> None:
+  """Prints the operations that take the most of a step."""
+  run, args = variant(*load_model(), _CLIENTS, False)
+  machine.seconds(run, *args)
+  rows = profiling.top(run, lambda: run(*args), _OPERATIONS)
+  print(profiling.told(rows))
 
 
-def main() -> None:
-  model = pretrained.load(_SOURCE.value, dtype=np.float32)
-  base = jax.device_put(model.params)
-  if _PROFILE.value:
-    run, args = variant(model, base, 5, False)
-    machine.seconds(run, *args)
-    return profile(run, args)
+def measure() -> dict:
+  """Times all variants in turn."""
+  at_once = _AT_ONCE[:2] if machine.smoke() else _AT_ONCE
+  model = load_model()
   variants = {
-    (n, remat): variant(model, base, n, remat)
-    for remat in (False, True) for n in (1, 2, 5, 10)
+    (n, remat): variant(*model, n, remat)
+    for remat in (False, True) for n in at_once
   }  # fmt: skip
   times = collections.defaultdict(list)
-  for repeat in range(_REPEATS.value + 1):
+  for repeat in range(machine.repeats() + 1):
     for key, (run, args) in variants.items():
       seconds = machine.seconds(run, *args) / key[0]
       if repeat:  # the first warms up
         times[key].append(seconds)
-  print(f'{"at once":>8}{"remat":>7}{"s a client":>12}{"ratio":>7}{"MB":>7}')
-  for key, (run, _) in variants.items():
-    ratio = np.median(np.divide(times[key], times[1, False]))
-    megabytes = run.memory_analysis().temp_size_in_bytes / 1e6
-    print(
-      f'{key[0]:>8}{key[1]!s:>7}{np.median(times[key]):>12.2f}'
-      f'{ratio:>7.2f}{megabytes:>7.0f}'
-    )
+  rows = [
+    {
+      'at_once': n, 'remat': remat,
+      'seconds_a_client': float(np.median(times[n, remat])),
+      'ratio': float(np.median(np.divide(times[n, remat], times[1, False]))),
+      'temporary_mb': run.memory_analysis().temp_size_in_bytes / 1e6,
+    }
+    for (n, remat), (run, _) in variants.items()
+  ]  # fmt: skip
+  return {
+    'model': _SOURCE.value, 'dtype': _DTYPE.value, 'tokens': _TOKENS.value,
+    'targets': _TARGETS.value, 'variants': rows,
+  }  # fmt: skip
+
+
+def report(result: dict) -> str:
+  """Tells the variants."""
+  rows = [
+    [str(row['at_once']), 'all of a layer' if row['remat'] else 'but products',
+     f'{row["seconds_a_client"]:.3f}', f'{row["ratio"]:.2f}',
+     f'{row["temporary_mb"]:.0f}']
+    for row in result['variants']
+  ]  # fmt: skip
+  head = 'clients at once | recomputed | s a client | ratio | temporary MB'
+  return (
+    f'{machine.table(head, rows)}\n\n{result["model"]} in {result["dtype"]}, '
+    f'{result["tokens"]} tokens and {result["targets"]} targets a client. '
+    f'{machine.told(result["machine"])}.'
+  )
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.start(
+    lambda: (
+      profile()
+      if _PROFILE.value
+      else machine.tell('client_step', measure, report)
+    )
+  )

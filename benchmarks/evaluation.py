@@ -2,23 +2,20 @@
 
 python -m benchmarks.evaluation [--config=configs/study.py:chat] [--repeats=5]
 
-Prints the median seconds of both sets of people, in turn in one process, their
-ratio to one person at a time, the summed loss, and the megabytes that the program
-needs besides its arguments, below those of a round with one client at a time.
+The median seconds of both sets of people, in turn in one process, their ratio to
+one person at a time, the summed loss, and the megabytes that the program needs
+besides its arguments, beside those of a round with one client at a time.
 """
 
 import statistics
 import time
 from unittest import mock
 
-from absl import flags
-
 from benchmarks import machine
 from hetlora_jax import config, experiment, sweep
 from hetlora_jax.evaluation import perplexity
 
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed evaluations of each.', 1)
-_CONFIG = machine.define_config()
+machine.define_config()
 _AT_ONCE = (1, 4, 8, 16, 48)
 
 
@@ -61,22 +58,43 @@ class Evaluation:
     return loss, time.perf_counter() - start
 
 
-def main() -> None:
-  c = config.resolve(_CONFIG.value)
-  print(f'a round, one client at a time: {_megabytes(_a_round(c)):.0f} MB')
-  evaluations = {n: Evaluation(c, n) for n in _AT_ONCE}
-  for _ in range(_REPEATS.value):
+def measure() -> dict:
+  """Times evaluations of so many people at once, in turn."""
+  c = config.resolve(machine.config())
+  at_once = _AT_ONCE[:2] if machine.smoke() else _AT_ONCE
+  evaluations = {n: Evaluation(c, n) for n in at_once}
+  for _ in range(machine.repeats()):
     for evaluation in evaluations.values():
       evaluation.times.append(evaluation.run()[1])
   one = statistics.median(evaluations[1].times)
-  print(f'{"at once":>8}{"s":>8}{"ratio":>8}{"MB":>8}{"summed loss":>14}')
-  for n, e in evaluations.items():
-    median = statistics.median(e.times)
-    ratio = one / median
-    print(
-      f'{n:>8}{median:>8.2f}{ratio:>8.2f}{e.megabytes:>8.0f}{e.loss:>14.4f}'
-    )
+  return {
+    'model': c.model.source, 'data': c.data.name, 'people': c.eval.num_people,
+    'round_mb': _megabytes(_a_round(c)),
+    'at_once': [
+      {
+        'people': n, 'seconds': statistics.median(e.times),
+        'ratio': one / statistics.median(e.times), 'temporary_mb': e.megabytes,
+        'loss': e.loss,
+      }
+      for n, e in evaluations.items()
+    ],
+  }  # fmt: skip
+
+
+def report(result: dict) -> str:
+  """Tells the evaluations."""
+  rows = [
+    [str(row['people']), f'{row["seconds"]:.2f}', f'{row["ratio"]:.2f}',
+     f'{row["temporary_mb"]:.0f}', f'{row["loss"]:.4f}']
+    for row in result['at_once']
+  ]  # fmt: skip
+  head = 'people at once | s | times as fast | temporary MB | summed loss'
+  return (
+    f'{machine.table(head, rows)}\n\n{result["model"]} on {result["data"]}, '
+    f'twice {result["people"]} people; a round of one client at a time needs '
+    f'{result["round_mb"]:.0f} MB. {machine.told(result["machine"])}.'
+  )
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('evaluation', measure, report)

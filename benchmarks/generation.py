@@ -6,11 +6,11 @@ python -m benchmarks.generation --peers_python=.venv-bench/bin/python \
 The same float32 weights, threads and held-out prompts, greedy, and exactly so
 many new tokens, reading the prompts included; one after the other in turn. Also
 compares the tokens, and the base's perplexity of the prompts' own completions.
-Prints a table and writes benchmarks/results/generation.json.
 """
 
 import math
 import os
+import pathlib
 import statistics
 import time
 
@@ -19,21 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import child, machine
+from benchmarks import child, machine, work
 from hetlora_jax import config, experiment
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example, People, evenly_spaced
 from hetlora_jax.evaluation import generation
 from hetlora_jax.models import pretrained, readout
-from hetlora_jax.models.pretrained import sources
 
-_CONFIG = machine.define_config()
+machine.define_config()
 _ROWS = flags.DEFINE_integer('rows', 16, 'Prompts at once.', 1)
 _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 32, 'Of each.', 1)
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Runs of each, in turn.', 1)
-_OUT = flags.DEFINE_string(
-  'out', 'benchmarks/results/generation.json', 'Result.'
-)
 _MOST_APART = 0.005  # of the perplexities
 _LEAST_EQUAL = 0.95  # of the tokens; one near tie changes all that follow
 
@@ -53,9 +48,11 @@ def texts(people: People, count: int, most: int) -> list[Example]:
 class Ours:
   """Our model, its programs compiled once."""
 
-  def __init__(self, source: str, chosen: list[Example], new_tokens: int):
-    # From the source itself, as the peer: not rounded to bfloat16.
-    model = pretrained.load(source, dtype=np.float32, cached=False)
+  def __init__(
+    self, files: pathlib.Path, chosen: list[Example], new_tokens: int
+  ):
+    # From the files themselves, as the peer: not rounded to bfloat16.
+    model = pretrained.load(files, dtype=np.float32, cached=False)
     self.config = model.config
     self.params = jax.tree.map(jnp.asarray, model.params)
     self.chosen, self.new_tokens = chosen, new_tokens
@@ -89,13 +86,14 @@ def _share_equal(ours: list, theirs: list) -> float:
   return float((np.array(ours) == np.array(theirs)).mean())
 
 
-def alternate(ours: Ours, peer: child.Peer) -> list[dict]:
+def alternate(ours: Ours, peer: child.Peer | None) -> list[dict]:
   """Times both in turn, after a run of each that compiles or loads."""
   ask, rounds = {'new_tokens': ours.new_tokens}, []
   count = len(ours.chosen) * ours.new_tokens
-  for i in range(_REPEATS.value + 1):
-    answers = {'ours': ours(), 'transformers': peer(ask)}
-    equal = _share_equal(*[a.pop('tokens') for a in answers.values()])
+  for i in range(machine.repeats() + 1):
+    answers = {'ours': ours()} | ({'transformers': peer(ask)} if peer else {})
+    tokens = [a.pop('tokens') for a in answers.values()]
+    equal = _share_equal(tokens[0], tokens[-1])
     if equal < _LEAST_EQUAL:
       raise ValueError(f'not the same work: {equal:.1%} of the tokens agree.')
     for a in answers.values():
@@ -107,58 +105,82 @@ def alternate(ours: Ours, peer: child.Peer) -> list[dict]:
   return rounds
 
 
-def perplexities(ours: Ours, peer: child.Peer) -> dict[str, float]:
+def perplexities(ours: Ours, peer: child.Peer | None) -> dict[str, float]:
   """Returns both of the base; raises ValueError if they are apart."""
   targets = sum(e.num_target for e in ours.chosen)
-  theirs = peer({'new_tokens': 0})['loss']
-  found = {
-    'ours': math.exp(ours.loss() / targets),
-    'transformers': math.exp(theirs / targets),
-  }
-  if abs(found['ours'] / found['transformers'] - 1) > _MOST_APART:
+  losses = {'ours': ours.loss()}
+  if peer:
+    losses['transformers'] = peer({'new_tokens': 0})['loss']
+  found = {who: math.exp(x / targets) for who, x in losses.items()}
+  values = list(found.values())
+  if abs(values[0] / values[-1] - 1) > _MOST_APART:
     raise ValueError(f'perplexities of the base are apart: {found}.')
   return found
 
 
-def main() -> None:
-  child.check()
-  x = experiment.prepare(config.resolve(_CONFIG.value))
-  source, people = x.config.model.source, x.people
-  most = x.config.data.row_tokens
-  del x
-  chosen = texts(people, _ROWS.value, most)
-  work = {
-    'gguf': str(sources.resolve(source).path.resolve()),
-    'threads': os.cpu_count(),
-    'texts': [
-      {'tokens': e.tokens.tolist(), 'num_target': e.num_target} for e in chosen
+def measure() -> dict:
+  """Times both on the same prompts; see the module."""
+  if child.PEERS.value:
+    child.check()
+  x = experiment.prepare(config.resolve(machine.config()))
+  rows, new_tokens = _ROWS.value, _NEW_TOKENS.value
+  if machine.smoke():
+    rows, new_tokens = 3, 4
+  chosen = texts(x.people, rows, x.config.data.row_tokens)
+  with work.model_files(x) as files:
+    ours = Ours(files, chosen, new_tokens)
+    peer = None
+    if child.PEERS.value:
+      peer = child.Peer('peer_generate.py', {
+        'model': str(files.resolve()), 'threads': os.cpu_count(),
+        'texts': [
+          {'tokens': e.tokens.tolist(), 'num_target': e.num_target}
+          for e in chosen
+        ],
+      })  # fmt: skip
+    perplexity = perplexities(ours, peer)
+    print('perplexity of the base:', perplexity, flush=True)
+    rounds = alternate(ours, peer)
+    if peer:
+      peer.close()
+  return {
+    'ratios': [
+      r['ours']['tokens_per_s'] / r['transformers']['tokens_per_s']
+      for r in rounds if peer
     ],
-  }
-  ours = Ours(source, chosen, _NEW_TOKENS.value)
-  peer = child.Peer('peer_generate.py', work)
-  perplexity = perplexities(ours, peer)
-  print('perplexity of the base:', perplexity, flush=True)
-  rounds = alternate(ours, peer)
-  peer.close()
-  ratio = statistics.median(
-    r['ours']['tokens_per_s'] / r['transformers']['tokens_per_s']
-    for r in rounds
-  )
-  result = {
-    'tokens_ratio_vs_transformers': ratio, 'perplexity': perplexity,
-    'model': source, 'rows': _ROWS.value, 'new_tokens': _NEW_TOKENS.value,
+    'perplexity': perplexity, 'model': x.config.model.source, 'rows': rows,
+    'new_tokens': new_tokens,
     'longest_prompt': max(len(e.tokens) - e.num_target for e in chosen),
-    'dtype': 'float32', 'machine': machine.describe(), 'rounds': rounds,
+    'dtype': 'float32', 'rounds': rounds,
   }  # fmt: skip
-  machine.write(_OUT.value, result)
-  print(f'\n{"":<14}{"tokens/s":>10}{"peak MB":>9}{"perplexity":>12}')
-  for who, value in perplexity.items():
-    rate = statistics.median(r[who]['tokens_per_s'] for r in rounds)
-    memory = max(r[who]['peak_mb'] for r in rounds)
-    print(f'{who:<14}{rate:>10.1f}{memory:>9.0f}{value:>12.3f}')
-  equal = statistics.mean(r['equal_tokens'] for r in rounds)
-  print(f'ours is {ratio:.2f}x; {equal:.1%} of the tokens are the same')
+
+
+def report(result: dict) -> str:
+  """Tells rates, memory and perplexities."""
+  rows = [
+    [
+      who,
+      f'{statistics.median(r[who]["tokens_per_s"] for r in result["rounds"]):.1f}',
+      f'{max(r[who]["peak_mb"] for r in result["rounds"]) / 1e3:.1f}',
+      f'{value:.3f}',
+    ]
+    for who, value in result['perplexity'].items()
+  ]
+  head = f'{result["model"]} in {result["dtype"]} | tokens/s | GB | perplexity'
+  equal = statistics.mean(r['equal_tokens'] for r in result['rounds'])
+  each = result['ratios']
+  faster = (
+    f'Ours is **{statistics.median(each):.2f}x** as fast ({min(each):.2f} to '
+    f'{max(each):.2f}); {equal:.1%} of the tokens are the same. '
+    if each
+    else ''
+  )
+  return (
+    f'{machine.table(head, rows)}\n\n{faster}{result["rows"]} prompts at once '
+    f'of up to {result["longest_prompt"]} tokens, {result["new_tokens"]} new '
+    f'tokens each. {machine.told(result["machine"])}.'
+  )
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('generation', measure, report)

@@ -1,10 +1,10 @@
 """A 3 x 3 x 2 grid of `tiny`: one program, against a run a point.
 
-python -m benchmarks.grid [--devices=1,2] [--fields=federated.num_rounds=9,...]
+python -m benchmarks.grid [--fake_devices=1,2] [--fields=federated.num_rounds=9]
 
 First the 18 runs one after another, each `launch.train` in a process of its
 own; then `launch.sweep` with one program, on one device and on one a core. All start
-without compiled programs and keep theirs. Prints the times, their ratio, and the
+without compiled programs and keep theirs. Told are the times, their ratio, and the
 largest relative difference between the losses of a point and of its own run: the
 one that was timed, on one device, and (of every sixth point) one on the devices of
 the grid; ranks are compared too.
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 
-import numpy as np
 from absl import flags
 
 from benchmarks import machine
@@ -26,12 +25,12 @@ from configs import tiny
 from hetlora_jax import config, metrics, sweep
 
 _DEVICES = flags.DEFINE_list(
-  'devices', ['1', str(os.cpu_count())], 'Fake devices of the grid, in turn.'
+  'fake_devices', ['1', str(os.cpu_count())], 'Of the grid, in turn.'
 )
-_CONFIG = flags.DEFINE_list(
+_FIELDS = flags.DEFINE_list(
   'fields', [], 'Fields of both, e.g. federated.num_rounds=3.'
 )
-_OUT = flags.DEFINE_string('out', 'benchmarks/results/grid.json', 'Result.')
+_SMOKE_GRID = 'federated.gamma=[0.85,0.99]'
 _GRID = (
   'federated.gamma=[0.85,0.95,0.99] x federated.tail_penalty=[0.0,0.1,1.0] x '
   'seed=[0,1]'
@@ -46,7 +45,10 @@ def _timed(
   env = (
     os.environ | {'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs')} | env
   )
-  fields = [f'--config.{field}' for field in _CONFIG.value]
+  fields = [f'--config.{field}' for field in _FIELDS.value]
+  if machine.smoke():
+    smoke = machine.SMOKE_FIELDS.items()
+    fields = [f'--config.{name}={value}' for name, value in smoke]
   start = time.perf_counter()
   subprocess.run(
     [
@@ -77,10 +79,14 @@ def _difference(
   return max(gaps), same
 
 
+def _grid() -> str:
+  return _SMOKE_GRID if machine.smoke() else _GRID
+
+
 def _together(folder: pathlib.Path, alone: pathlib.Path, devices: str, points):
   """Runs the grid as one program and compares each point with its own run."""
   seconds = _timed(
-    folder, 'sweep', f'--grid={_GRID}', f'--workdir={folder}',
+    folder, 'sweep', f'--grid={_grid()}', f'--workdir={folder}',
     f'--config.mesh.sweep={devices}', JAX_NUM_CPU_DEVICES=devices,
   )  # fmt: skip
   found = json.loads((folder / 'sweep.json').read_text())
@@ -112,39 +118,46 @@ def _alone(folder: pathlib.Path, point, *words: str, devices='1') -> float:
   )  # fmt: skip
 
 
-def _say(compared: dict) -> str:
-  equal = 'equal' if compared['ranks_equal'] else 'NOT equal'
-  return f'{compared["largest_relative_difference"]:.1e} apart, ranks {equal}'
-
-
-def main() -> None:
-  points = sweep.parse_grid(_GRID, config.resolve(tiny.get_config()))
+def measure() -> dict:
+  """Runs all points alone, and the grid on so many devices."""
+  points = sweep.parse_grid(_grid(), config.resolve(tiny.get_config()))
   with tempfile.TemporaryDirectory() as name:
     alone = pathlib.Path(name, 'alone')
     each = [_alone(alone, point) for point in points]
-    print(f'{len(each)} runs: {sum(each):.0f} s, the first {each[0]:.0f} s, '
-          f'then {np.median(each[1:]):.0f} s each', flush=True)  # fmt: skip
+    print(f'{len(each)} runs: {sum(each):.0f} s', flush=True)
     grids = []
-    for devices in _DEVICES.value:
+    for devices in _DEVICES.value[: 1 if machine.smoke() else None]:
       folder = pathlib.Path(name, f'together_{devices}')
-      grid = _together(folder, alone, devices, points)
-      grids.append(grid)
-      print(
-        f'one program of {grid["points_together"]} points on {devices} '
-        f'device(s): {grid["seconds"]:.0f} s, '
-        f'{sum(each) / grid["seconds"]:.2f} times as fast; from runs on one '
-        f'device {_say(grid["from_one_device"])}, from runs on the same ones '
-        f'{_say(grid["from_these_devices"])}',
-        flush=True,
-      )
-  machine.write(
-    _OUT.value,
-    {
-      'machine': machine.describe(), 'fields': _CONFIG.value,
-      'seconds_each': each, 'grids': grids,
-    },
-  )  # fmt: skip
+      grids.append(_together(folder, alone, devices, points))
+      print(f'{devices} devices: {grids[-1]["seconds"]:.0f} s', flush=True)
+  return {'fields': _FIELDS.value, 'seconds_each': each, 'grids': grids}
+
+
+def _say(compared: dict) -> str:
+  apart = compared['largest_relative_difference']
+  ranks = '' if compared['ranks_equal'] else ', some ranks too'
+  return f'losses {apart:.1e} at most{ranks}' if apart else 'not at all'
+
+
+def report(result: dict) -> str:
+  """Tells the seconds, and how far points are from their own runs."""
+  whole = sum(result['seconds_each'])
+  count = len(result['seconds_each'])
+  rows = [[f'{count} runs one after another', f'{whole:.0f}', '1', '', '']]
+  for grid in result['grids']:
+    devices = grid['devices']
+    name = 'one device' if devices == 1 else f'`mesh.sweep={devices}`'
+    rows.append([
+      f'one program, {name}', f'{grid["seconds"]:.0f}',
+      f'{whole / grid["seconds"]:.1f}', _say(grid['from_one_device']),
+      _say(grid['from_these_devices']),
+    ])  # fmt: skip
+  head = (
+    'how | seconds | times as fast | apart from its own run on one device | on '
+    'the same devices'
+  )
+  return f'{machine.table(head, rows)}\n\n{machine.told(result["machine"])}.'
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('grid', measure, report)

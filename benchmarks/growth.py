@@ -1,11 +1,11 @@
 """Time and memory of a round as each of its sizes grows.
 
-python -m benchmarks.growth [--repeats=5] [--only=clients]
+python -m benchmarks.growth [--repeats=5] [--size=clients]
 
-On a random model of four layers and width 128, so that it takes minutes. Prints
-a table and writes benchmarks/results/growth.json: the median seconds of a
-round, the megabytes that its program needs besides its arguments, those of its
-state, seconds to compile, and how many programs were compiled in all rounds.
+On a random model of four layers and width 128, so that it takes minutes: the median
+seconds of a round, the megabytes that its program needs besides its arguments,
+those of its state, seconds to compile, and how many programs were compiled in all
+rounds.
 """
 
 import dataclasses
@@ -21,9 +21,7 @@ from configs import tiny
 from hetlora_jax import build, config, experiment, sharding
 from hetlora_jax.types import Memory
 
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds of each size.')
-_ONLY = flags.DEFINE_string('only', '', 'Name of the one size to grow.')
-_OUT = flags.DEFINE_string('out', 'benchmarks/results/growth.json', 'Result.')
+_SIZE = flags.DEFINE_string('size', '', 'How the sizes to grow begin.')
 
 _BASE = {
   'federated.clients_per_round': 4,
@@ -79,12 +77,16 @@ def _populated(state, population: int):
   return dataclasses.replace(state, memory=memory)
 
 
-def measure(point: dict) -> dict:
+def grown(point: dict) -> dict:
   """Returns time and memory of a round of one size."""
   point = dict(point)
   population = point.pop('population', 0)
   raw = tiny.get_config()
   raw.update_from_flattened_dict(_BASE | point)
+  if machine.smoke():
+    raw.update_from_flattened_dict(
+      machine.SMOKE_FIELDS | {'data.name': 'synthetic'}
+    )
   x = experiment.prepare(config.resolve(raw))
   state, cohorts = x.initial_state, experiment.make_cohorts(x, 0)
   if population:
@@ -100,7 +102,7 @@ def measure(point: dict) -> dict:
   compile_s = time.perf_counter() - start
   state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   times = []
-  for i in range(_REPEATS.value + 1):
+  for i in range(machine.repeats() + 1):
     cohorts = experiment.make_cohorts(x, i)
     start = time.perf_counter()
     state, out = run_rounds(x.base, state, cohorts, x.hyper)
@@ -115,24 +117,47 @@ def measure(point: dict) -> dict:
   }
 
 
-def main() -> None:
-  result: dict = {'machine': machine.describe()}
-  columns = ('round_s', 'temporary_mb', 'state_mb', 'compile_s', 'programs')
+def measure() -> dict:
+  """Grows every size, or those that --size names."""
+  result: dict = {}
   for name, points in _GROW.items():
-    if not name.startswith(_ONLY.value):
+    if not name.startswith(_SIZE.value):
       continue
-    print(f'\n{name:<26}' + ''.join(f'{c:>14}' for c in columns))
+    if machine.smoke() and name != 'population':
+      continue
     result[name] = []
-    for point in points:
-      row = measure(point)
-      result[name].append({'point': point, **row})
-      first = next(iter(point))
-      print(
-        f'{point[first]:<26}' + ''.join(f'{row[c]:>14.4g}' for c in columns),
-        flush=True,
-      )
-    machine.write(_OUT.value, result)
+    for point in points[: 2 if machine.smoke() else None]:
+      row = {'point': point, **grown(point)}
+      result[name].append(row)
+      print(name, {k: _short(x) for k, x in row.items()}, flush=True)
+      machine.save('growth', {'grown': result})
+  return {'grown': result}
+
+
+def _short(value):
+  return float(f'{value:.3g}') if isinstance(value, float) else value
+
+
+def report(result: dict) -> str:
+  """Tells seconds and megabytes, a row a size."""
+  rows = []
+  for name, points in result['grown'].items():
+    sizes = [next(iter(row['point'].values())) for row in points]
+    rows.append([
+      f'{name} {", ".join(f"{n:,}" for n in sizes)}',
+      ', '.join(f'{row["round_s"]:.2g}' for row in points),
+      ', '.join(f'{row["temporary_mb"]:.0f}' for row in points),
+      ', '.join(f'{row["state_mb"]:.2g}' for row in points),
+    ])  # fmt: skip
+  programs = {
+    row['programs'] for points in result['grown'].values() for row in points
+  }
+  head = 'what grows | seconds a round | temporary MB | MB of state'
+  return (
+    f'{machine.table(head, rows)}\n\nPrograms compiled for all rounds of a '
+    f'size: {max(programs)}. {machine.told(result["machine"])}.'
+  )
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('growth', measure, report)

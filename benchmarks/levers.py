@@ -1,10 +1,10 @@
 """What was tried to make a step faster, each against the step as it is.
 
-python -m benchmarks.levers [--source=gemma3_270m] [--clients=5] [--repeats=5]
+python -m benchmarks.levers [--source=gemma3_270m] [--dtype=float32] [--at_once=5]
 
 Variants patch one thing and are timed in turn in one process: the loss alone,
-then the step. Prints the median time as a ratio to the code as it is, and the
-temporary memory: the table "lever by lever" in WORKSPACE_NOTES.
+then the step. The median time is a ratio to the code as it is: the table "lever by
+lever" in WORKSPACE_NOTES.
 """
 
 import contextlib
@@ -18,27 +18,31 @@ from absl import flags
 from flax import linen as nn
 
 from benchmarks import client_step, machine
-from hetlora_jax.models import decoder, kernels, pretrained
+from hetlora_jax.models import decoder, kernels
 
-_CLIENTS = flags.DEFINE_integer('clients', 5, 'Clients at once.')
+_AT_ONCE = flags.DEFINE_integer('at_once', 5, 'Clients at once.', 1)
+_TARGETS = (48, 240)
 
 
-def compare(runs: dict, repeats: int) -> None:
-  """Times compiled functions in turn and prints ratios to the first.
+def compare(runs: dict) -> list[dict]:
+  """Times compiled functions in turn; returns ratios to the first, and memory.
 
   Args:
     runs: name -> (compiled function, its arguments).
-    repeats: calls of each, after one that warms up.
   """
   times = {name: [] for name in runs}
-  for _ in range(repeats + 1):
+  for _ in range(machine.repeats() + 1):
     for name, (run, args) in runs.items():
       times[name].append(machine.seconds(run, *args))
   first = np.array(next(iter(times.values()))[1:])
-  for name, (run, _) in runs.items():
-    ratio = np.median(np.array(times[name][1:]) / first)
-    megabytes = run.memory_analysis().temp_size_in_bytes / 1e6
-    print(f'{name:<44}{ratio:>8.2f}{megabytes:>8.0f} MB', flush=True)
+  return [
+    {
+      'lever': name,
+      'ratio': float(np.median(np.array(times[name][1:]) / first)),
+      'temporary_mb': run.memory_analysis().temp_size_in_bytes / 1e6,
+    }
+    for name, (run, _) in runs.items()
+  ]
 
 
 def losses(embed, targets: int) -> dict:
@@ -55,10 +59,9 @@ def losses(embed, targets: int) -> dict:
     return jax.jit(jax.value_and_grad(loss)).lower(h, embed).compile()
 
   return {
-    f'loss of {targets} targets, {words} words at a time': (
-      compiled(words), (h, embed)
-    )
+    f'{words} words at a time': (compiled(words), (h, embed))
     for words in (2048, 512, 1024, 4096, 32768, embed.shape[0])
+    if words <= max(embed.shape[0], 2048)
   }  # fmt: skip
 
 
@@ -125,18 +128,30 @@ def levers() -> dict:
   }
 
 
-def main() -> None:
-  repeats, source = flags.FLAGS.repeats, flags.FLAGS.source
-  model = pretrained.load(source, dtype=np.float32)
-  base = jax.device_put(model.params)
-  for targets in (48, 240):
-    compare(losses(decoder.head(model.config, base), targets), repeats)
-  runs = {}
+def measure() -> dict:
+  """Times all levers: of the loss, then of the step."""
+  shape, base = client_step.load_model()
+  embed, result = decoder.head(shape, base), {}
+  for targets in _TARGETS[:1] if machine.smoke() else _TARGETS:
+    result[f'loss of {targets} targets'] = compare(losses(embed, targets))
+  at_once, runs = 2 if machine.smoke() else _AT_ONCE.value, {}
   for name, patch in levers().items():
     with patch:
-      runs[name] = client_step.variant(model, base, _CLIENTS.value, False)
-  compare(runs, repeats)
+      runs[name] = client_step.variant(shape, base, at_once, False)
+  return {'compared': result | {f'step of {at_once} clients': compare(runs)}}
+
+
+def report(result: dict) -> str:
+  """Tells the levers, a table a comparison."""
+  texts = []
+  for name, rows in result['compared'].items():
+    cells = [
+      [row['lever'], f'{row["ratio"]:.2f}', f'{row["temporary_mb"]:.0f}']
+      for row in rows
+    ]
+    texts.append(machine.table(f'{name} | time | temporary MB', cells))
+  return '\n\n'.join([*texts, f'{machine.told(result["machine"])}.'])
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('levers', measure, report)

@@ -6,8 +6,7 @@ Counts what a round needs, analytically, at real tokens, targets and ranks, so
 that padding is waste: forward and input-gradient products of the frozen
 matrices, LoRA products, attention (pairs that see each other) and the loss head
 at loss-bearing positions. Times rounds and, between them, single products of
-the type and shapes that the round has. Prints a table and writes
-benchmarks/results/limit.json.
+the type and shapes that the round has.
 """
 
 import statistics
@@ -16,15 +15,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from benchmarks import machine
 from hetlora_jax import base_model, config, experiment, flops
 from hetlora_jax.models import decoder, kernels
 
-_CONFIG = machine.define_config()
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed rounds.')
-_OUT = flags.DEFINE_string('out', 'benchmarks/results/limit.json', 'Result.')
+machine.define_config()
 
 
 def shapes(c: decoder.DecoderConfig, tokens: int, targets: int) -> dict:
@@ -73,8 +69,9 @@ class Rate:
     return sum(self._mix.values()) / seconds
 
 
-def main() -> None:
-  x = experiment.prepare(config.resolve(_CONFIG.value))
+def measure() -> dict:
+  """Times rounds and products in turn; see the module."""
+  x = experiment.prepare(config.resolve(machine.config()))
   c, f = x.config, x.config.federated
   model, dtype = base_model.load(c, x.mesh).config, base_model.compute_dtype(c)
   cohorts = experiment.make_cohorts(x, 0)
@@ -88,7 +85,7 @@ def main() -> None:
   rate = Rate(shapes(model, at_once * rows * length, targets), dtype)
   state, _ = x.run_rounds(x.base, x.initial_state, cohorts, x.hyper)  # compiles
   times, rates = [], [rate()]
-  for _ in range(_REPEATS.value):
+  for _ in range(machine.repeats()):
     start = time.perf_counter()
     state, out = x.run_rounds(x.base, state, cohorts, x.hyper)
     jax.block_until_ready(out)
@@ -100,7 +97,7 @@ def main() -> None:
     for t, before, after in zip(times, rates[:-1], rates[1:], strict=True)
   ]
   padded = cohort.batches.tokens.size, cohort.batches.target.size
-  result = {
+  return {
     'fraction_of_matmul_rate': statistics.median(fractions),
     'fractions': fractions, 'round_s': times,
     'matmul_flops_per_s': rates,
@@ -110,15 +107,25 @@ def main() -> None:
     'share_of_target_slots_used': work.targets / padded[1],
     'clients': f.clients_per_round, 'clients_at_once': at_once,
     'dtype': dtype.name, 'model': c.model.source,
-    'machine': machine.describe(),
   }  # fmt: skip
-  machine.write(_OUT.value, result)
-  for kind, operations in counted.items():
-    print(f'{kind:<12}{operations / 1e9:>10.1f} GFLOP a round')
-  print(f'{"round":<12}{statistics.median(times):>10.2f} s')
-  print(f'{"products":<12}{statistics.median(rates) / 1e9:>10.0f} GFLOP/s')
-  print(f'{"fraction":<12}{result["fraction_of_matmul_rate"]:>10.2f}')
+
+
+def report(result: dict) -> str:
+  """Tells the arithmetic, the times, and their ratio."""
+  kinds = result['counted_flops_by_kind'].items()
+  rows = [
+    [f'counted arithmetic of a round, {result["clients"]} clients',
+     f'{result["counted_flops"] / 1e9:,.0f} GFLOP: '
+     + ', '.join(f'{kind} {x / 1e9:,.0f}' for kind, x in kinds)],
+    ['a round', f'{statistics.median(result["round_s"]):.2f} s'],
+    ['products of its shapes',
+     f'{statistics.median(result["matmul_flops_per_s"]) / 1e9:.0f} GFLOP/s'],
+    ['**share of that rate**', f'**{result["fraction_of_matmul_rate"]:.2f}** '
+     f'({min(result["fractions"]):.2f} to {max(result["fractions"]):.2f})'],
+  ]  # fmt: skip
+  head = f'{result["model"]} in {result["dtype"]} | '
+  return f'{machine.table(head, rows)}\n\n{machine.told(result["machine"])}.'
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('limit', measure, report)

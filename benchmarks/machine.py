@@ -26,7 +26,7 @@ from configs import tiny
 from launch import errors, program
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMOKE = flags.DEFINE_bool(
+_SMOKE = flags.DEFINE_bool(
   'smoke', False, 'Tiny sizes, in seconds: shows that it runs, no more.'
 )
 OUT = flags.DEFINE_string(
@@ -38,7 +38,7 @@ _COMMIT = flags.DEFINE_string(
   'commit', None, 'What is measured, where there is no git to say so.'
 )
 # A round of next to nothing, without any download.
-_SMOKE_FIELDS = {
+SMOKE_FIELDS = {
   'federated.num_rounds': 2,
   'federated.clients_per_round': 2,
   'federated.clients_at_once': 2,
@@ -54,9 +54,14 @@ _SMOKE_FIELDS = {
 }
 
 
+def smoke() -> bool:
+  """Tells whether this is a smoke; it is none where flags are not parsed."""
+  return flags.FLAGS.is_parsed() and _SMOKE.value
+
+
 def repeats() -> int:
   """Returns how often to time, once after what warms up if it is a smoke."""
-  return 1 if SMOKE.value else _REPEATS.value
+  return 1 if smoke() else _REPEATS.value
 
 
 @functools.cache
@@ -75,12 +80,12 @@ def define_config():
 
 def config() -> ml_collections.ConfigDict:
   """Returns a copy of the experiment of --config, or with --smoke a tiny one."""
-  return smoke_config() if SMOKE.value else define_config().value.copy_and_resolve_references()  # fmt: skip
+  return smoke_config() if smoke() else define_config().value.copy_and_resolve_references()  # fmt: skip
 
 
 def smoke_config() -> ml_collections.ConfigDict:
   raw = tiny.get_config()
-  raw.update_from_flattened_dict(_SMOKE_FIELDS)
+  raw.update_from_flattened_dict(SMOKE_FIELDS)
   return raw
 
 
@@ -135,28 +140,31 @@ def read(path: str | os.PathLike) -> dict:
 
 def save(name: str, result: dict) -> None:
   """Writes what a benchmark has found so far to where its result goes."""
-  path = OUT.value or (None if SMOKE.value else f'benchmarks/results/{name}.json')  # fmt: skip
+  path = OUT.value or (None if smoke() else f'benchmarks/results/{name}.json')  # fmt: skip
   if path:
     write(path, {'machine': describe()} | result)
 
 
-def run(
+def tell(
   name: str, measure: Callable[[], dict], report: Callable[[dict], str]
 ) -> None:
-  """Measures, writes and tells as a program; bad input ends in one line.
+  """Measures, writes and tells.
 
   Args:
     name: of the module and of its file in benchmarks/results/.
     measure: returns the result, for JSON.
     report: tells a result that has `machine` too.
   """
+  result = measure()
+  save(name, result)
+  print('\n' + report({'machine': describe()} | result))
 
-  def benchmark() -> None:
-    result = measure()
-    save(name, result)
-    print('\n' + report({'machine': describe()} | result))
 
-  start(benchmark)
+def run(
+  name: str, measure: Callable[[], dict], report: Callable[[dict], str]
+) -> None:
+  """Measures, writes and tells as a program; see `tell`."""
+  start(lambda: tell(name, measure, report))
 
 
 def start(benchmark: Callable[[], None]) -> None:

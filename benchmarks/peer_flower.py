@@ -35,17 +35,11 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 
-def plain_name(name, rank):
-  return name.replace(f'.r{rank}.', '.')
-
-
 def padded(own, rank, sent):
   """Fills the slots past `rank` with zeros."""
-  out = {}
+  out = {name: torch.zeros_like(x) for name, x in sent.items()}
   for name, p in own.items():
-    whole = torch.zeros_like(sent[plain_name(name, rank)])
-    (whole[:rank] if 'lora_A' in name else whole[:, :rank]).copy_(p.detach())
-    out[plain_name(name, rank)] = whole
+    peer_torch.slots(name, out[name], rank).copy_(p.detach())
   return out
 
 
@@ -62,15 +56,15 @@ def make_client(path, base):
       base, dtype=peer_torch.DTYPES[ask['dtype']]
     ).requires_grad_(False)
     client = work['cases'][ask['case']][context.node_config['partition-id']]
-    model = peer_torch.with_adapters(model, work, [client['rank']])
+    # Only its own adapter is made.
+    alone = work | {'cases': {ask['case']: [client]}}
+    trainer = peer_torch.Trainer(model, alone)
     sent = message.content['arrays'].to_torch_state_dict()
-    own, losses, tokens = peer_torch.train_client(
-      model, client, sent, work, ask['padding']
-    )
+    own, losses, tokens = trainer.train_client(client, sent, ask['padding'])
     metrics = {
       'num-examples': 1,
       'tokens': tokens,
-      'loss': losses[0],
+      'loss': losses[0].item(),
       'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
       * 1024
       / 1e6,
@@ -138,7 +132,7 @@ def main():
   os.environ['PYTHONPATH'] = str(pathlib.Path(__file__).resolve().parent)
   work = json.loads(pathlib.Path(sys.argv[1]).read_text())
   with tempfile.TemporaryDirectory() as base:
-    model = peer_torch.load(work['gguf'], 'float32')
+    model = peer_torch.load(work['model'], 'float32')
     # As read from GGUF it refuses to be saved: a fresh one of its shape is.
     fresh = transformers.AutoModelForCausalLM.from_config(
       transformers.AutoConfig.for_model(**without_quantizer(model.config))
@@ -146,9 +140,7 @@ def main():
     fresh.load_state_dict(model.state_dict())
     fresh.save_pretrained(base)
     del fresh
-    rank = max(client['rank'] for client in work['cases']['chat'])
-    model = peer_torch.with_adapters(model, work, [rank])
-    sent = peer_torch.initial(model, work)
+    sent = peer_torch.Trainer(model, work, one_adapter=True).initial()
     del model
     simulation.run_simulation(
       server_app=make_server(work, sent),

@@ -47,7 +47,7 @@ def loss(model, texts):
 def main():
   work = json.loads(pathlib.Path(sys.argv[1]).read_text())
   torch.set_num_threads(work['threads'])
-  model = peer_torch.load(work['gguf'], 'float32').eval()
+  model = peer_torch.load(work['model'], 'float32').eval()
   model.generation_config.eos_token_id = None  # nothing stops it
   prompts = [t['tokens'][: -t['num_target']] for t in work['texts']]
   for line in sys.stdin:

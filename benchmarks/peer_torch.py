@@ -6,14 +6,14 @@ virtual environment:
   python benchmarks/peer_torch.py WORKLOAD.json
 
 Reads one JSON object a line, {"case", "dtype", "padding"} and perhaps "clients"
-(if not all), "attention" (its kernels) and "compiled"; trains the clients of that
-case for one round, on a GPU if there is one, and answers with seconds, tokens, loss
-and memory, or with why it "failed".
+(if not all), "attention" (its kernels), "one_adapter" and "compiled" (see Trainer);
+trains the clients of that case for one round, on a GPU if there is one, and answers
+with seconds, tokens, loss and memory, or with why it "failed".
 """
 
-import copy
 import json
 import pathlib
+import re
 import resource
 import sys
 import time
@@ -68,98 +68,90 @@ def pad(step, padding, pad_id):
   return {name: x.to(DEVICE, non_blocking=True) for name, x in batch.items()}
 
 
-def factors(model, rank):
-  """Returns the adapter's parameters by name."""
-  return {
-    name: p for name, p in model.named_parameters() if f'.r{rank}.' in name
-  }
-
-
 def slots(name, x, rank):
   """Returns the first slots of a factor."""
   return x[:rank] if 'lora_A' in name else x[:, :rank]
 
 
-def train_client(model, client, sent, work, padding, adapter=None, call=None):
-  """Trains one client from the global adapters; returns them, losses, tokens.
+class Trainer:
+  """A model with adapters: of every rank, or one of the largest.
 
-  Args:
-    model: with adapters.
-    client: its rank and steps.
-    sent: the global adapters.
-    work: the workload.
-    padding: 'longest', or a length.
-    adapter: rank of the one to use, whose slots past the client's are zero, as
-      are their gradients then; its own if it is left out.
-    call: the model compiled, if it is.
+  In that one the slots past a client's rank are zero in both factors, and so are
+  their gradients: it trains as its own adapter would, and none is ever switched.
   """
-  adapter = adapter or client['rank']
-  model.set_adapter(f'r{adapter}')
-  own = factors(model, adapter)
-  for name, p in own.items():
-    p.data.zero_()
-    received = slots(
-      name, sent[name.replace(f'.r{adapter}.', '.')], client['rank']
-    )
-    slots(name, p.data, client['rank']).copy_(received)
-  optimizer = torch.optim.Adam(
-    own.values(), lr=work['learning_rate'], fused=DEVICE == 'cuda'
-  )
-  losses, tokens = [], 0
-  for step in client['steps']:
-    count = sum(example['num_target'] for example in step)
-    if not count:
-      continue
-    forward = model if call is None else call
-    loss = forward(**pad(step, padding, 0)).loss
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.detach().clone())  # read at the end: nothing waits
-    tokens += count
-  return own, [loss.item() for loss in losses], tokens
 
-
-def one_round(model, clients, sent, work, padding, adapter=None, call=None):
-  """Trains all clients and averages their zero-padded adapters."""
-  total = {name: torch.zeros_like(p) for name, p in sent.items()}
-  first, tokens = None, 0
-  for client in clients:
-    own, losses, count = train_client(
-      model, client, sent, work, padding, adapter, call
+  def __init__(self, model, work, one_adapter=False, compiled=False):
+    ranks = sorted({c['rank'] for case in work['cases'].values() for c in case})
+    self.largest, self.work, self.one = ranks[-1], work, one_adapter
+    self.model = with_adapters(
+      model, work, ranks[-1:] if one_adapter else ranks
     )
-    first, tokens = first or losses[0], tokens + count
+    self.model.set_adapter(f'r{self.largest}')
+    self.forward = self.model
+    if compiled:
+      self.forward = torch.compile(self.model, mode='reduce-overhead')
+    self._factors = {}
+    for name, p in self.model.named_parameters():
+      found = re.search(r'\.r(\d+)\.', name)
+      if found:
+        own = self._factors.setdefault(int(found[1]), {})
+        own[name.replace(found[0], '.')] = p
+
+  def initial(self):
+    """Draws the global adapters: A normal, B zero."""
+    draw = {
+      'lora_A': lambda p: torch.randn_like(p) / p.shape[-1] ** 0.5,
+      'lora_B': torch.zeros_like,
+    }
+    return {
+      name: draw['lora_A' if 'lora_A' in name else 'lora_B'](p)
+      for name, p in self._factors[self.largest].items()
+    }
+
+  def train_client(self, client, sent, padding):
+    """Trains one client from the global adapters; returns them, losses, tokens."""
+    rank = client['rank']
+    own = self._factors[self.largest if self.one else rank]
+    if not self.one:
+      self.model.set_adapter(f'r{rank}')
     for name, p in own.items():
-      whole = total[name.replace(f'.r{adapter or client["rank"]}.', '.')]
-      part = slots(name, whole, client['rank'])
-      part += slots(name, p.detach(), client['rank']) / len(clients)
-  return total, first, tokens
+      p.data.zero_()
+      slots(name, p.data, rank).copy_(slots(name, sent[name], rank))
+    optimizer = torch.optim.Adam(
+      own.values(), lr=self.work['learning_rate'], fused=DEVICE == 'cuda'
+    )
+    losses, tokens = [], 0
+    for step in client['steps']:
+      count = sum(example['num_target'] for example in step)
+      if not count:
+        continue
+      loss = self.forward(**pad(step, padding, 0)).loss
+      optimizer.zero_grad()
+      loss.backward()
+      optimizer.step()
+      losses.append(loss.detach().clone())  # read at the end: nothing waits
+      tokens += count
+    return own, losses, tokens
+
+  def one_round(self, clients, sent, padding):
+    """Trains all clients and averages their zero-padded adapters."""
+    total = {name: torch.zeros_like(p) for name, p in sent.items()}
+    first, tokens = None, 0
+    for client in clients:
+      own, losses, count = self.train_client(client, sent, padding)
+      first, tokens = losses[0] if first is None else first, tokens + count
+      for name, p in own.items():
+        part = slots(name, total[name], client['rank'])
+        part += slots(name, p.detach(), client['rank']) / len(clients)
+    return total, first.item(), tokens
 
 
-def initial(model, work):
-  """Draws the global adapters: A normal, B zero."""
-  rank = largest_rank(work)
-  sent = {}
-  for name, p in factors(model, rank).items():
-    draw = torch.randn_like(p) / p.shape[-1] ** 0.5 if 'lora_A' in name else torch.zeros_like(p)  # fmt: skip
-    sent[name.replace(f'.r{rank}.', '.')] = draw
-  return sent
-
-
-def largest_rank(work):
-  clients = next(iter(work['cases'].values()))
-  return max(client['rank'] for client in clients)
-
-
-def answer(model, call, work, ask):
+def answer(trainer, ask):
   """Trains a round and returns what it took."""
-  clients = work['cases'][ask['case']][: ask.get('clients')]
-  sent = initial(model, work)
-  adapter = None if call is None else largest_rank(work)
+  clients = trainer.work['cases'][ask['case']][: ask.get('clients')]
+  sent = trainer.initial()
   start = time.perf_counter()
-  _, loss, tokens = one_round(
-    model, clients, copy.copy(sent), work, ask['padding'], adapter, call
-  )
+  _, loss, tokens = trainer.one_round(clients, sent, ask['padding'])
   if DEVICE == 'cuda':
     torch.cuda.synchronize()
   return {
@@ -175,21 +167,17 @@ def answer(model, call, work, ask):
 def main():
   work = json.loads(pathlib.Path(sys.argv[1]).read_text())
   torch.set_num_threads(work['threads'])
-  models = {}
+  trainers = {}
   for line in sys.stdin:
     ask = json.loads(line)
-    key = ask['dtype'], ask.get('attention'), ask.get('compiled', False)
-    if key not in models:
-      models.clear()  # one model in memory at a time
+    names = ('dtype', 'attention', 'one_adapter', 'compiled')
+    key = tuple(ask.get(name) for name in names)
+    if key not in trainers:
+      trainers.clear()  # one model in memory at a time
       model = load(work['model'], *key[:2])
-      ranks = sorted(
-        {c['rank'] for case in work['cases'].values() for c in case}
-      )
-      model = with_adapters(model, work, ranks)
-      call = torch.compile(model, mode='reduce-overhead') if key[2] else None
-      models[key] = model, call
+      trainers[key] = Trainer(model, work, *key[2:])
     try:
-      found = answer(*models[key], work, ask)
+      found = answer(trainers[key], ask)
     except Exception as error:  # of a compiler; then other variants are tried
       if not ask.get('compiled'):
         raise

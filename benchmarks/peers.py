@@ -9,71 +9,30 @@ same clients, ranks, examples, targets and optimizer on all sides; a unit is a
 loss-bearing target token, and our rounds include building the cohort. The best
 of peft's types and two paddings is found first, on one client's chats; then
 rounds alternate. `dense` is a second case, in which every position is a target and
-nothing is padded. Prints a table and writes benchmarks/results/peers.json.
+nothing is padded.
 """
 
 import math
-import os
 import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import child, machine
+from benchmarks import child, machine, work
 from hetlora_jax import base_model, config, experiment, flops, sharding
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
 from hetlora_jax.models import decoder
-from hetlora_jax.models.pretrained import sources
-from hetlora_jax.types import Batch, Cohort
+from hetlora_jax.types import Cohort
 
-_CONFIG = machine.define_config()
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'Alternating rounds.')
+machine.define_config()
 _CLIENTS = flags.DEFINE_integer('clients', 5, 'Clients a round; 0: the config.')
 _DTYPES = flags.DEFINE_list(
   'dtypes', machine.dtypes(), 'Types peft is tried in: those that it can.'
 )
-_OUT = flags.DEFINE_string('out', 'benchmarks/results/peers.json', 'Result.')
 _DENSE_LENGTH = 128
-
-
-def examples_of(batch: Batch) -> list[dict]:
-  """Returns the examples packed into one step, for the peer."""
-  out, columns = [], batch.tokens.shape[1]
-  live = batch.weight > 0
-  row, column = np.divmod(batch.target_index[live], columns)
-  owner = batch.segment[row, column]
-  for segment in range(1, int(batch.segment.max()) + 1):
-    tokens = batch.tokens[batch.segment == segment].tolist()
-    targets = batch.target[live][owner == segment]
-    out.append(
-      {'tokens': [*tokens, int(targets[-1])], 'num_target': len(targets)}
-    )
-  return out
-
-
-def workload(cohort: Cohort, rank_N) -> list[dict]:
-  """Returns every client's rank and steps."""
-  cohort, clients = jax.device_get(cohort), []
-  for c, who in enumerate(cohort.client_id):
-    if cohort.num_examples[c] == 0:
-      continue
-    batches = jax.tree.map(lambda x, c=c: x[c], cohort.batches)
-    steps = [
-      examples_of(jax.tree.map(lambda x, s=s: x[s], batches))
-      for s in range(batches.tokens.shape[0])
-    ]
-    clients.append({'rank': int(rank_N[who]), 'steps': steps})
-  return clients
-
-
-def chat_cohort(x: experiment.Experiment) -> Cohort:
-  """Returns the cohort of round 0, in numpy."""
-  cohorts = experiment.make_cohorts(x, 0)
-  return jax.tree.map(lambda leaf: np.asarray(leaf[0, 0]), cohorts)
 
 
 def dense_cohort(x: experiment.Experiment, vocabulary: int) -> Cohort:
@@ -88,7 +47,7 @@ def dense_cohort(x: experiment.Experiment, vocabulary: int) -> Cohort:
     )  # fmt: skip
 
   stack = lambda many: jax.tree.map(lambda *x: np.stack(x), *many)  # noqa: E731
-  cohort = chat_cohort(x)
+  cohort = work.first_cohort(x)
   clients = len(cohort.client_id)
   return Cohort(
     client_id=np.asarray(cohort.client_id),
@@ -151,24 +110,6 @@ def best_variant(
   return {k: best[k] for k in ('case', 'dtype', 'padding')}, tried
 
 
-def check_same_work(
-  x: experiment.Experiment, cohort: Cohort, first_loss: float
-):
-  """Raises if the peer's first step had another loss than ours has.
-
-  Adapters start at nothing, so it is the base's loss on the same targets.
-  """
-  batch = jax.tree.map(lambda leaf: leaf[0, 0], cohort.batches)
-  total, tokens = jax.jit(x.rules.loss)(
-    x.base, x.initial_state.adapters, jnp.float32(1), batch
-  )
-  ours = float(total / tokens)
-  if abs(ours - first_loss) > 0.01 * ours:
-    raise ValueError(
-      f'not the same work: first loss {first_loss}, ours {ours}.'
-    )
-
-
 def arithmetic(
   model: decoder.DecoderConfig, clients: list[dict], cohort: Cohort
 ) -> dict[str, float]:
@@ -208,7 +149,7 @@ def alternate(contenders: dict) -> dict:
   for run in contenders.values():
     run()  # compiles, loads
   rounds = []
-  for _ in range(_REPEATS.value):
+  for _ in range(machine.repeats()):
     rounds.append({name: run() for name, run in contenders.items()})
     tokens = {name: a['tokens'] for name, a in rounds[-1].items()}
     if len(set(tokens.values())) > 1:
@@ -217,49 +158,40 @@ def alternate(contenders: dict) -> dict:
       ', '.join(f'{k} {_rate(a):.1f} tokens/s' for k, a in rounds[-1].items()),
       flush=True,
     )
-  ratios = {
-    name: statistics.median(_rate(r['ours']) / _rate(r[name]) for r in rounds)
+  each = {
+    name: [_rate(r['ours']) / _rate(r[name]) for r in rounds]
     for name in contenders
   }
-  return {'ratios': ratios, 'rounds': rounds}
+  return {
+    'ratios': {name: statistics.median(x) for name, x in each.items()},
+    'ratios_of_rounds': each,
+    'rounds': rounds,
+  }
 
 
-def _table(name: str, case: dict) -> None:
-  print(f'\n{name:<8}{"tokens/s":>10}{"ours is":>9}{"peak MB":>9}')
-  for who, ratio in case['ratios'].items():
-    answers = [r[who] for r in case['rounds']]
-    rate = statistics.median(map(_rate, answers))
-    memory = max(a['peak_mb'] for a in answers)
-    print(f'{who:<8}{rate:>10.1f}{ratio:>8.2f}x{memory:>9.0f}')
-
-
-def main() -> None:
-  child.check()
-  raw = _CONFIG.value
-  raw.federated.clients_per_round = (
-    _CLIENTS.value or raw.federated.clients_per_round
-  )
+def _prepare() -> experiment.Experiment:
+  raw = machine.config()
+  clients = _CLIENTS.value if not machine.smoke() else 2
+  raw.federated.clients_per_round = clients or raw.federated.clients_per_round
   # As many as divide the clients, so that none is padding.
   raw.federated.clients_at_once = math.gcd(
     raw.federated.clients_at_once, raw.federated.clients_per_round
   )
-  x = experiment.prepare(config.resolve(raw))
-  c, model = x.config, base_model.load(x.config, x.mesh)
-  rank_N, chats = x.initial_rank[0], chat_cohort(x)
-  dense = dense_cohort(x, model.config.vocab_size)
-  work = {
-    'gguf': str(sources.resolve(c.model.source).path.resolve()),
-    'targets': c.lora.targets, 'scale': c.lora.scale,
-    'learning_rate': c.client_optimizer.learning_rate,
-    'threads': os.cpu_count(),
-    'cases': {
-      'chat': workload(chats, rank_N), 'dense': workload(dense, rank_N),
-    },
-  }  # fmt: skip
-  peft = child.Peer('peer_torch.py', work)
+  return experiment.prepare(config.resolve(raw))
+
+
+def _time_all(x: experiment.Experiment, workload: dict, cohorts: dict) -> dict:
+  """Times both cases, with the peers if they are asked for."""
+  ours = Ours(x)
+  if not child.PEERS.value:
+    return {
+      case: alternate({'ours': lambda cohort=cohort: ours(cohort)})
+      for case, cohort in cohorts.items()
+    }
+  peft = child.Peer('peer_torch.py', workload)
   variant, tried = best_variant(peft, 'chat', _DTYPES.value, ('longest', '128'))
-  check_same_work(x, chats, tried[0]['first_loss'])
-  flower, ours = child.Peer('peer_flower.py', work), Ours(x)
+  work.check_same(work.first_loss(x, cohorts['chat']), tried[0]['first_loss'])
+  flower = child.Peer('peer_flower.py', workload)
   chat = alternate({
     'ours': lambda: ours(None), 'peft': lambda: peft(variant),
     'flower': lambda: flower(variant),
@@ -269,30 +201,92 @@ def main() -> None:
   dense_variant, dense_tried = best_variant(
     peft, 'dense', [variant['dtype']], ('longest',)
   )
-  full = alternate({
-    'ours': lambda: ours(dense), 'peft': lambda: peft(dense_variant),
+  dense = alternate({
+    'ours': lambda: ours(cohorts['dense']), 'peft': lambda: peft(dense_variant),
   })  # fmt: skip
   peft.close()
-  versions = {'jax': jax.__version__}
-  for answer in chat['rounds'][0].values():
-    versions |= answer.get('versions', {})
-  counted = arithmetic(model.config, work['cases']['chat'], chats)
-  result = {
-    'loss_tokens_ratio_vs_peft': chat['ratios']['peft'],
-    'loss_tokens_ratio_vs_flower': chat['ratios']['flower'],
-    'dense_ratio_vs_peft': full['ratios']['peft'],
-    'flops_of_the_chat_round': counted,
-    'model': c.model.source, 'clients': c.federated.clients_per_round,
-    'our_dtype': base_model.compute_dtype(c).name,
+  return {
+    'chat': chat, 'dense': dense, 'tried': tried + dense_tried,
     'peers_variant': {'chat': variant, 'dense': dense_variant},
-    'versions': versions, 'machine': machine.describe(),
-    'chat': chat, 'dense': full, 'tried': tried + dense_tried,
   }  # fmt: skip
-  machine.write(_OUT.value, result)
-  _table('chat', chat)
-  _table('dense', full)
-  print('\nGFLOP of the chats: ' + ', '.join(f'{k} {v / 1e9:.0f}' for k, v in counted.items()))  # fmt: skip
+
+
+def measure() -> dict:
+  """Times rounds of both cases; see the module."""
+  if child.PEERS.value:
+    child.check()
+  x = _prepare()
+  model = base_model.load(x.config, x.mesh).config
+  cohorts = {
+    'chat': work.first_cohort(x), 'dense': dense_cohort(x, model.vocab_size)
+  }  # fmt: skip
+  with work.model_files(x) as files:
+    workload = work.for_peers(x, files, cohorts)
+    for case, cohort in cohorts.items():
+      first = workload['cases'][case][0]
+      work.check_same(work.first_loss(x, cohort), work.plain_loss(x, first))
+    timed = _time_all(x, workload, cohorts)
+  versions = {'jax': jax.__version__}
+  for answer in timed['chat']['rounds'][0].values():
+    versions |= answer.get('versions', {})
+  return timed | {
+    'flops_of_the_chat_round': arithmetic(
+      model, workload['cases']['chat'], cohorts['chat']
+    ),
+    'model': x.config.model.source,
+    'clients': x.config.federated.clients_per_round,
+    'our_dtype': base_model.compute_dtype(x.config).name,
+    'versions': versions,
+  }  # fmt: skip
+
+
+def _row(result: dict, case: str, name: str) -> list[str]:
+  """Returns the cells of a case: rates, ratios with their range, memory."""
+  found = result[case]
+  cells = [name]
+  for who in ('ours', 'peft', 'flower'):
+    answers = [r[who] for r in found['rounds'] if who in r]
+    rate = statistics.median(map(_rate, answers)) if answers else None
+    cells.append(f'{rate:.1f}' if rate else '')
+  for who in ('peft', 'flower'):
+    each = found['ratios_of_rounds'].get(who)
+    cells.append(
+      f'**{statistics.median(each):.2f}x** ({min(each):.2f} to {max(each):.2f})'
+      if each
+      else ''
+    )
+  cells.append(
+    ', '.join(
+      f'{max(r[who]["peak_mb"] for r in found["rounds"]) / 1e3:.1f}'
+      for who in found['rounds'][0]
+    )
+  )
+  return cells
+
+
+def report(result: dict) -> str:
+  """Tells rates, ratios and memory."""
+  head = (
+    f'{result["model"]}, target tokens/s | ours | peft | Flower | ours is '
+    'faster than peft | than Flower | GB, in this order'
+  )
+  rows = [
+    _row(result, 'chat', 'chats'),
+    _row(result, 'dense', 'dense: every position is a target'),
+  ]
+  counted = ', '.join(
+    f'{name.replace("_", " ")} {x / 1e9:.0f}'
+    for name, x in result['flops_of_the_chat_round'].items()
+  )
+  variant = result.get('peers_variant', {}).get('chat', {})
+  theirs = variant.get('dtype', 'not run')
+  versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
+  return (
+    f'{machine.table(head, rows)}\n\n{result["clients"]} people a round; ours '
+    f'in {result["our_dtype"]}, peft in {theirs} (its best); GFLOP of the chats: '
+    f'{counted}. {versions}. {machine.told(result["machine"])}.'
+  )
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('peers', measure, report)

@@ -25,13 +25,11 @@ def _spans(data) -> Iterator[tuple[str, float]]:
       if on_gpu and not line.name.startswith('Stream'):
         continue
       for event in line.events:
-        about = dict(event.stats)
-        operation = about.get('hlo_op')
-        if on_gpu:
-          name = f'{operation or ""}|{event.name}'
-        else:
-          name = f'{event.name}|'
-        yield name, event.duration_ns
+        operation = (
+          dict(event.stats).get('hlo_op', '') if on_gpu else event.name
+        )
+        kernel = event.name if on_gpu else ''
+        yield f'{operation}|{kernel}', event.duration_ns
 
 
 def top(program, run: Callable[[], object], count: int) -> list[dict]:
@@ -56,9 +54,13 @@ def top(program, run: Callable[[], object], count: int) -> list[dict]:
     for name, nanoseconds in _spans(data):
       spent[name] += nanoseconds
   known = operations(program.as_text())
+  by_kernel = {re.sub(r'[.-]', '_', name): name for name in known}
   rows = []
   for key, nanoseconds in spent.most_common():
     operation, _, kernel = key.partition('|')
+    # In a command buffer all operations are called as it is; but most kernels
+    # have their operation's name.
+    operation = by_kernel.get(kernel, operation)
     if not kernel and (operation not in known or _LOOP.match(operation)):
       continue  # of the host; or what holds others, which count already
     shape, source = known.get(operation, ('', ''))

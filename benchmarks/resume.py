@@ -1,12 +1,11 @@
 """What saving and resuming cost: a trace of a run that saves every round.
 
-python -m benchmarks.resume [--config=configs/chitchat_gemma3.py] [--rounds=4]
+python -m benchmarks.resume [--config=configs/chitchat_gemma3.py] [--trace=FILE]
 
 Runs some rounds, each of which is saved, then some more of the same run after a
-restore. Prints how long the loop stood still for each save, when its writing ended
-within the next round, and what restoring took; writes the trace in Chrome's format
-(for ui.perfetto.dev) and benchmarks/results/resume.json. Programs are warmed up
-by the first rounds, as by a cache.
+restore: how long the loop stood still for each save, when its writing ended within
+the next round, and what restoring took; --trace keeps the trace in Chrome's format
+(for ui.perfetto.dev). Programs are warmed up by the first rounds, as by a cache.
 """
 
 import dataclasses
@@ -24,12 +23,9 @@ from absl import flags
 from benchmarks import machine
 from hetlora_jax import checkpoint, config, experiment, training
 
-_CONFIG = machine.define_config()
-_ROUNDS = flags.DEFINE_integer('rounds', 4, 'Rounds before and after.')
-_OUT = flags.DEFINE_string('out', 'benchmarks/results/resume.json', 'Result.')
-_TRACE = flags.DEFINE_string(
-  'trace', 'benchmarks/results/resume_trace.json', 'Trace.'
-)
+machine.define_config()
+_TRACE = flags.DEFINE_string('trace', None, 'File of the trace.')
+_ROUNDS = 4  # before, and after
 
 
 class Trace:
@@ -73,8 +69,8 @@ def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
   raw.federated.num_rounds, raw.checkpoint.every = rounds, 1
   prepare, save = experiment.prepare, checkpoint.Checkpoints.save
 
-  def traced(*points):
-    x = prepare(*points)
+  def traced(*points, **more):
+    x = prepare(*points, **more)
     rounds = trace.timed('round', 'devices', x.run_rounds)
     return dataclasses.replace(x, run_rounds=rounds)
 
@@ -97,34 +93,39 @@ def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
     training.run(config.resolve(raw), workdir)
 
 
-def main() -> None:
-  raw, trace = _CONFIG.value.copy_and_resolve_references(), Trace()
+def measure() -> dict:
+  """Runs, restores and runs on."""
+  raw, trace = machine.config(), Trace()
   with tempfile.TemporaryDirectory() as name:
     workdir = pathlib.Path(name, 'run')
-    _run(raw, workdir, _ROUNDS.value, trace)
+    _run(raw, workdir, _ROUNDS, trace)
     begin = time.perf_counter()
-    _run(raw, workdir, 2 * _ROUNDS.value, trace)
+    _run(raw, workdir, 2 * _ROUNDS, trace)
     again = time.perf_counter() - begin
-  pathlib.Path(_TRACE.value).write_text(json.dumps(trace.events))
-  rounds, saves = trace.seconds('round'), trace.seconds('save')
-  round_s, restore_s = np.median(rounds), trace.seconds('restore')[-1]
-  # The first of each call also traces and compiles what saving needs.
-  stall = np.median(saves)
-  print(f'a round: {round_s:.2f} s; {len(saves)} saves, of which the loop waits '
-        f'{stall:.3f} s each, {100 * stall / round_s:.1f} % of a round (the first '
-        f'{saves[0]:.3f} s); whole on disk after '
-        f'{np.median(trace.seconds("write")):.3f} s')  # fmt: skip
-  print(f'restoring: {restore_s:.3f} s, {100 * restore_s / again:.2f} % of the '
-        f'{again:.1f} s that the resumed {_ROUNDS.value} rounds took')  # fmt: skip
-  machine.write(
-    _OUT.value,
-    {
-      'machine': machine.describe(), 'round_s': rounds, 'save_s': saves,
-      'write_s': trace.seconds('write'), 'restore_s': restore_s,
-      'resumed_s': again,
-    },
-  )  # fmt: skip
+  if _TRACE.value:
+    pathlib.Path(_TRACE.value).write_text(json.dumps(trace.events))
+  return {
+    'model': raw.model.source, 'rounds': _ROUNDS,
+    'round_s': trace.seconds('round'), 'save_s': trace.seconds('save'),
+    'write_s': trace.seconds('write'),
+    'restore_s': trace.seconds('restore')[-1], 'resumed_s': again,
+  }  # fmt: skip
+
+
+def report(result: dict) -> str:
+  """Tells what saving and restoring cost."""
+  # The first save also compiles what saving needs.
+  round_s, stall = np.median(result['round_s']), np.median(result['save_s'])
+  restore_s, again = result['restore_s'], result['resumed_s']
+  return (
+    f'{result["model"]}, every round saved: of a round of {round_s:.1f} s the '
+    f'loop waits {stall:.3f} s for a save, {stall / round_s:.1%}; the rest is '
+    'written while the next round runs, and is whole on disk after '
+    f'{np.median(result["write_s"]):.2f} s. Restoring takes {restore_s:.2f} s, '
+    f'{restore_s / again:.2%} of a run of {result["rounds"]} rounds. '
+    f'{machine.told(result["machine"])}.'
+  )
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.run('resume', measure, report)

@@ -1,11 +1,11 @@
 """From launch to the first round, its memory, and how long devices wait.
 
-python -m benchmarks.start [--config=configs/chitchat_gemma3.py] [--rounds=4]
+python -m benchmarks.start [--config=configs/chitchat_gemma3.py]
 
 Starts a process without compiled programs, and one that finds them; each
 reports seconds since its own start, and the most memory it held (on Linux). Then
 a run of a few rounds tells which share of the time the devices waited for the
-host (`time/wait_s`). Prints a table and writes benchmarks/results/start.json.
+host (`time/wait_s`).
 """
 
 import json
@@ -22,9 +22,8 @@ from absl import flags
 from benchmarks import machine
 from hetlora_jax import config, experiment, training
 
-_CONFIG = machine.define_config()
-_ROUNDS = flags.DEFINE_integer('rounds', 4, 'Rounds of the run.')
-_OUT = flags.DEFINE_string('out', 'benchmarks/results/start.json', 'Result.')
+machine.define_config()
+_ROUNDS = 4  # of the run
 _CHILD = flags.DEFINE_bool('child', False, 'Be the process that is timed.')
 
 
@@ -38,7 +37,7 @@ def _age() -> float:
 def child() -> dict[str, float]:
   """Prepares, compiles and runs one round; returns when each was done."""
   done = {'imported': _age()}
-  x = experiment.prepare(config.resolve(_CONFIG.value))
+  x = experiment.prepare(config.resolve(machine.config()))
   cohorts = experiment.make_cohorts(x, 0)
   done['prepared'] = _age()
   lowered = x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper)
@@ -64,8 +63,8 @@ def start(programs: str) -> dict[str, float]:
 
 def waiting() -> dict:
   """Runs a few rounds as the launcher does."""
-  raw = _CONFIG.value
-  raw.federated.num_rounds = _ROUNDS.value
+  raw = machine.config()
+  raw.federated.num_rounds = _ROUNDS
   with tempfile.TemporaryDirectory() as folder:
     began = time.perf_counter()
     training.run(config.resolve(raw), pathlib.Path(folder, 'run'))
@@ -81,20 +80,37 @@ def waiting() -> dict:
   }  # fmt: skip
 
 
+def measure() -> dict:
+  """Starts cold and warm, and runs."""
+  config.resolve(machine.config())  # a bad one ends here
+  with tempfile.TemporaryDirectory() as programs:
+    return {
+      'model': machine.config().model.source, 'cold': start(programs),
+      'warm': start(programs), 'host': waiting(),
+    }  # fmt: skip
+
+
+def report(result: dict) -> str:
+  """Tells seconds since the start, cold and warm."""
+  rows = [
+    [name, f'{result["cold"][name]:,.1f}', f'{result["warm"][name]:,.1f}']
+    for name in result['cold']
+  ]
+  host = result['host']
+  return (
+    machine.table('s since the start, until | cold | programs kept', rows)
+    + f'\n\n{result["model"]}; devices waited for the host '
+    f'{host["share_waiting"]:.2%} of the time of {host["rounds"]} rounds. '
+    f'{machine.told(result["machine"])}.'
+  )
+
+
 def main() -> None:
   if _CHILD.value:
     print(json.dumps(child()))
-    return
-  config.resolve(_CONFIG.value)  # a bad one ends here
-  with tempfile.TemporaryDirectory() as programs:
-    result = {'cold': start(programs), 'warm': start(programs)}
-  result |= {'host': waiting(), 'machine': machine.describe()}
-  machine.write(_OUT.value, result)
-  print(f'{"seconds since start":<20}{"cold":>8}{"warm":>8}')
-  for name in result['cold']:
-    print(f'{name:<20}{result["cold"][name]:>8.1f}{result["warm"][name]:>8.1f}')
-  print(f'devices waited {result["host"]["share_waiting"]:.2%} of the time')
+  else:
+    machine.tell('start', measure, report)
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.start(main)

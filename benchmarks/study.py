@@ -18,6 +18,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -60,6 +61,11 @@ _FLOORS = 'floors'  # in the place of names
 def slug(arm: str) -> str:
   """Returns an arm's name as part of a file's, e.g. 'hetlora_0.85'."""
   return re.sub(r'[^a-z0-9.]+', '_', arm.lower())
+
+
+def _task_config(task: str):
+  """Returns what all arms of a task share; with --smoke next to nothing."""
+  return machine.smoke_config() if machine.smoke() else study.get_config(task)
 
 
 def name_of(arm: str, rate: float, seed: int) -> str:
@@ -122,8 +128,7 @@ def _run(
     ['python', '-m', 'launch.train', f'--config=configs/study.py:{task}',
      *words, f'--workdir={workdir}']
   )  # fmt: skip
-  base = config.build(study.get_config(task))
-  resolved = sweep.with_fields(base, fields)
+  resolved = sweep.with_fields(config.build(_task_config(task)), fields)
   return sweep.Run(name, fields, resolved, workdir, command)
 
 
@@ -208,7 +213,7 @@ def _do_floors(task: str) -> None:
   folder = pathlib.Path(_RAW.value) / task / 'floor'
   folder.mkdir(parents=True, exist_ok=True)
   workdir = pathlib.Path(_WORKDIR.value) / task / 'floor'
-  c = config.resolve(study.get_config(task))
+  c = config.resolve(_task_config(task))
   people = _untouched(c)
   for shots in study.SHOTS:
     choice = completions.Choice(untouched=True, shots=shots)
@@ -318,7 +323,22 @@ def _only(names: Sequence[str]) -> None:
     sys.exit(console.SAVED)
 
 
+def smoke() -> None:
+  """Does one run and the floors of a task in this process, and drops them."""
+  task, arm = study.WRITTEN[0], next(iter(study.ARMS))
+  with tempfile.TemporaryDirectory() as folder:
+    flags.FLAGS.raw, flags.FLAGS.workdir = f'{folder}/raw', f'{folder}/runs'
+    _do_floors(task)
+    run = _missing(task, arm)[0]
+    _do(task, arm, [run])
+    if run.name not in load(pathlib.Path(_RAW.value), task):
+      raise ValueError(f'{run.name} left no result.')
+  console.say(f'{task}: {run.name} has run.')
+
+
 def main() -> None:
+  if machine.smoke():
+    return smoke()
   jax.config.update('jax_platforms', 'cpu' if not _ONLY.value else None)
   if _ONLY.value:
     _only(_ONLY.value)
@@ -336,4 +356,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.start(main)

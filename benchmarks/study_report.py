@@ -2,7 +2,8 @@
 
 Reads docs/results/raw (written by `benchmarks.study`), runs nothing. The numbers are
 `benchmarks.study_stats`', the tables `benchmarks.study_tables`' and the figures
-`benchmarks.study_plots`'.
+`benchmarks.study_plots`'. With --smoke nothing is written: the page must be the one
+that is there.
 """
 
 import json
@@ -140,15 +141,20 @@ def _rounds(found_of: dict[str, Found]) -> str:
   return ' and '.join(parts)
 
 
-def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
-  """Returns the page, and draws its figures."""
-  results = {task: runner.load(raw, task) for task in study.TASKS}
-  found_of = {task: study_stats.arms(results[task]) for task in study.TASKS}
-  floors_of = {task: _floors(raw / task) for task in study.TASKS}
-  for task, found in found_of.items():
+def draw(raw: pathlib.Path, folder: pathlib.Path) -> None:
+  """Draws the figures of the page."""
+  for task in study.TASKS:
+    found = study_stats.arms(runner.load(raw, task))
     if found:
       study_plots.curves(found, folder / f'{task}_curves.png', task)
       study_plots.inside(found, folder / f'{task}_inside.png', task)
+
+
+def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
+  """Returns the page."""
+  results = {task: runner.load(raw, task) for task in study.TASKS}
+  found_of = {task: study_stats.arms(results[task]) for task in study.TASKS}
+  floors_of = {task: _floors(raw / task) for task in study.TASKS}
   total = sum(
     len(runner.rates_wanted(arm, results[task])) + len(study.SEEDS) - 1
     for task in study.TASKS
@@ -179,9 +185,15 @@ def main() -> None:
     raise ValueError(
       f'--results={folder} has no folder raw: run the study first.'
     )
-  out.write_text(page(folder / 'raw', folder))
+  text = page(folder / 'raw', folder)
+  if machine.smoke():
+    if text != out.read_text():
+      raise ValueError(f'{out} is not what {folder}/raw gives: make study.')
+    return print(f'{out} is what {folder}/raw gives.')
+  draw(folder / 'raw', folder)
+  out.write_text(text)
   print(f'{out} is made of {folder}/raw.')
 
 
 if __name__ == '__main__':
-  machine.run(main)
+  machine.start(main)

@@ -1,13 +1,18 @@
 """One cohort's work, told so that a peer can do the same."""
 
+import contextlib
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetlora_jax import experiment
+from hetlora_jax import base_model, experiment
+from hetlora_jax.models import readout
+from hetlora_jax.models.pretrained import hugging_face, sources
 from hetlora_jax.types import Batch, Cohort
 
 
@@ -80,6 +85,44 @@ def first_loss(x: experiment.Experiment, cohort: Cohort) -> float:
   adapters = jax.tree.map(lambda leaf: leaf[0], x.initial_state.adapters)
   total, tokens = jax.jit(x.rules.loss)(x.base, adapters, jnp.float32(1), batch)
   return float(total / tokens)
+
+
+@contextlib.contextmanager
+def model_files(x: experiment.Experiment) -> Iterator[pathlib.Path]:
+  """Gives the files of the base that a peer can read, written if it is random."""
+  source = x.config.model.source
+  if not base_model.is_random(source):
+    yield sources.resolve(source).path
+    return
+  model = base_model.load(x.config, x.mesh)
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    params = jax.tree.map(np.asarray, model.params)
+    hugging_face.write(folder, model.config, params, model.tokenizer)
+    yield folder
+
+
+def plain_loss(x: experiment.Experiment, client: dict) -> float:
+  """Returns what `first_loss` does, of what a peer is told.
+
+  Computed another way: example by example, with the logits of all words.
+  """
+  model, dtype = (
+    base_model.load(x.config, x.mesh),
+    base_model.compute_dtype(x.config),
+  )
+  log_probs = jax.jit(readout.make_log_probs(model.config, dtype))
+  total, targets = 0.0, 0
+  for example in client['steps'][0]:
+    tokens = np.array([example['tokens']])
+    position = np.arange(tokens.shape[1])[None]
+    out = log_probs(
+      x.base, {}, jnp.float32(1), tokens, np.ones_like(tokens), position
+    )
+    n = example['num_target']
+    total -= out[0, np.arange(-n - 1, -1), tokens[0, -n:]].sum()
+    targets += n
+  return float(total / targets)
 
 
 def check_same(ours: float, theirs: float) -> None:

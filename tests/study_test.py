@@ -258,6 +258,7 @@ def test_the_page_tells_what_ran(tmp_path):
     floor |= {} if shots else {'people': people}
     (raw / 'floor' / f'shots{shots}.json').write_text(json.dumps(floor))
   page = report.page(tmp_path / 'raw', tmp_path)
+  report.draw(tmp_path / 'raw', tmp_path)
   assert f'| untouched | {math.exp(4):.2f} [' in page
   assert '| untouched, 3 examples in the prompt |  |' in page
   assert '54.60 with 0, 54.60 with 3 examples of other people' in page

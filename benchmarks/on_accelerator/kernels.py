@@ -1,7 +1,7 @@
 """Attention by cuDNN and by XLA, and how many words of the vocabulary at once.
 
-The shapes are those of 64 clients that train at once: their rows are one batch.
-Forward and backward pass together; a row is timed alone.
+The shapes are those of 64 clients that train at once, vmapped as in a round;
+forward and backward pass together.
 """
 
 import math
@@ -12,16 +12,15 @@ import jax.numpy as jnp
 from benchmarks import machine
 from hetlora_jax.models import kernels
 
-# Rows, tokens, query heads, key heads, width of a head.
+# Clients, tokens of their one row, query heads, key heads, width of a head.
 _ATTENTION = (
   (64, 128, 4, 1, 256),
   (64, 128, 9, 3, 64),
   (64, 128, 24, 8, 128),
   (8, 1024, 4, 1, 256),
-  (8, 1024, 9, 3, 64),
   (8, 1024, 24, 8, 128),
 )
-_WORDS = (2048, 8192, 16384, 32768, 65536, 131072, 262144)
+_WORDS = (8192, 32768, 65536, 262144)
 _CLIENTS, _TARGETS, _WIDTH = 64, 48, 640
 _CALLS = 20
 
@@ -38,30 +37,37 @@ def _time(function, *args) -> float:
   return min(machine.seconds(many) for _ in range(3)) / _CALLS
 
 
-def _inputs(rows, tokens, heads, key_heads, width):
-  """Draws queries, keys, values and cotangent, and masks two examples a row."""
-  draw = [jax.random.normal(jax.random.key(i), (rows, tokens, n, width), jnp.bfloat16)
-          for i, n in enumerate((heads, key_heads, key_heads, heads))]  # fmt: skip
-  segment = jnp.arange(tokens)[None] >= tokens * 2 // 3
-  segment = jnp.broadcast_to(segment, (rows, tokens))
+def _inputs(clients, tokens, heads, key_heads, width):
+  """Draws queries, keys, values and cotangents, and masks two examples a row."""
+  draw = [
+    jax.random.normal(
+      jax.random.key(i), (clients, 1, tokens, n, width), jnp.bfloat16
+    )
+    for i, n in enumerate((heads, key_heads, key_heads, heads))
+  ]
+  second = jnp.arange(tokens) >= tokens * 2 // 3
   past = jnp.tril(jnp.ones((tokens, tokens), bool))
-  return draw, (segment[:, :, None] == segment[:, None]) & past[None]
+  mask = (second[:, None] == second[None]) & past
+  return draw, jnp.broadcast_to(mask, (clients, 1, tokens, tokens))
 
 
 def attention(implementation: str):
-  """Returns (q, k, v, cotangent, mask) -> output and gradients."""
+  """Returns (q, k, v, cotangent, mask) of clients -> output and gradients."""
 
   def both(q, k, v, cotangent, mask):
     def attend(q, k, v):
+      # cuDNN, vmapped, wants a mask for every head.
+      heads = q.shape[2] if implementation == 'cudnn' else 1
+      shape = (mask.shape[0], heads, *mask.shape[1:])
       return jax.nn.dot_product_attention(
-        q, k, v, mask=mask[:, None], scale=q.shape[-1] ** -0.5,
-        implementation=implementation,
+        q, k, v, mask=jnp.broadcast_to(mask[:, None], shape),
+        scale=q.shape[-1] ** -0.5, implementation=implementation,
       )  # fmt: skip
 
     out, back = jax.vjp(attend, q, k, v)
     return out, back(cotangent)
 
-  return jax.jit(both)
+  return jax.jit(jax.vmap(both))
 
 
 def _distance(a, b) -> float:
@@ -93,16 +99,19 @@ def measure_attention(shape) -> dict:
   return row
 
 
-def measure_words(vocabulary: int) -> list[dict]:
-  """Times the loss of all clients' targets over chunks of the vocabulary."""
+def measure_words(at_once: tuple[int, ...]) -> list[dict]:
+  """Times the loss of all clients' targets over chunks of the vocabulary.
+
+  Args:
+    at_once: words of a chunk; the largest is the vocabulary.
+  """
+  vocabulary = max(at_once)
   keys = jax.random.split(jax.random.key(0), 3)
   h = jax.random.normal(keys[0], (_CLIENTS, _TARGETS, _WIDTH), jnp.bfloat16)
   embed = jax.random.normal(keys[1], (vocabulary, _WIDTH), jnp.bfloat16)
   target = jax.random.randint(keys[2], h.shape[:2], 0, vocabulary)
   rows = []
-  for words in _WORDS:
-    if words > vocabulary:
-      continue
+  for words in at_once:
 
     def loss(h, embed, target, words=words):
       one = lambda h, t: kernels.linear_cross_entropy(  # noqa: E731
@@ -124,14 +133,14 @@ def measure_words(vocabulary: int) -> list[dict]:
 def measure(keep) -> None:
   """Times attention at all shapes, then the loss."""
   shapes = _ATTENTION
-  if machine.SMOKE.value:
+  if machine.smoke():
     shapes = [(2, 16, heads, keys, 16) for _, _, heads, keys, _ in shapes[:2]]
   result: dict = {'attention': []}
   for shape in shapes:
     result['attention'].append(measure_attention(shape))
     print(result['attention'][-1], flush=True)
     keep(result)
-  result['words'] = measure_words(4096 if machine.SMOKE.value else 262144)
+  result['words'] = measure_words((256, 1024) if machine.smoke() else _WORDS)
   print(*result['words'], sep='\n', flush=True)
   keep(result)
 
@@ -148,7 +157,7 @@ def report(result: dict) -> str:
     [' x '.join(map(str, row['shape'])), cell(row['xla']), cell(row['cudnn'])]
     for row in result['attention']
   ]
-  head = 'rows x tokens x heads x key heads x width | XLA | cuDNN'
+  head = 'clients x tokens x heads x key heads x width | XLA | cuDNN'
   text = machine.table(head, rows)
   rows = [
     [f'{row["words"]:,}', f'{1e3 * row["s"]:.2f}', f'{row["temporary_mb"]:,.0f}',

@@ -2,74 +2,70 @@
 
 Our weights, drawn here, are written as a Hugging Face folder, so that the peer
 trains the very model; tokens, ranks, steps and optimizer are those of our round.
-Its best setting is found on a few clients: kernels of attention, padding, and one
-adapter of the largest rank whose other slots are zero (which trains as a smaller
-one does), compiled once by torch.compile.
+Its best setting is found on a few clients: kernels of attention, padding, an adapter
+for each rank or one of the largest whose other slots are zero, and torch.compile.
 """
 
-import pathlib
-import sys
-import tempfile
-
-import jax
-import numpy as np
-
 from benchmarks import chats, child, machine, work
-from hetlora_jax import base_model
-from hetlora_jax.models.pretrained import hugging_face
 
 _CLIENTS = (8, 64)
-_WARM = 2  # clients, before a variant is timed
+_ONE = {'one_adapter': True}
 _VARIANTS = (
-  {'padding': 'longest', 'attention': 'sdpa'},
-  {'padding': 'longest', 'attention': 'eager'},
-  {'padding': '136', 'attention': 'sdpa'},
-  {'padding': '136', 'attention': 'sdpa', 'compiled': True},
+  {'padding': 'longest', 'attention': 'eager', **_ONE},
+  {'padding': 'longest', 'attention': 'sdpa', **_ONE},
+  {'padding': '136', 'attention': 'sdpa', **_ONE},
+  {'padding': 'longest', 'attention': 'sdpa'},  # as it is commonly used
+  {'padding': '136', 'attention': 'sdpa', 'compiled': True, **_ONE},
 )
+_SMOKE_VARIANTS = (_VARIANTS[0], _VARIANTS[3])
 
 
 def measure(keep) -> None:
   """Times the peer's rounds, each of its variants first on a few clients."""
-  smoke = machine.SMOKE.value
+  smoke = machine.smoke()
   counts = (2,) if smoke else _CLIENTS
   kind = {} if smoke else {'shape': 'gemma3_270m', 'model__dtype': 'bfloat16'}
   x = chats.prepare(clients=max(counts), at_once=1, **kind)
-  model = base_model.load(x.config, x.mesh)
   cohort = work.first_cohort(x)
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    params = jax.tree.map(np.asarray, model.params)
-    hugging_face.write(folder, model.config, params, model.tokenizer)
-    workload = work.for_peers(x, folder, {'chat': cohort})
-    peer = child.Peer('peer_torch.py', workload, python=sys.executable)
-    result = _rounds(peer, counts, keep)
+  with work.model_files(x) as files:
+    workload = work.for_peers(x, files, {'chat': cohort})
+    peer = child.Peer('peer_torch.py', workload, child.python_with('peft'))
+    tried = _try_all(peer, x.config.model.dtype, counts, keep)
     peer.close()
-  ours, theirs = work.first_loss(x, cohort), result['tried'][0]['first_loss']
-  keep(result | {'first_loss': {'ours': ours, 'peft': theirs}})
+  ours, theirs = work.first_loss(x, cohort), tried[0]['first_loss']
+  keep({'tried': tried, 'first_loss': {'ours': ours, 'peft': theirs}})
   work.check_same(ours, theirs)
 
 
-def _rounds(peer: child.Peer, counts: tuple[int, ...], keep) -> dict:
-  dtype = 'float32' if machine.SMOKE.value else 'bfloat16'
-  tried, few = [], counts[0]
-  for variant in _VARIANTS[:2] if machine.SMOKE.value else _VARIANTS:
-    ask = {'case': 'chat', 'dtype': dtype, **variant}
-    peer(ask | {'clients': min(_WARM, few)})
-    answer = peer(ask | {'clients': few})
-    tried.append(ask | answer)
-    told = answer.get('failed') or f'{rate(answer):.0f} target tokens/s'
-    print(f'peft, {variant}: {told}', flush=True)
+def _try_all(peer, dtype: str, counts: tuple[int, ...], keep) -> list[dict]:
+  """Times all variants on the fewest clients, and the best on all counts.
+
+  A round comes before, so that kernels of all its shapes are loaded.
+  """
+  tried: list[dict] = []
+
+  def time(variant: dict, clients: int) -> None:
+    ask = {'case': 'chat', 'dtype': dtype, 'clients': clients, **variant}
+    peer(ask)
+    tried.append(ask | min((peer(ask) for _ in range(2)), key=_seconds))
+    told = tried[-1].get('failed') or f'{rate(tried[-1]):.0f} target tokens/s'
+    print(f'peft, {clients} clients, {variant}: {told}', flush=True)
     keep({'tried': tried})
+
+  variants = _SMOKE_VARIANTS if machine.smoke() else _VARIANTS
+  for variant in variants:
+    time(variant, counts[0])
+  plain = max((t for t in tried if 'compiled' not in t), key=rate)
   best = max(tried, key=rate)
-  fastest_plain = max((t for t in tried if not t.get('compiled')), key=rate)
-  rounds = {}
-  for name, variant in (('plain', fastest_plain), ('best', best)):
-    ask = {k: variant[k] for k in ('case', 'dtype', 'padding', 'attention')}
-    ask |= {'compiled': variant.get('compiled', False)}
-    rounds[name] = {str(n): peer(ask | {'clients': n}) for n in counts}
-  result = {'tried': tried, 'rounds': rounds}
-  keep(result)
-  return result
+  for chosen in [plain] if best is plain else [plain, best]:
+    variant = {k: chosen[k] for v in variants for k in v if k in chosen}
+    for clients in counts[1:]:
+      time(variant, clients)
+  return tried
+
+
+def _seconds(answer: dict) -> float:
+  return answer['seconds']
 
 
 def rate(answer: dict) -> float:
@@ -80,33 +76,46 @@ def rate(answer: dict) -> float:
 def ratios(result: dict, ours: dict) -> dict[str, dict[str, float]]:
   """Returns how many times as fast our best round of so many clients is.
 
-  The peer's rate at 512 clients is that at 64: it trains them one by one.
+  The peer trains clients one by one, so its rate at more clients than were tried
+  is that at the most.
 
   Args:
     result: of `measure`.
     ours: the rounds of the same model, of `rounds.measure_shape`.
+
+  Returns:
+    'plain', without what was compiled, and 'best' -> clients a round -> ratio.
   """
   out: dict = {}
-  for name, answers in result['rounds'].items():
-    for key, row in ours.items():
-      clients = key.split()[0]
-      theirs = answers.get(clients) or answers[max(answers, key=int)]
-      if int(clients) >= min(map(int, answers)) and 'round_s' in row:
-        faster = row['target_tokens_per_s'] / rate(theirs)
-        best = out.setdefault(name, {}).get(clients, 0)
-        out[name][clients] = max(best, faster)
+  for key, row in ours.items():
+    clients = int(key.split()[0])
+    counts = [t['clients'] for t in result['tried'] if t['clients'] <= clients]
+    if not counts or 'round_s' not in row:
+      continue
+    there = [t for t in result['tried'] if t['clients'] == max(counts)]
+    for name in ('plain', 'best'):
+      theirs = max(
+        rate(t) for t in there if name == 'best' or 'compiled' not in t
+      )
+      found = out.setdefault(name, {})
+      faster = row['target_tokens_per_s'] / theirs
+      found[str(clients)] = max(found.get(str(clients), 0), faster)
   return out
 
 
 def report(result: dict) -> str:
   """Tells the peer's variants."""
+  names = {'one_adapter': 'one adapter', 'compiled': 'torch.compile'}
   rows = [
     [
-      f'padded to {t["padding"]}, attention {t["attention"]}'
-      + (', compiled' if t.get('compiled') else ''),
+      ', '.join([
+        f'attention {t["attention"]}', f'padded to {t["padding"]}',
+        *[word for name, word in names.items() if t.get(name)],
+      ]),
+      str(t['clients']),
       t.get('failed') or f'{rate(t):,.0f}', f'{t.get("device_mb", 0) / 1e3:.2f}',
     ]
     for t in result['tried']
   ]  # fmt: skip
-  head = 'torch + peft, a client after another | target tokens/s | GB'
+  head = 'torch + peft, a client after another | clients | target tokens/s | GB'
   return machine.table(head, rows)

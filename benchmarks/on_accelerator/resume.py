@@ -1,8 +1,9 @@
 """Runs that are cut in two, against unbroken ones: equal to the bit or not.
 
-Each stretch is a `launch.train` of its own, as after a preemption: it compiles
-anew, so whatever a compiler chooses by measuring is chosen again. All runs share
-the device and go on at the same time.
+Each stretch is a `launch.train` of its own, as after a preemption. It compiles anew,
+so what a compiler chooses by measuring is chosen again, unless programs are kept or
+its choices do not depend on measurements: both are tried too. Runs share the device
+and go on at the same time.
 """
 
 import concurrent.futures
@@ -15,7 +16,22 @@ import tempfile
 from benchmarks import machine
 from hetlora_jax import metrics
 
-_METHODS = ('hetlora', 'flexlora', 'full_finetuning')
+# Environment of a setting, its own folder for {folder}.
+_SETTINGS = {
+  'as it is': {},
+  'programs kept': {
+    'JAX_COMPILATION_CACHE_DIR': '{folder}/programs',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  },
+  'deterministic': {'XLA_FLAGS': '--xla_gpu_deterministic_ops=true'},
+}
+_RUNS = (
+  ('hetlora', 'as it is'),
+  ('hetlora', 'programs kept'),
+  ('hetlora', 'deterministic'),
+  ('full_finetuning', 'programs kept'),
+  ('full_finetuning', 'deterministic'),
+)
 _ROUNDS = 4
 _FIELDS = (
   'federated.clients_per_round=4', 'federated.clients_at_once=2',
@@ -24,21 +40,27 @@ _FIELDS = (
   'model.random.num_layers=1', 'eval.num_people=2', 'eval.every=0',
   'checkpoint.every=2',
 )  # fmt: skip
-_RUNS = {'once': (4,), 'again': (4,), 'halves': (2, 4)}  # rounds, then more
+_STRETCHES = {'once': (_ROUNDS,), 'halves': (_ROUNDS // 2, _ROUNDS)}
 
 
-def _train(workdir: pathlib.Path, method: str, stops: tuple[int, ...]) -> None:
-  """Runs a method until it has done so many rounds, once for each of them."""
+def _train(folder: pathlib.Path, method: str, setting: str) -> None:
+  """Runs a method unbroken, and in two halves, into folders of that name."""
   env = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
-  for rounds in stops:
-    fields = (*_FIELDS, f'method={method}', f'federated.num_rounds={rounds}')
-    subprocess.run(
-      [
-        sys.executable, '-m', 'launch.train', '--config=configs/tiny.py',
-        f'--workdir={workdir}', *[f'--config.{field}' for field in fields],
-      ],
-      env=env, check=True, stdout=subprocess.DEVNULL, cwd=machine.ROOT,
-    )  # fmt: skip
+  for name, value in _SETTINGS[setting].items():
+    before = (
+      f'{env["XLA_FLAGS"]} ' if name in env and name == 'XLA_FLAGS' else ''
+    )
+    env[name] = before + value.format(folder=folder)
+  for run, stops in _STRETCHES.items():
+    for rounds in stops:
+      fields = (*_FIELDS, f'method={method}', f'federated.num_rounds={rounds}')
+      subprocess.run(
+        [
+          sys.executable, '-m', 'launch.train', '--config=configs/tiny.py',
+          f'--workdir={folder / run}', *[f'--config.{x}' for x in fields],
+        ],
+        env=env, check=True, stdout=subprocess.DEVNULL, cwd=machine.ROOT,
+      )  # fmt: skip
 
 
 def _ends(workdir: pathlib.Path) -> tuple[dict, list[float]]:
@@ -50,38 +72,33 @@ def _ends(workdir: pathlib.Path) -> tuple[dict, list[float]]:
 
 
 def measure(keep) -> None:
-  """Runs methods once, once more, and in two halves."""
-  methods = _METHODS[:1] if machine.SMOKE.value else _METHODS
-  result: dict = {}
+  """Compares unbroken and halved runs, of several methods and settings."""
+  runs = _RUNS[:1] if machine.smoke() else _RUNS
   with (
     tempfile.TemporaryDirectory() as name,
-    concurrent.futures.ThreadPoolExecutor(9) as pool,
+    concurrent.futures.ThreadPoolExecutor(len(runs)) as pool,
   ):
-    folder = pathlib.Path(name)
-    running = [
-      pool.submit(_train, folder / method / run, method, stops)
-      for method in methods
-      for run, stops in _RUNS.items()
-    ]
-    for run in running:
-      run.result()
-    for method in methods:
-      ends = {run: _ends(folder / method / run) for run in _RUNS}
-      result[method] = {
-        'repeats': ends['again'] == ends['once'],
-        'resumes': ends['halves'] == ends['once'],
-        'losses': {run: losses for run, (_, losses) in ends.items()},
-      }
-  keep(result)
+    folders = [pathlib.Path(name, str(i)) for i in range(len(runs))]
+    list(pool.map(_train, folders, *zip(*runs, strict=True)))
+    rows = []
+    for (method, setting), folder in zip(runs, folders, strict=True):
+      (bits, losses), (other, after) = (_ends(folder / x) for x in _STRETCHES)
+      apart = max(abs(a / b - 1) for a, b in zip(losses, after, strict=True))
+      rows.append({
+        'method': method, 'setting': setting, 'equal': bits == other,
+        'losses_apart': apart,
+      })  # fmt: skip
+  keep({'runs': rows})
 
 
 def report(result: dict) -> str:
-  """Tells which methods repeat and resume to the bit."""
-  word = {True: 'equal to the bit', False: 'NOT equal'}
+  """Tells which runs resume to the bit."""
   rows = [
-    [f'`{method}`', word[found['repeats']], word[found['resumes']]]
-    for method, found in result.items()
-  ]
+    [f'`{x["method"]}`', x['setting'], 'yes' if x['equal'] else 'NO',
+     f'{x["losses_apart"]:.0e}']
+    for x in result['runs']
+  ]  # fmt: skip
   return machine.table(
-    'method | the same run again | stopped after two rounds, and resumed', rows
-  )
+    'stopped after two rounds of four, and resumed | compiled | equal to the '
+    'bit | losses apart', rows
+  )  # fmt: skip

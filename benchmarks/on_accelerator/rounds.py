@@ -40,7 +40,7 @@ def peak_flops() -> float | None:
 
 def product_rate() -> float:
   """Measures this chip's own rate of large bfloat16 products."""
-  size = 256 if machine.SMOKE.value else 8192
+  size = 256 if machine.smoke() else 8192
   a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
   multiply = jax.jit(jnp.matmul)
   times = [machine.seconds(multiply, a, b) for _ in range(10)]
@@ -81,7 +81,7 @@ class Round:
     x, each = self.x, self.x.config.federated.rounds_per_call
     cohorts = experiment.make_cohorts(x, 0)
     once = min(machine.seconds(self.run, cohorts) for _ in range(2))
-    count = 2 if machine.SMOKE.value else max(_FEWEST, int(_SECONDS / once / 3))
+    count = 2 if machine.smoke() else max(_FEWEST, int(_SECONDS / once / 3))
     device = [machine.seconds(self.run, cohorts) for _ in range(count)]
     start = time.perf_counter()
     for i in range(2):
@@ -141,9 +141,9 @@ def measure_shape(shape: str, keep) -> None:
 
   Of the first the kernels that take the most time are told too.
   """
-  plan = _SMOKE_PLAN if machine.SMOKE.value else _PLAN[shape]
-  every = machine.SMOKE.value or shape in _ALL
-  shape = '' if machine.SMOKE.value else shape
+  plan = _SMOKE_PLAN if machine.smoke() else _PLAN[shape]
+  every = machine.smoke() or shape in _ALL
+  shape = '' if machine.smoke() else shape
   result: dict = {'matmul_flops_per_s': product_rate(), 'rounds': {}}
 
   def told(sizes, one: Round, compiled: dict, **about) -> bool:
