@@ -14,6 +14,7 @@ python -m benchmarks.accelerator --reference
 writes what a CPU computes in the rounds of every method, for the first part.
 """
 
+import contextlib
 import fcntl
 import importlib
 import json
@@ -135,29 +136,40 @@ def _here() -> dict[str, str]:
 def _run(names: Sequence[str], here: dict, seconds: float) -> None:
   """Runs parts at the same time; what goes wrong is told and kept."""
   print(f'\n== {", ".join(names)}', flush=True)
-  start, running = time.perf_counter(), {}
-  for name in names:
-    stderr = tempfile.TemporaryFile('w+')
-    _update(name, done=False, date=here['date'], commit=here['commit'])
-    running[name] = stderr, subprocess.Popen(
-      _command(name), env=os.environ | PARTS[name].env, stderr=stderr,
-      start_new_session=True,
-    )  # fmt: skip
-  for name, (stderr, process) in running.items():
-    problem = ''
-    try:
-      process.wait(max(0, start + seconds - time.perf_counter()))
-      stderr.seek(0)
-      lines = stderr.read().splitlines()
-      if process.returncode:
-        print(*lines[-40:], sep='\n', flush=True)
-        problem = [f'exit code {process.returncode}', *lines][-1][:500]
-    except subprocess.TimeoutExpired:
-      problem = f'cut off after {seconds:.0f} s'
-      os.killpg(process.pid, signal.SIGKILL)  # its own children too
-    took = time.perf_counter() - start
-    _update(name, done=not problem, problem=problem, seconds=took)
-    print(f'== {name}: {problem or "done"}, {took:.0f} s', flush=True)
+  start = time.perf_counter()
+  with contextlib.ExitStack() as stack:
+    running = {}
+    for name in names:
+      stderr = stack.enter_context(tempfile.TemporaryFile('w+'))
+      _update(name, done=False, date=here['date'], commit=here['commit'])
+      process = subprocess.Popen(
+        _command(name), env=os.environ | PARTS[name].env, stderr=stderr,
+        start_new_session=True,
+      )  # fmt: skip
+      running[name] = stack.enter_context(process), stderr
+    for name, (process, stderr) in running.items():
+      problem = _problem(process, stderr, start + seconds)
+      if problem is None:
+        problem = f'cut off after {seconds:.0f} s'
+      took = time.perf_counter() - start
+      _update(name, done=not problem, problem=problem, seconds=took)
+      print(f'== {name}: {problem or "done"}, {took:.0f} s', flush=True)
+
+
+def _problem(process: subprocess.Popen, stderr, until: float) -> str | None:
+  """Waits for a part; returns what went wrong, None if it had to be killed."""
+  try:
+    process.wait(max(0, until - time.perf_counter()))
+  except subprocess.TimeoutExpired:
+    os.killpg(process.pid, signal.SIGKILL)  # its own children too
+    return None
+  if not process.returncode:
+    return ''
+  stderr.seek(0)
+  lines = stderr.read().splitlines()
+  print(*lines[-40:], sep='\n', flush=True)
+  named = [line for line in lines if 'Error: ' in line] or lines
+  return [f'exit code {process.returncode}', *named][-1][:500]
 
 
 def _write_reference() -> None:

@@ -28,13 +28,14 @@ _CALLS = 20
 def _time(function, *args) -> float:
   """Returns the seconds of a call, of many that follow each other."""
   jax.block_until_ready(function(*args))
+  calls = 1 if machine.smoke() else _CALLS
 
   def many():
-    for _ in range(_CALLS):
+    for _ in range(calls):
       out = function(*args)
     jax.block_until_ready(out)
 
-  return min(machine.seconds(many) for _ in range(3)) / _CALLS
+  return min(machine.seconds(many) for _ in range(3)) / calls
 
 
 def _inputs(clients, tokens, heads, key_heads, width):
@@ -106,8 +107,9 @@ def measure_words(at_once: tuple[int, ...]) -> list[dict]:
     at_once: words of a chunk; the largest is the vocabulary.
   """
   vocabulary = max(at_once)
+  clients = 2 if machine.smoke() else _CLIENTS
   keys = jax.random.split(jax.random.key(0), 3)
-  h = jax.random.normal(keys[0], (_CLIENTS, _TARGETS, _WIDTH), jnp.bfloat16)
+  h = jax.random.normal(keys[0], (clients, _TARGETS, _WIDTH), jnp.bfloat16)
   embed = jax.random.normal(keys[1], (vocabulary, _WIDTH), jnp.bfloat16)
   target = jax.random.randint(keys[2], h.shape[:2], 0, vocabulary)
   rows = []

@@ -29,8 +29,9 @@ from hetlora_jax.types import ServerState
 CPU = machine.ROOT / 'benchmarks' / 'results' / 'accelerator_cpu.json'
 LIMIT = 1e-4  # of the relative difference from the CPU's
 PRECISIONS = ('highest', 'default', 'bfloat16')
+_SMOKE_PRECISIONS = ('highest', 'bfloat16')
 _SMOKE_METHODS = ('hetlora',)
-_THREADS = 4  # that compile at the same time
+_THREADS = 5  # that compile at the same time
 # These programs are run once.
 _COMPILE_FAST = (
   '--xla_gpu_autotune_level=0 --xla_llvm_disable_expensive_passes=true'
@@ -107,10 +108,11 @@ def all_runs(precision: str) -> dict[str, dict[str, np.ndarray]]:
     'jax_default_matmul_precision', 'highest' if exact else None
   )
   dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
-  run(methods()[0], dtype)  # makes the data and the base, which others share
+  first, *others = methods()
+  found = {first: run(first, dtype)}  # makes the data and the base
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    found = pool.map(lambda method: run(method, dtype), methods())
-    return dict(zip(methods(), found, strict=True))
+    runs = pool.map(lambda method: run(method, dtype), others)
+    return found | dict(zip(others, runs, strict=True))
 
 
 def probe(name: str, x: np.ndarray) -> list[float]:
@@ -181,7 +183,7 @@ def _read(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
 def _children(folder: pathlib.Path) -> dict[str, subprocess.Popen]:
   """Starts a child a precision."""
   running = {}
-  for precision in PRECISIONS:
+  for precision in _SMOKE_PRECISIONS if machine.smoke() else PRECISIONS:
     command = [
       sys.executable, '-m', 'benchmarks.accelerator', '--part=methods',
       f'--precision={precision}', f'--out={folder}/{precision}.npz',

@@ -10,14 +10,13 @@ from benchmarks import chats, child, machine, work
 
 _CLIENTS = (8, 64)
 _ONE = {'one_adapter': True}
-_VARIANTS = (
+_PLAIN = (
   {'padding': 'longest', 'attention': 'eager', **_ONE},
   {'padding': 'longest', 'attention': 'sdpa', **_ONE},
   {'padding': '136', 'attention': 'sdpa', **_ONE},
   {'padding': 'longest', 'attention': 'sdpa'},  # as it is commonly used
-  {'padding': '136', 'attention': 'sdpa', 'compiled': True, **_ONE},
 )
-_SMOKE_VARIANTS = (_VARIANTS[0], _VARIANTS[3])
+_COMPILED = ({'padding': '136', 'attention': 'sdpa', 'compiled': True, **_ONE},)
 
 
 def measure(keep) -> None:
@@ -38,30 +37,36 @@ def measure(keep) -> None:
 
 
 def _try_all(peer, dtype: str, counts: tuple[int, ...], keep) -> list[dict]:
-  """Times all variants on the fewest clients, and the best on all counts.
+  """Times variants on few clients, and the best of them on more.
 
-  A round comes before, so that kernels of all its shapes are loaded.
+  On few a round comes before, so that kernels of all its shapes are loaded.
   """
   tried: list[dict] = []
 
-  def time(variant: dict, clients: int) -> None:
+  def time(variant: dict, clients: int, warm: bool) -> None:
     ask = {'case': 'chat', 'dtype': dtype, 'clients': clients, **variant}
-    peer(ask)
-    tried.append(ask | min((peer(ask) for _ in range(2)), key=_seconds))
+    if warm:
+      peer(ask)
+    tried.append(ask | min((peer(ask) for _ in range(1 + warm)), key=_seconds))
     told = tried[-1].get('failed') or f'{rate(tried[-1]):.0f} target tokens/s'
     print(f'peft, {clients} clients, {variant}: {told}', flush=True)
     keep({'tried': tried})
 
-  variants = _SMOKE_VARIANTS if machine.smoke() else _VARIANTS
-  for variant in variants:
-    time(variant, counts[0])
-  plain = max((t for t in tried if 'compiled' not in t), key=rate)
-  best = max(tried, key=rate)
-  for chosen in [plain] if best is plain else [plain, best]:
-    variant = {k: chosen[k] for v in variants for k in v if k in chosen}
-    for clients in counts[1:]:
-      time(variant, clients)
+  few, *more = counts
+  for variants in (_PLAIN, _COMPILED):
+    if variants is _COMPILED and machine.smoke():
+      continue  # a minute
+    first = len(tried)
+    for variant in variants:
+      time(variant, few, warm=True)
+    best = max(zip(tried[first:], variants, strict=True), key=_rate_of_first)[1]
+    for clients in more:
+      time(best, clients, warm=False)
   return tried
+
+
+def _rate_of_first(pair) -> float:
+  return rate(pair[0])
 
 
 def _seconds(answer: dict) -> float:
