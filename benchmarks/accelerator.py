@@ -31,7 +31,7 @@ from typing import NamedTuple
 from absl import flags
 
 from benchmarks import machine
-from benchmarks.on_accelerator import methods, peft
+from benchmarks.on_accelerator import methods, peft, resume
 
 _MINUTES = flags.DEFINE_float('minutes', 8, 'No part goes on longer.', 0)
 _PARTS = flags.DEFINE_list('parts', [], 'Parts to run again, and no others.')
@@ -44,32 +44,33 @@ _LEAST = 10  # seconds, below which no part is begun
 
 
 class Part(NamedTuple):
-  """A module of on_accelerator, what it is told, and its environment."""
+  """A module of on_accelerator, and the environment that it runs in."""
 
   module: str
   title: str
-  shape: str = ''
   env: dict[str, str] = {}
 
 
 _ALL_MEMORY = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.93'}
+# Those of the module `rounds` are named as its plans are.
 PARTS = {
   'methods': Part('methods', 'Every method against the CPU'),
   'resume': Part('resume', 'Runs that are cut in two'),
-  'gemma3_270m': Part(
-    'rounds', 'Gemma 3 270M, chats', 'gemma3_270m', _ALL_MEMORY
-  ),
+  'gemma3_270m': Part('rounds', 'Gemma 3 270M, chats', _ALL_MEMORY),
   # The device is the peer's, whose own process computes on it.
-  'peft': Part(
-    'peft', 'The same by torch and peft', env={'JAX_PLATFORMS': 'cpu'}
-  ),
-  'gemma3_1b': Part('rounds', 'Gemma 3 1B, chats', 'gemma3_1b', _ALL_MEMORY),
-  'gemma3_4b': Part('rounds', 'Gemma 3 4B, chats', 'gemma3_4b', _ALL_MEMORY),
+  'peft': Part('peft', 'The same by torch and peft', {'JAX_PLATFORMS': 'cpu'}),
+  'gemma3_1b': Part('rounds', 'Gemma 3 1B, chats', _ALL_MEMORY),
+  'gemma3_4b': Part('rounds', 'Gemma 3 4B, chats', _ALL_MEMORY),
   'kernels': Part('kernels', 'Attention, and words of the vocabulary'),
+  'deterministic': Part(
+    'rounds',
+    'Gemma 3 270M, equal to the bit when resumed',
+    {'XLA_FLAGS': resume.DETERMINISTIC},
+  ),
   'points': Part('points', 'Points of a sweep, and rounds a call'),
 }
-_LARGE = ('gemma3_1b', 'gemma3_4b')
 _TOGETHER = ('methods', 'resume')  # nothing is timed in them
+_NOT_IN_SMOKE = ('gemma3_1b', 'gemma3_4b', 'deterministic')  # as gemma3_270m
 
 
 def _path() -> pathlib.Path:
@@ -106,8 +107,8 @@ def child(name: str) -> None:
   def keep(result: dict) -> None:
     _update(name, result=result)
 
-  if part.shape:
-    module.measure_shape(part.shape, keep)
+  if part.module == 'rounds':
+    module.measure_plan(name, keep)
   else:
     module.measure(keep)
 
@@ -173,7 +174,7 @@ def _problem(process: subprocess.Popen, stderr, until: float) -> str | None:
 
 
 def _write_reference() -> None:
-  found = methods.probes(methods.all_runs('highest'))
+  found = methods.probes(methods.all_runs('highest', methods.methods()))
   machine.write(methods.CPU, {'machine': machine.describe(), 'probes': found})
 
 
@@ -215,8 +216,8 @@ def _wanted() -> list[list[str]]:
   """Returns the names of parts to run, those together that may be."""
   done = [name for name, x in _load()['parts'].items() if x.get('done')]
   names = _PARTS.value or [name for name in PARTS if name not in done]
-  if machine.smoke():  # the larger models would be the same tiny one
-    names = [name for name in names if name not in _LARGE]
+  if machine.smoke() and not _PARTS.value:
+    names = [name for name in names if name not in _NOT_IN_SMOKE]
   together = [name for name in names if name in _TOGETHER]
   alone = [[name] for name in names if name not in _TOGETHER]
   return [together, *alone] if together else alone

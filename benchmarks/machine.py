@@ -184,6 +184,20 @@ def start(benchmark: Callable[[], None]) -> None:
   program.call(main)
 
 
+def child_env(xla_flags: str = '', **more: str) -> dict[str, str]:
+  """Returns the environment of a child that shares the device with others.
+
+  Args:
+    xla_flags: added to those that are set.
+    **more: variables.
+  """
+  flags_set = f'{os.environ.get("XLA_FLAGS", "")} {xla_flags}'.strip()
+  more |= (
+    {'XLA_FLAGS': flags_set} if flags_set else {}
+  )  # XLA refuses an empty one
+  return os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} | more
+
+
 def seconds(function, *args) -> float:
   """Times one call of a function of arrays, until its result is there."""
   start = time.perf_counter()

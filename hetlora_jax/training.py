@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import re
 import time
@@ -205,8 +206,16 @@ def _start(x: Experiment, checkpoints, branched) -> tuple[ServerState, int]:
       f'config.federated.rounds_per_call={n} does not divide the {step} rounds '
       'done: give a divisor.'
     )
-  console.say(f'Continuing after round {step}.')
+  console.say(f'Continuing after round {step}{_exactness()}.')
   return experiment.join(x, states), step
+
+
+def _exactness() -> str:
+  """Says what a resumed run on a GPU lacks, if it does (docs/reliability.md)."""
+  flag = '--xla_gpu_deterministic_ops=true'
+  if jax.default_backend() != 'gpu' or flag in os.environ.get('XLA_FLAGS', ''):
+    return ''
+  return f'; to the bit as an unbroken run only if both have XLA_FLAGS={flag}'
 
 
 def _branched(x: Experiment, branch: Branch) -> tuple[int, list[ServerState]]:

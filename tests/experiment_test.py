@@ -114,6 +114,14 @@ def test_a_run_leaves_what_it_promises(unbroken):
   assert (unbroken / 'curves.png').stat().st_size > 10_000
 
 
+def test_a_gpu_says_what_a_resumed_run_needs_to_be_exact(monkeypatch):
+  assert training._exactness() == ''
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert 'XLA_FLAGS=--xla_gpu_deterministic_ops=true' in training._exactness()
+  monkeypatch.setenv('XLA_FLAGS', '--a=1 --xla_gpu_deterministic_ops=true')
+  assert training._exactness() == ''
+
+
 def test_random_weights_in_a_published_shape(monkeypatch):
   c = small_config()
   pocket = dataclasses.replace(

@@ -174,3 +174,17 @@ def test_a_sure_targets_gradient_keeps_its_digits_in_bfloat16():
     return jax.grad(loss)(h.astype(dtype)).astype(jnp.float32)
 
   np.testing.assert_allclose(gradient('bfloat16'), gradient('float32'), rtol=0.01)  # fmt: skip
+
+
+def test_attention_of_vmapped_clients_has_a_gradient_on_a_gpu(monkeypatch):
+  # cuDNN, once taken there for bfloat16 and narrow heads, refused the mask.
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  q = _normal(0, C, 1, 6, 4, 16).astype(jnp.bfloat16)
+  k = _normal(1, C, 1, 6, 2, 16).astype(jnp.bfloat16)
+  mask = jnp.ones((C, 1, 6, 6), bool)
+
+  def total(q, k, mask):
+    return kernels.attention(q, k, k, mask).astype(jnp.float32).sum()
+
+  grads = jax.vmap(jax.grad(total))(q, k, mask)
+  assert grads.shape == q.shape and jnp.isfinite(grads).all()

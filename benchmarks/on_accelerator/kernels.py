@@ -4,6 +4,7 @@ The shapes are those of 64 clients that train at once, vmapped as in a round;
 forward and backward pass together.
 """
 
+import concurrent.futures
 import math
 
 import jax
@@ -20,7 +21,9 @@ _ATTENTION = (
   (8, 1024, 4, 1, 256),
   (8, 1024, 24, 8, 128),
 )
-_WORDS = (8192, 32768, 65536, 262144)
+_SMOKE_ATTENTION = ((2, 16, 4, 1, 16), (2, 16, 9, 3, 16))
+_IMPLEMENTATIONS = ('xla', 'cudnn')
+_WORDS = (8192, 32768, 262144)
 _CLIENTS, _TARGETS, _WIDTH = 64, 48, 640
 _CALLS = 20
 
@@ -81,23 +84,44 @@ def _distance(a, b) -> float:
   return max(far)
 
 
-def measure_attention(shape) -> dict:
+def _compiled(lower):
+  """Compiles what a function lowers, or returns why that is refused."""
+  try:
+    return lower().compile()
+  except Exception as error:  # jax, XLA and cuDNN refuse in many ways
+    return (str(error).splitlines() or [repr(error)])[0][:300]
+
+
+def _together(lowers: list) -> list:
+  """Compiles several programs at the same time."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(_compiled, lowers))
+
+
+def measure_attention(shapes) -> list[dict]:
   """Times both implementations; says why, if one refuses a shape."""
-  draw, mask = _inputs(*shape)
-  wide = [x.astype(jnp.float32) for x in draw]
-  with jax.default_matmul_precision('highest'):
-    want = attention('xla')(*wide, mask)
-  row: dict = {'shape': shape}
-  for name in ('xla', 'cudnn'):
-    run = attention(name)
-    try:
-      row[name] = {'s': _time(run, *draw, mask)}
-      row[name]['error'] = _distance(run(*draw, mask), want)
-    except Exception as error:  # jax, XLA and cuDNN refuse in many ways
-      row[name] = {
-        'refused': (str(error).splitlines() or [repr(error)])[0][:300]
-      }
-  return row
+  inputs = [_inputs(*shape) for shape in shapes]
+  programs = iter(_together([
+    lambda name=name, draw=draw, mask=mask: attention(name).lower(*draw, mask)
+    for draw, mask in inputs for name in _IMPLEMENTATIONS
+  ]))  # fmt: skip
+  rows = []
+  for shape, (draw, mask) in zip(shapes, inputs, strict=True):
+    wide = [x.astype(jnp.float32) for x in draw]
+    with jax.default_matmul_precision('highest'):
+      want = attention('xla')(*wide, mask)
+    rows.append({'shape': shape})
+    for name in _IMPLEMENTATIONS:
+      run = next(programs)
+      if isinstance(run, str):
+        rows[-1][name] = {'refused': run}
+      else:
+        rows[-1][name] = {
+          's': _time(run, *draw, mask),
+          'error': _distance(run(*draw, mask), want),
+        }
+    print(rows[-1], flush=True)
+  return rows
 
 
 def measure_words(at_once: tuple[int, ...]) -> list[dict]:
@@ -112,38 +136,36 @@ def measure_words(at_once: tuple[int, ...]) -> list[dict]:
   h = jax.random.normal(keys[0], (clients, _TARGETS, _WIDTH), jnp.bfloat16)
   embed = jax.random.normal(keys[1], (vocabulary, _WIDTH), jnp.bfloat16)
   target = jax.random.randint(keys[2], h.shape[:2], 0, vocabulary)
-  rows = []
-  for words in at_once:
 
-    def loss(h, embed, target, words=words):
+  def lower(words):
+    def loss(h, embed, target):
       one = lambda h, t: kernels.linear_cross_entropy(  # noqa: E731
         h, embed, t, jnp.ones(t.shape), words
       )
       return jax.vmap(one)(h, target).sum()
 
-    run = jax.jit(jax.grad(loss)).lower(h, embed, target).compile()
-    memory = run.memory_analysis().temp_size_in_bytes / 1e6
+    return jax.jit(jax.grad(loss)).lower(h, embed, target)
+
+  programs = _together([lambda words=words: lower(words) for words in at_once])
+  rows = []
+  for words, run in zip(at_once, programs, strict=True):
     seconds = _time(run, h, embed, target)
-    needed = 4 * math.prod(h.shape) * vocabulary
     rows.append({
-      'words': words, 's': seconds, 'temporary_mb': memory,
-      'flops_per_s': needed / seconds,
+      'words': words, 's': seconds,
+      'temporary_mb': run.memory_analysis().temp_size_in_bytes / 1e6,
+      'flops_per_s': 4 * math.prod(h.shape) * vocabulary / seconds,
     })  # fmt: skip
+    print(rows[-1], flush=True)
   return rows
 
 
 def measure(keep) -> None:
   """Times attention at all shapes, then the loss."""
-  shapes = _ATTENTION
-  if machine.smoke():
-    shapes = [(2, 16, heads, keys, 16) for _, _, heads, keys, _ in shapes[:2]]
-  result: dict = {'attention': []}
-  for shape in shapes:
-    result['attention'].append(measure_attention(shape))
-    print(result['attention'][-1], flush=True)
-    keep(result)
-  result['words'] = measure_words((256, 1024) if machine.smoke() else _WORDS)
-  print(*result['words'], sep='\n', flush=True)
+  smoke = machine.smoke()
+  shapes = _SMOKE_ATTENTION if smoke else _ATTENTION
+  result: dict = {'attention': measure_attention(shapes)}
+  keep(result)
+  result['words'] = measure_words((256, 1024) if smoke else _WORDS)
   keep(result)
 
 

@@ -1,7 +1,7 @@
 """Every method's rounds on this device against those of a CPU, as committed.
 
 Two rounds of each method on the tiny model, with SGD, since Adam turns rounding
-into signs. A child a precision runs all of them and leaves what they changed:
+into signs. Two children a precision run half of them each and leave what they changed:
 the products of the adapters, what was folded into the base, factors that clients
 keep. In float32 at the highest precision of products these must be the CPU's
 (benchmarks/results/accelerator_cpu.json has their norms and projections); the
@@ -9,12 +9,12 @@ default precision and bfloat16 are compared with that whole.
 """
 
 import concurrent.futures
-import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -57,8 +57,10 @@ _FIELDS = {
   'checkpoint.every': 2,
 }
 PRECISION = flags.DEFINE_enum(
-  'precision', None, PRECISIONS, 'Be the child that runs all methods so.'
+  'precision', None, PRECISIONS, 'Be a child that runs methods so.'
 )
+_METHODS = flags.DEFINE_list('methods', [], 'Those that a child runs.')
+_CHILDREN = 2  # of a precision: tracing is Python, on one core
 
 
 def changes(state: ServerState, scale: float) -> dict[str, np.ndarray]:
@@ -101,14 +103,16 @@ def methods() -> tuple[str, ...]:
   return _SMOKE_METHODS if machine.smoke() else tuple(registry.METHODS)
 
 
-def all_runs(precision: str) -> dict[str, dict[str, np.ndarray]]:
-  """Runs all methods at a precision, several of them compiling at once."""
+def all_runs(
+  precision: str, methods: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
+  """Runs methods at a precision, several of them compiling at once."""
   exact = precision == 'highest'
   jax.config.update(
     'jax_default_matmul_precision', 'highest' if exact else None
   )
   dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
-  first, *others = methods()
+  first, *others = methods
   found = {first: run(first, dtype)}  # makes the data and the base
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     runs = pool.map(lambda method: run(method, dtype), others)
@@ -161,8 +165,8 @@ def distance(found: dict, exact: dict) -> dict[str, float]:
 
 
 def child(precision: str) -> None:
-  """Runs all methods and writes what they changed to --out."""
-  found = all_runs(precision)
+  """Runs --methods and writes what they changed to --out."""
+  found = all_runs(precision, _METHODS.value)
   flat = {
     f'{method}:{name}': x
     for method, arrays in found.items()
@@ -180,22 +184,13 @@ def _read(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
   return found
 
 
-def _children(folder: pathlib.Path) -> dict[str, subprocess.Popen]:
-  """Starts a child a precision."""
-  running = {}
-  for precision in _SMOKE_PRECISIONS if machine.smoke() else PRECISIONS:
-    command = [
-      sys.executable, '-m', 'benchmarks.accelerator', '--part=methods',
-      f'--precision={precision}', f'--out={folder}/{precision}.npz',
-      f'--smoke={machine.smoke()}',
-    ]  # fmt: skip
-    env = os.environ | {
-      # They share the device, so none may take all of its memory.
-      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
-      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {_COMPILE_FAST}',
-    }
-    running[precision] = subprocess.Popen(command, env=env)
-  return running
+def _start(precision: str, methods: Sequence[str], out: pathlib.Path):
+  """Starts a child that runs methods."""
+  command = [
+    sys.executable, '-m', 'benchmarks.accelerator', '--part=methods',
+    f'--precision={precision}', f'--methods={",".join(methods)}', f'--out={out}',
+  ]  # fmt: skip
+  return subprocess.Popen(command, env=machine.child_env(_COMPILE_FAST))
 
 
 def measure(keep) -> None:
@@ -207,13 +202,22 @@ def measure(keep) -> None:
   wanted = machine.read(CPU)
   result: dict = {'cpu': wanted['machine'], 'failed': []}
   found: dict = {}
+  precisions = _SMOKE_PRECISIONS if machine.smoke() else PRECISIONS
+  parts = [p for i in range(_CHILDREN) if (p := methods()[i::_CHILDREN])]
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    for precision, process in _children(folder).items():
+    running = {
+      (precision, i): _start(precision, part, folder / f'{precision}{i}.npz')
+      for precision in precisions
+      for i, part in enumerate(parts)
+    }
+    for (precision, i), process in running.items():
       if process.wait():
         result['failed'].append(precision)
       else:
-        found[precision] = _read(folder / f'{precision}.npz')
+        read = _read(folder / f'{precision}{i}.npz')
+        found[precision] = found.get(precision, {}) | read
+  found = {p: x for p, x in found.items() if p not in result['failed']}
   exact = found.get('highest', {})
   if exact:
     result['from_cpu'] = apart(exact, wanted['probes'])

@@ -13,8 +13,7 @@ _ONE = {'one_adapter': True}
 _PLAIN = (
   {'padding': 'longest', 'attention': 'eager', **_ONE},
   {'padding': 'longest', 'attention': 'sdpa', **_ONE},
-  {'padding': '136', 'attention': 'sdpa', **_ONE},
-  {'padding': 'longest', 'attention': 'sdpa'},  # as it is commonly used
+  {'padding': 'longest', 'attention': 'eager'},  # as it is commonly used
 )
 _COMPILED = ({'padding': '136', 'attention': 'sdpa', 'compiled': True, **_ONE},)
 

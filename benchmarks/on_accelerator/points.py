@@ -7,7 +7,7 @@ from benchmarks.on_accelerator.rounds import Round
 
 _SHAPE, _CLIENTS = 'gemma3_270m', 8
 # Points of a sweep, how many of them a device trains at once, rounds a call.
-_PLAN = ((1, 1, 1), (1, 1, 10), (4, 1, 1), (4, 4, 1))
+_PLAN = ((1, 1, 1), (1, 1, 10), (4, 4, 1))
 _SMOKE_PLAN = ((2, 2, 2),)
 
 

@@ -1,13 +1,11 @@
 """Runs that are cut in two, against unbroken ones: equal to the bit or not.
 
 Each stretch is a `launch.train` of its own, as after a preemption. It compiles anew,
-so what a compiler chooses by measuring is chosen again, unless programs are kept or
-its choices do not depend on measurements: both are tried too. Runs share the device
-and go on at the same time.
+so what a compiler chooses by measuring is chosen again, unless it is told not to
+measure. Runs share the device and go on at the same time.
 """
 
 import concurrent.futures
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,20 +14,11 @@ import tempfile
 from benchmarks import machine
 from hetlora_jax import metrics
 
-# Environment of a setting, its own folder for {folder}.
-_SETTINGS = {
-  'as it is': {},
-  'programs kept': {
-    'JAX_COMPILATION_CACHE_DIR': '{folder}/programs',
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  },
-  'deterministic': {'XLA_FLAGS': '--xla_gpu_deterministic_ops=true'},
-}
+DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
+_SETTINGS = {'as it is': '', 'deterministic': DETERMINISTIC}  # flags of XLA
 _RUNS = (
   ('hetlora', 'as it is'),
-  ('hetlora', 'programs kept'),
   ('hetlora', 'deterministic'),
-  ('full_finetuning', 'programs kept'),
   ('full_finetuning', 'deterministic'),
 )
 _ROUNDS = 4
@@ -45,12 +34,7 @@ _STRETCHES = {'once': (_ROUNDS,), 'halves': (_ROUNDS // 2, _ROUNDS)}
 
 def _train(folder: pathlib.Path, method: str, setting: str) -> None:
   """Runs a method unbroken, and in two halves, into folders of that name."""
-  env = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
-  for name, value in _SETTINGS[setting].items():
-    before = (
-      f'{env["XLA_FLAGS"]} ' if name in env and name == 'XLA_FLAGS' else ''
-    )
-    env[name] = before + value.format(folder=folder)
+  env = machine.child_env(_SETTINGS[setting])
   for run, stops in _STRETCHES.items():
     for rounds in stops:
       fields = (*_FIELDS, f'method={method}', f'federated.num_rounds={rounds}')

@@ -8,6 +8,7 @@ tokens, targets and ranks (hetlora_jax/flops.py): padding is waste.
 import concurrent.futures
 import statistics
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,24 @@ from benchmarks import chats, machine, profiling
 from hetlora_jax import dryrun, experiment, flops
 from hetlora_jax.models import shapes
 
-# Clients a round, and how many of them train at once; of the larger models the
-# first that fits.
-_PLAN = {
-  'gemma3_270m': ((64, 64), (1, 1), (8, 8), (64, 8), (512, 64), (512, 512)),
-  'gemma3_1b': ((64, 64), (64, 16)),
-  'gemma3_4b': ((64, 64), (64, 16)),
+
+class Plan(NamedTuple):
+  """A model, and its sizes: clients a round, and how many train at once."""
+
+  shape: str
+  sizes: tuple[tuple[int, int], ...]
+  all: bool  # of the sizes, or only the first that fits
+
+
+PLANS = {
+  'gemma3_270m': Plan(
+    'gemma3_270m', ((64, 64), (1, 1), (8, 8), (512, 64), (512, 512)), True
+  ),
+  'gemma3_1b': Plan('gemma3_1b', ((64, 64), (64, 16)), False),
+  'gemma3_4b': Plan('gemma3_4b', ((64, 64), (64, 16)), False),
+  'deterministic': Plan('gemma3_270m', ((64, 64),), False),
 }
-_ALL = ('gemma3_270m',)
-_SMOKE_PLAN = ((2, 2), (4, 2))
+_SMOKE_PLAN = Plan('', ((2, 2), (4, 2)), True)
 _SECONDS = 2.0  # that rounds are timed for
 _FEWEST = 5
 _KERNELS = 10  # that are told
@@ -136,14 +146,12 @@ def _try(function) -> dict:
     return {'does_not_fit': str(error).splitlines()[0][:200]}
 
 
-def measure_shape(shape: str, keep) -> None:
+def measure_plan(name: str, keep) -> None:
   """Times a model's rounds; the first is compiled alone, the others together.
 
-  Of the first the kernels that take the most time are told too.
+  Of the first that fits, the kernels that take the most time are told too.
   """
-  plan = _SMOKE_PLAN if machine.smoke() else _PLAN[shape]
-  every = machine.smoke() or shape in _ALL
-  shape = '' if machine.smoke() else shape
+  plan = _SMOKE_PLAN if machine.smoke() else PLANS[name]
   result: dict = {'matmul_flops_per_s': product_rate(), 'rounds': {}}
 
   def told(sizes, one: Round, compiled: dict, **about) -> bool:
@@ -154,19 +162,19 @@ def measure_shape(shape: str, keep) -> None:
     keep(result)
     return 'does_not_fit' not in row
 
-  waiting = list(plan)
+  waiting = list(plan.sizes)
   while waiting:
     sizes = waiting.pop(0)
-    one = Round(shape, *sizes)
+    one = Round(plan.shape, *sizes)
     if told(sizes, one, _try(one.compile), compiled_alone=True):
+      result['kernels'] = one.kernels()
+      print(profiling.told(result['kernels']), flush=True)
+      keep(result)
       break
-  result['kernels'] = one.kernels()
-  print(profiling.told(result['kernels']), flush=True)
-  keep(result)
-  others = [Round(shape, *sizes) for sizes in waiting] if every else []
+  others = [Round(plan.shape, *sizes) for sizes in waiting if plan.all]
   with concurrent.futures.ThreadPoolExecutor() as pool:
     compiled = list(pool.map(lambda one: _try(one.compile), others))
-  for sizes, one, done in zip(waiting, others, compiled, strict=every):
+  for sizes, one, done in zip(waiting, others, compiled, strict=plan.all):
     told(sizes, one, done, compiled_alone=False)
 
 
@@ -197,5 +205,5 @@ def report(result: dict) -> str:
   return (
     f'{machine.table(head, rows)}\n\nA large bfloat16 product runs at '
     f'{rate:.0f} TFLOP/s. *: compiled beside the others. The kernels that take '
-    f'the most of the first:\n\n{profiling.table(result["kernels"])}'
+    f'the most of the first:\n\n{profiling.table(result.get("kernels", []))}'
   )
