@@ -4,6 +4,8 @@
 # make chaos   kills TRIALS=30 runs at random moments and compares what they end with
 # make report-check  looks at a page of launch.report with Chromium and axe
 # make bench   times us against peers and the machine, into benchmarks/results/
+# make figures puts what is in benchmarks/results/ into README.md and docs/
+# make accelerator  says how the check on a GPU is run
 # make study   runs what is missing of docs/results.md, hours; kill and repeat at will
 # make docs    builds the documentation into site/; make docs-serve shows it
 # make package-check  builds wheel and sdist, and trains with the wheel elsewhere
@@ -17,7 +19,8 @@ WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install study train test test-slow check golden chaos report-check bench clean \
+.PHONY: install study train test test-slow check golden chaos report-check bench \
+  figures accelerator clean \
   docs docs-serve package-check test-versions test-minimum
 
 install: $(VENV)/train
@@ -48,10 +51,16 @@ report-check: $(VENV)/test
 bench: $(VENV)/train $(VENV)-bench/done
 	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.peers --config=configs/chitchat_smollm2.py --out=benchmarks/results/peers_smollm2.json
-	$(BIN)/python -m benchmarks.limit
-	$(BIN)/python -m benchmarks.start
-	$(BIN)/python -m benchmarks.growth
-	$(BIN)/python -m benchmarks.generation
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit; done
+	$(BIN)/python -m benchmarks.evaluation --config=configs/study.py:chat
+
+BENCHMARKS := limit start growth generation client_step levers grid resume
+
+figures: $(VENV)/train
+	$(BIN)/python -m benchmarks.figures
+
+accelerator:
+	@sed -n '/^"""/,/^"""/p' benchmarks/accelerator.py | tr -d '"'
 
 study: $(VENV)/train
 	$(BIN)/python -m benchmarks.study

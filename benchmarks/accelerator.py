@@ -6,8 +6,18 @@ python -m benchmarks.accelerator --out=benchmarks/results/gpu_h100.json \
 Needs no network, weights or data: weights are random, in published shapes, and
 tokens random, as long as those of real chats. Every part is a process of its own
 and leaves its result in --out, as far as it came; run again, the line goes on with
-parts that are not done, and --parts repeats those that it names. A machine without
-some of our packages takes them as wheels (benchmarks/accelerator_wheels.sh).
+parts that are not done, and --parts repeats those that it names.
+
+The machine needs hetlora_jax with the extra `cuda` or `tpu` and, for the part that
+compares, torch, transformers and peft. Where there is no network, but Python 3.12
+with jax, flax, optax and orbax-checkpoint, what else is needed travels as wheels:
+
+bash benchmarks/accelerator_wheels.sh   # here: fetches them into .whl/
+
+python3 -m pip install --no-index --no-deps --target /tmp/site .whl/*.whl  # there
+PYTHONPATH=/tmp/site python3 -m benchmarks.accelerator --commit=$COMMIT --out=...
+
+Then commit the file, name it in docs/gpu.md, and `make figures`.
 
 python -m benchmarks.accelerator --reference
 
@@ -180,29 +190,49 @@ def _write_reference() -> None:
 
 def report(result: dict) -> str:
   """Tells all parts that have a result."""
-  parts, texts = result['parts'], [machine.told(result['machine'])]
+  parts, texts = result['parts'], []
   for name, part in PARTS.items():
     found = parts.get(name, {})
     if 'result' not in found:
       continue
     module = importlib.import_module(f'benchmarks.on_accelerator.{part.module}')
-    texts.append(f'**{part.title}**\n\n{module.report(found["result"])}')
-    if not found['done']:
-      texts.append(f'Not done: {found.get("problem", "cut off")}.')
+    done = '' if found['done'] else f'; {found.get("problem", "cut off")}'
+    head = f'**{part.title}** ({found["date"]}, {found["commit"]}{done})'
+    texts.append(f'{head}\n\n{module.report(found["result"])}')
   if ratios := ratios_to_peft(parts):
     texts.append(_told_ratios(ratios))
-  return '\n\n'.join(texts)
+  return '\n\n'.join([*texts, f'{machine.told(result["machine"])}.'])
+
+
+def line(result: dict) -> str:
+  """Tells the main numbers in a few sentences."""
+  parts = result['parts']
+  rows = {
+    name: parts[name]['result']['rounds']['64 clients, 64 at once']
+    for name in ('gemma3_270m', 'gemma3_1b', 'gemma3_4b')
+  }
+  one, faster = rows['gemma3_270m'], ratios_to_peft(parts)['plain']['64']
+  far = max(parts['methods']['result']['from_cpu'].values())
+  larger = ', '.join(f'{row["share_of_peak"]:.0%}' for row in rows.values())
+  return (
+    f'On one {result["machine"]["device"]}, a round of 64 clients of Gemma 3 270M '
+    f'on chats takes {1e3 * one["round_s"]:.0f} ms '
+    f'({one["target_tokens_per_s"]:,.0f} target tokens a second), **{faster:.0f} '
+    'times** as fast as torch + peft, a client after another and not compiled; '
+    f"270M, 1B and 4B reach {larger} of the chip's bfloat16 peak. Every method "
+    f"there is the CPU's in float32, to {far:.0e} at most."
+  )
 
 
 def ratios_to_peft(parts: dict) -> dict:
   """Returns by how much our rounds are faster than the peer's, by clients."""
   ours = parts.get('gemma3_270m', {}).get('result', {}).get('rounds', {})
   theirs = parts.get('peft', {}).get('result', {})
-  return peft.ratios(theirs, ours) if ours and 'rounds' in theirs else {}
+  return peft.ratios(theirs, ours) if ours and theirs else {}
 
 
 def _told_ratios(ratios: dict) -> str:
-  names = {'plain': 'peft as it is used', 'best': 'peft at its best'}
+  names = {'plain': 'torch + peft', 'best': 'torch + peft, compiled'}
   clients = sorted({n for x in ratios.values() for n in x}, key=int)
   head = ' | '.join(['faster than', *[f'{n} clients a round' for n in clients]])
   rows = [

@@ -112,16 +112,24 @@ def told(found: dict[str, str]) -> str:
 
 
 def commit() -> str:
-  """Returns the commit's name, with a + if tracked files differ from it."""
+  """Returns the commit's name, with a + if files but results differ from it."""
   if _COMMIT.value:
     return _COMMIT.value
-  command = ['git', 'describe', '--always', '--abbrev=10', '--exclude=*', '--dirty=+']  # fmt: skip
   try:
-    done = subprocess.run(
-      command, cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    name = _git('rev-parse', '--short=10', 'HEAD')
+    changed = _git(
+      'status', '--porcelain', '--untracked-files=no', '--', '.',
+      ':!benchmarks/results',
+    )  # fmt: skip
   except (OSError, subprocess.CalledProcessError):
     return ''
+  return f'{name}+' if changed else name
+
+
+def _git(*words: str) -> str:
+  done = subprocess.run(
+    ['git', *words], cwd=ROOT, capture_output=True, text=True, check=True
+  )
   return done.stdout.strip()
 
 
@@ -138,11 +146,18 @@ def read(path: str | os.PathLike) -> dict:
   return json.loads(pathlib.Path(path).read_text())
 
 
-def save(name: str, result: dict) -> None:
-  """Writes what a benchmark has found so far to where its result goes."""
-  path = OUT.value or (None if smoke() else f'benchmarks/results/{name}.json')  # fmt: skip
+def save(name: str, result: dict) -> dict:
+  """Writes what a benchmark has found so far to where its result goes.
+
+  Returns it with `machine`.
+  """
+  result = {'machine': describe()} | result
+  path = OUT.value
+  if not path and not smoke():
+    path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
   if path:
-    write(path, {'machine': describe()} | result)
+    write(path, result)
+  return result
 
 
 def tell(
@@ -155,9 +170,7 @@ def tell(
     measure: returns the result, for JSON.
     report: tells a result that has `machine` too.
   """
-  result = measure()
-  save(name, result)
-  print('\n' + report({'machine': describe()} | result))
+  print('\n' + report(save(name, measure())))
 
 
 def run(

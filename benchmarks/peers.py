@@ -264,6 +264,19 @@ def _row(result: dict, case: str, name: str) -> list[str]:
   return cells
 
 
+def line(result: dict) -> str:
+  """Tells the main numbers in a sentence."""
+  chat, dense = result['chat']['ratios'], result['dense']['ratios']
+  return (
+    f'On {machine.told(result["machine"])}, a round of Gemma 3 270M on chats is '
+    f'**{chat["peft"]:.1f} times** as fast as torch + peft and '
+    f'**{chat["flower"]:.1f} times** as fast as Flower on the same work (both in '
+    f'{result["peers_variant"]["chat"]["dtype"]}, their best; ours in '
+    f'{result["our_dtype"]}); {dense["peft"]:.1f} times as fast as peft if every '
+    'position is a target.'
+  )
+
+
 def report(result: dict) -> str:
   """Tells rates, ratios and memory."""
   head = (

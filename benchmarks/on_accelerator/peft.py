@@ -85,22 +85,24 @@ def ratios(result: dict, ours: dict) -> dict[str, dict[str, float]]:
 
   Args:
     result: of `measure`.
-    ours: the rounds of the same model, of `rounds.measure_shape`.
+    ours: the rounds of the same model, of `rounds.measure_plan`.
 
   Returns:
-    'plain', without what was compiled, and 'best' -> clients a round -> ratio.
+    'plain' and, if it was tried, 'best', which is compiled -> clients a round ->
+    ratio.
   """
+  tried = {
+    'plain': [t for t in result['tried'] if not t.get('compiled')],
+    'best': [t for t in result['tried'] if t.get('compiled') and rate(t)],
+  }
   out: dict = {}
-  for key, row in ours.items():
-    clients = int(key.split()[0])
-    counts = [t['clients'] for t in result['tried'] if t['clients'] <= clients]
-    if not counts or 'round_s' not in row:
-      continue
-    there = [t for t in result['tried'] if t['clients'] == max(counts)]
-    for name in ('plain', 'best'):
-      theirs = max(
-        rate(t) for t in there if name == 'best' or 'compiled' not in t
-      )
+  for name, answers in tried.items():
+    for key, row in ours.items():
+      clients = int(key.split()[0])
+      counts = [t['clients'] for t in answers if t['clients'] <= clients]
+      if not counts or 'round_s' not in row:
+        continue
+      theirs = max(rate(t) for t in answers if t['clients'] == max(counts))
       found = out.setdefault(name, {})
       faster = row['target_tokens_per_s'] / theirs
       found[str(clients)] = max(found.get(str(clients), 0), faster)
