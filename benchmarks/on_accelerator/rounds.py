@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
   shape: str
   sizes: tuple[tuple[int, int], ...]
-  all: bool  # of the sizes, or only the first that fits
+  every: bool  # of the sizes, or only the first that fits
 
 
 PLANS = {
@@ -57,7 +57,7 @@ def product_rate() -> float:
   return 2 * size**3 / min(times)
 
 
-def counted(x: experiment.Experiment, shape: str) -> flops.Work:
+def counted(x: experiment.Experiment) -> flops.Work:
   """Counts what the first cohort holds."""
   cohorts = jax.device_get(experiment.make_cohorts(x, 0))
   cohort = jax.tree.map(lambda leaf: leaf[0, 0], cohorts)
@@ -69,7 +69,7 @@ class Round:
 
   def __init__(self, shape: str, clients: int, at_once: int, **fields):
     self.x = chats.prepare(shape, clients=clients, at_once=at_once, **fields)
-    self.work, self.shape = counted(self.x, shape), shape
+    self.work, self.shape = counted(self.x), shape
     self._state = self.x.initial_state
     self.compile_s = float('nan')
 
@@ -97,14 +97,15 @@ class Round:
     for i in range(2):
       experiment.make_cohorts(x, i * each)
     host_s = (time.perf_counter() - start) / 2
-    start = time.perf_counter()
+    start, targets = time.perf_counter(), 0
     for cohorts in experiment.cohorts_ahead(x, 0, count * each):
-      jax.block_until_ready(self.run(cohorts))
-    calls = each * len(x.points)
+      targets += jax.device_get(self.run(cohorts)['tokens']).sum()
+    seconds, calls = time.perf_counter() - start, each * len(x.points)
     return {
       'device_s': statistics.median(device) / calls,
       'host_s': host_s / calls,
-      'round_s': (time.perf_counter() - start) / count / calls,
+      'round_s': seconds / count / calls,
+      'target_tokens_per_s': float(targets / seconds),
     }
 
   def kernels(self) -> list[dict]:
@@ -116,9 +117,9 @@ class Round:
   def row(self) -> dict:
     """Times the round and returns what is to be known about it."""
     times, memory = self.time(), self.program.memory_analysis()
+    tokens_a_target = self.work.tokens / self.work.targets
     row = times | {
-      'target_tokens_per_s': self.work.targets / times['round_s'],
-      'tokens_per_s': self.work.tokens / times['round_s'],
+      'tokens_per_s': times['target_tokens_per_s'] * tokens_a_target,
       'compile_s': self.compile_s,
       'argument_mb': memory.argument_size_in_bytes / 1e6,
       'temporary_mb': memory.temp_size_in_bytes / 1e6,
@@ -171,10 +172,10 @@ def measure_plan(name: str, keep) -> None:
       print(profiling.told(result['kernels']), flush=True)
       keep(result)
       break
-  others = [Round(plan.shape, *sizes) for sizes in waiting if plan.all]
+  others = [Round(plan.shape, *sizes) for sizes in waiting if plan.every]
   with concurrent.futures.ThreadPoolExecutor() as pool:
     compiled = list(pool.map(lambda one: _try(one.compile), others))
-  for sizes, one, done in zip(waiting, others, compiled, strict=plan.all):
+  for sizes, one, done in zip(waiting, others, compiled, strict=plan.every):
     told(sizes, one, done, compiled_alone=False)
 
 
