@@ -15,6 +15,7 @@ import platform
 import resource
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -71,9 +72,13 @@ def define_config():
   Fields given on the command line are set already here.
   """
   try:
-    return config_flags.DEFINE_config_file(
-      'config', 'configs/chitchat_gemma3.py', 'Experiment whose round is timed.'
-    )
+    with warnings.catch_warnings():
+      # ml_collections loads the default in a way that Python 3.12 has dropped.
+      warnings.simplefilter('ignore', DeprecationWarning)
+      return config_flags.DEFINE_config_file(
+        'config', 'configs/chitchat_gemma3.py',
+        'Experiment whose round is timed.',
+      )  # fmt: skip
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     errors.fail(f'--config: {error}')
 

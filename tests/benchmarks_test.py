@@ -7,7 +7,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import warnings
 
 import pytest
 from absl import flags
@@ -33,10 +32,7 @@ RESULTS = sorted((FOLDER / 'results').glob('*.json'))
 
 
 def module_of(name: str):
-  with warnings.catch_warnings():
-    # ml_collections loads the default of --config in an old way.
-    warnings.simplefilter('ignore', DeprecationWarning)
-    return importlib.import_module(f'benchmarks.{name}')
+  return importlib.import_module(f'benchmarks.{name}')
 
 
 @pytest.fixture
@@ -222,7 +218,7 @@ def test_numbers_of_benchmarks_are_in_blocks():
     for paragraph in re.split(r'\n\s*\n', rest):
       for name in re.findall(r'python -m benchmarks\.(\w+)', paragraph):
         measured = re.findall(
-          r'\d[\d.,]*\s?(?:x|s|ms|MB|GB|%|times|tokens|TFLOP|GFLOP)\b',
+          r'\d[\d.,]*\s?(?:x|s|ms|MB|GB|%|times|tokens/s|tokens a second|TFLOP|GFLOP)\b',
           paragraph,
         )
         assert name in ('study', 'study_report') or not measured, (
