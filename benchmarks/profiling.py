@@ -86,17 +86,18 @@ def operations(text: str) -> dict[str, tuple[str, str]]:
 
 def _short(source: str) -> str:
   """Leaves out the loops and calls that everything is in."""
-  source = re.sub(
-    r'(while|body|closed_call|checkpoint|jit\(\w*\))/', '', source
+  inside = (
+    r'(while|body|closed_call|checkpoint|eval_jaxpr|v?map\(\)|jit\(\w*\))/'
   )
-  return source[-70:]
+  return re.sub(inside, '', source)[-70:]
 
 
 def table(rows: list[dict]) -> str:
   """Returns the rows as a Markdown table."""
+  code = lambda text: f'`{text}`' if text else ''  # noqa: E731
   cells = [
-    [f'`{row["source"] or row["operation"]}`', f'`{row["kernel"][:40]}`',
-     f'`{row["shape"]}`', f'{row["ms"]:.2f}', f'{row["share"]:.1%}']
+    [code(_short(row['source']) or row['operation']), code(row['kernel'][:40]),
+     code(row['shape']), f'{row["ms"]:.2f}', f'{row["share"]:.1%}']
     for row in rows
   ]  # fmt: skip
   return machine.table('where | kernel | shape | ms | share', cells)

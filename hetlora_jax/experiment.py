@@ -154,6 +154,20 @@ def in_memory(remedy: str) -> Iterator[None]:
     raise ConfigError(f'out of memory ({text}): {remedy}') from error
 
 
+def _evaluators(config: Config, rules: Rules, mesh) -> dict[str, Callable]:
+  """Returns what evaluates each set; seen people with what is theirs, if any."""
+  make = functools.partial(
+    perplexity.make_evaluate, rules, mesh,
+    points_at_once=config.mesh.points_at_once,
+  )  # fmt: skip
+  evaluate = dict.fromkeys(('seen', 'unseen'), make(own=False))
+  if rules.personal:
+    evaluate['seen'] = make(own=True)
+  elif config.eval.own_rank:
+    evaluate['seen_own'] = make(own=True)
+  return evaluate
+
+
 def _stack(trees: Sequence[PyTree]) -> PyTree:
   return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
@@ -209,14 +223,6 @@ def prepare(
     ]
   )
   hyper = _stack([build.make_hyperparameters(p) for p in points])
-  evaluate = dict.fromkeys(
-    ('seen', 'unseen'),
-    perplexity.make_evaluate(rules, mesh, False, at_once),
-  )
-  if rules.personal:
-    evaluate['seen'] = perplexity.make_evaluate(rules, mesh, True, at_once)
-  elif config.eval.own_rank:
-    evaluate['seen_own'] = perplexity.make_evaluate(rules, mesh, True, at_once)
   return Experiment(
     points=points,
     people=crowd,
@@ -232,7 +238,7 @@ def prepare(
     initial_rank=rank_KN,
     rules=rules,
     run_rounds=build.make_rounds(rules, mesh, state, at_once),
-    evaluate=evaluate,
+    evaluate=_evaluators(config, rules, mesh),
     take_point=_make_take(state, mesh),
     mesh=mesh,
     base_identity=model.identity,
