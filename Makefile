@@ -50,7 +50,7 @@ report-check: $(VENV)/test
 
 bench: $(VENV)/train $(VENV)-bench/done
 	$(BIN)/python -m benchmarks.peers
-	$(BIN)/python -m benchmarks.peers --config=configs/chitchat_smollm2.py --out=benchmarks/results/peers_smollm2.json
+	$(BIN)/python -m benchmarks.peers --config=configs/chitchat_smollm2.py --result=benchmarks/results/peers_smollm2.json
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit; done
 	$(BIN)/python -m benchmarks.evaluation --config=configs/study.py:chat
 

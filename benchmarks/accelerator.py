@@ -1,11 +1,11 @@
 """What an accelerator makes of our rounds, part by part, the most valuable first.
 
-python -m benchmarks.accelerator --out=benchmarks/results/gpu_h100.json \
+python -m benchmarks.accelerator --result=benchmarks/results/gpu_h100.json \
   [--minutes=8] [--parts=methods,peft,...]
 
 Needs no network, weights or data: weights are random, in published shapes, and
 tokens random, as long as those of real chats. Every part is a process of its own
-and leaves its result in --out, as far as it came; run again, the line goes on with
+and leaves its result in --result, as far as it came; run again, the line goes on with
 parts that are not done, and --parts repeats those that it names.
 
 The machine needs hetlora_jax with the extra `cuda` or `tpu` and, for the part that
@@ -15,7 +15,7 @@ with jax, flax, optax and orbax-checkpoint, what else is needed travels as wheel
 bash benchmarks/accelerator_wheels.sh   # here: fetches them into .whl/
 
 python3 -m pip install --no-index --no-deps --target /tmp/site .whl/*.whl  # there
-PYTHONPATH=/tmp/site python3 -m benchmarks.accelerator --commit=$COMMIT --out=...
+PYTHONPATH=/tmp/site python3 -m benchmarks.accelerator --commit=$COMMIT --result=...
 
 Then commit the file, name it in docs/gpu.md, and `make figures`.
 
@@ -84,10 +84,10 @@ _NOT_IN_SMOKE = ('gemma3_1b', 'gemma3_4b', 'deterministic')  # as gemma3_270m
 
 
 def _path() -> pathlib.Path:
-  if machine.OUT.value:
-    return pathlib.Path(machine.OUT.value)
+  if machine.RESULT.value:
+    return pathlib.Path(machine.RESULT.value)
   if machine.smoke():
-    raise ValueError('--smoke also needs --out=FILE: parts meet there.')
+    raise ValueError('--smoke also needs --result=FILE: parts meet there.')
   return pathlib.Path(_OUT)
 
 
@@ -124,13 +124,17 @@ def child(name: str) -> None:
 
 
 def _command(name: str) -> list[str]:
-  words = [f'--part={name}', f'--out={_path()}', f'--commit={machine.commit()}']
+  words = [
+    f'--part={name}',
+    f'--result={_path()}',
+    f'--commit={machine.commit()}',
+  ]
   words += [f'--smoke={machine.smoke()}']
   return [sys.executable, '-m', 'benchmarks.accelerator', *words]
 
 
 def _here() -> dict[str, str]:
-  """Describes this machine; raises ValueError if --out is of another device."""
+  """Describes this machine; raises ValueError if --result is of another device."""
   done = subprocess.run(
     _command('describe'), check=True, stdout=subprocess.PIPE, text=True
   )
@@ -138,7 +142,7 @@ def _here() -> dict[str, str]:
   before = _load().get('machine', here)['device']
   if before != here['device']:
     raise ValueError(
-      f'--out={_path()} is of a {before}, and this is a {here["device"]}: name '
+      f'--result={_path()} is of a {before}, and this is a {here["device"]}: name '
       'another file.'
     )
   return here

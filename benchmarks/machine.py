@@ -30,8 +30,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 _SMOKE = flags.DEFINE_bool(
   'smoke', False, 'Tiny sizes, in seconds: shows that it runs, no more.'
 )
-OUT = flags.DEFINE_string(
-  'out', None,
+RESULT = flags.DEFINE_string(
+  'result', None,
   'JSON file of the result; benchmarks/results/NAME.json, with --smoke none.',
 )  # fmt: skip
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs of each.', 1)
@@ -157,7 +157,7 @@ def save(name: str, result: dict) -> dict:
   Returns it with `machine`.
   """
   result = {'machine': describe()} | result
-  path = OUT.value
+  path = RESULT.value
   if not path and not smoke():
     path = ROOT / 'benchmarks' / 'results' / f'{name}.json'
   if path:

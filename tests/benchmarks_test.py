@@ -43,7 +43,7 @@ def smoke():
   # No flagsaver: it forgets flags that libraries define while they are used.
   given.smoke, given.peers = True, False
   yield
-  given.smoke, given.peers, given.out = False, True, None
+  given.smoke, given.peers, given.result = False, True, None
   if not parsed:
     given.unparse_flags()
 
@@ -82,7 +82,7 @@ def test_benchmark_runs(name, smoke):
 @pytest.mark.parametrize('name', ['start', 'grid'])
 def test_benchmark_runs_as_a_program(name, tmp_path):
   out = tmp_path / 'result.json'
-  done = run(f'benchmarks.{name}', '--smoke', f'--out={out}')
+  done = run(f'benchmarks.{name}', '--smoke', f'--result={out}')
   assert done.returncode == 0, done.stderr[-3000:]
   assert check(name, json.loads(out.read_text())) in done.stdout
 
@@ -106,7 +106,7 @@ def check_parts(out: pathlib.Path, names: set[str]) -> dict:
 
 def test_the_accelerator_is_checked_against_a_cpu(tmp_path):
   out = tmp_path / 'gpu.json'
-  words = ('benchmarks.accelerator', '--smoke', f'--out={out}')
+  words = ('benchmarks.accelerator', '--smoke', f'--result={out}')
   done = run(*words, '--parts=methods')
   assert done.returncode == 0, done.stderr[-3000:]
   found = check_parts(out, {'methods'})
@@ -124,7 +124,7 @@ def test_the_accelerator_is_checked_against_a_cpu(tmp_path):
 def test_a_part_that_fails_or_is_cut_off_says_so(smoke, tmp_path, monkeypatch):
   accelerator, out = module_of('accelerator'), tmp_path / 'gpu.json'
   here = machine.describe()
-  flags.FLAGS.out = str(out)
+  flags.FLAGS.result = str(out)
   accelerator._run(['resume'], here, 1.0)
   monkeypatch.setenv('JAX_PLATFORMS', 'abacus')
   accelerator._run(['kernels'], here, 60.0)
@@ -138,7 +138,7 @@ def test_a_part_that_fails_or_is_cut_off_says_so(smoke, tmp_path, monkeypatch):
 def test_all_parts_of_the_accelerators_check(tmp_path):
   out = tmp_path / 'gpu.json'
   done = run(
-    'benchmarks.accelerator', '--smoke', f'--out={out}', '--minutes=20'
+    'benchmarks.accelerator', '--smoke', f'--result={out}', '--minutes=20'
   )
   assert done.returncode == 0, done.stderr[-3000:]
   names = {'methods', 'resume', 'gemma3_270m', 'peft', 'kernels', 'points'}
@@ -168,7 +168,7 @@ def test_parts_of_the_accelerators_check(part, smoke):
 @pytest.mark.parametrize('name', ['peers', 'generation'])
 def test_peers_do_the_same_work(name, tmp_path):
   out = tmp_path / 'result.json'
-  done = run(f'benchmarks.{name}', '--smoke', f'--out={out}')
+  done = run(f'benchmarks.{name}', '--smoke', f'--result={out}')
   assert done.returncode == 0, done.stderr[-3000:]
   check(name, json.loads(out.read_text()))
 

@@ -165,14 +165,14 @@ def distance(found: dict, exact: dict) -> dict[str, float]:
 
 
 def child(precision: str) -> None:
-  """Runs --methods and writes what they changed to --out."""
+  """Runs --methods and writes what they changed to --result."""
   found = all_runs(precision, _METHODS.value)
   flat = {
     f'{method}:{name}': x
     for method, arrays in found.items()
     for name, x in arrays.items()
   }
-  np.savez(machine.OUT.value, **flat)
+  np.savez(machine.RESULT.value, **flat)
 
 
 def _read(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
@@ -188,7 +188,7 @@ def _start(precision: str, methods: Sequence[str], out: pathlib.Path):
   """Starts a child that runs methods."""
   command = [
     sys.executable, '-m', 'benchmarks.accelerator', '--part=methods',
-    f'--precision={precision}', f'--methods={",".join(methods)}', f'--out={out}',
+    f'--precision={precision}', f'--methods={",".join(methods)}', f'--result={out}',
   ]  # fmt: skip
   return subprocess.Popen(command, env=machine.child_env(_COMPILE_FAST))
 
