@@ -30,7 +30,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=['hetlora_jax*', 'launch*', 'configs*']),
   package_data={
     'hetlora_jax': ['py.typed'],
-    'hetlora_jax.report': ['report.css'],
+    'hetlora_jax.tools.report': ['report.css'],
     'launch': ['cluster/*'],
   },
   entry_points={

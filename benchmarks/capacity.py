@@ -16,7 +16,8 @@ import jax
 from absl import flags
 
 from benchmarks import machine
-from hetlora_jax import config, dryrun
+from hetlora_jax import config
+from hetlora_jax.tools import dryrun
 
 machine.define_config()
 _MODELS = flags.DEFINE_list(
@@ -25,16 +26,12 @@ _MODELS = flags.DEFINE_list(
   'Keys of models/shapes.py.',
 )
 _DEVICES = flags.DEFINE_list('devices', ['64', '256'], 'Of the pods.')
-_MODEL_AXIS = flags.DEFINE_integer(
-  'model_axis', 4, 'Devices that share a base.'
-)
+_MODEL_AXIS = flags.DEFINE_integer('model_axis', 4, 'Devices that share a base.')
 _CHIPS = flags.DEFINE_list('chips', list(dryrun.CHIPS), 'Chips.')
 _FEW, _MORE = 1, 9  # clients on each slice of the clients axis
 
 
-def compiled(
-  model: str, devices: int, chip: str, clients: int
-) -> dryrun.Report:
+def compiled(model: str, devices: int, chip: str, clients: int) -> dryrun.Report:
   """Compiles a round of so many clients on each slice of the clients axis."""
   raw = machine.config()
   slices = devices // _MODEL_AXIS.value

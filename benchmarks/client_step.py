@@ -16,8 +16,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks import machine, profiling
-from hetlora_jax import base_model, config, lora, sharding
-from hetlora_jax.models import decoder, pretrained, readout
+from hetlora_jax import base_model, config, formats, lora, sharding
+from hetlora_jax.models import decoder, readout
 from hetlora_jax.types import Batch, PyTree
 
 _SOURCE = flags.DEFINE_string('source', 'gemma3_270m', 'Base model.')
@@ -39,7 +39,7 @@ def load_model() -> tuple[decoder.DecoderConfig, PyTree]:
     c = config.resolve(machine.smoke_config())
     model = base_model.load(c, sharding.make_mesh())
     return model.config, model.params
-  model = pretrained.load(_SOURCE.value, dtype=jnp.dtype(_DTYPE.value))
+  model = formats.load(_SOURCE.value, dtype=jnp.dtype(_DTYPE.value))
   return model.config, jax.device_put(model.params)
 
 
@@ -56,9 +56,7 @@ def _batch(rng, clients: int, vocabulary: int) -> Batch:
   )
 
 
-def variant(
-  shape: decoder.DecoderConfig, base: PyTree, clients: int, remat: bool
-):
+def variant(shape: decoder.DecoderConfig, base: PyTree, clients: int, remat: bool):
   """Returns a compiled step of so many clients at once, and its arguments."""
   dims = decoder.adapter_dims(shape, ('q', 'v'))
   adapters = lora.init(jax.random.key(0), dims, _RANK, 'gaussian')
@@ -130,8 +128,6 @@ def report(result: dict) -> str:
 if __name__ == '__main__':
   machine.start(
     lambda: (
-      profile()
-      if _PROFILE.value
-      else machine.tell('client_step', measure, report)
+      profile() if _PROFILE.value else machine.tell('client_step', measure, report)
     )
   )

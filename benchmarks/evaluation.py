@@ -12,8 +12,8 @@ import time
 from unittest import mock
 
 from benchmarks import machine
-from hetlora_jax import config, experiment, sweep
-from hetlora_jax.evaluation import perplexity
+from hetlora_jax import config, experiment, heldout
+from hetlora_jax.tools import sweep
 
 machine.define_config()
 _AT_ONCE = (1, 4, 8, 16, 48)
@@ -34,7 +34,7 @@ class Evaluation:
   """The evaluations of an experiment, so many people at once."""
 
   def __init__(self, c: config.Config, at_once: int):
-    with mock.patch.object(perplexity, 'PEOPLE_AT_ONCE', at_once):
+    with mock.patch.object(heldout, 'PEOPLE_AT_ONCE', at_once):
       x = experiment.prepare(c)
       self._arguments = {
         name: (x.base, x.initial_state, x.evaluation[name], x.hyper)

@@ -20,11 +20,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks import child, machine, work
-from hetlora_jax import config, experiment
+from hetlora_jax import config, experiment, formats
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example, People, evenly_spaced
-from hetlora_jax.evaluation import generation
-from hetlora_jax.models import pretrained, readout
+from hetlora_jax.models import readout
+from hetlora_jax.tools import generation
 
 machine.define_config()
 _ROWS = flags.DEFINE_integer('rows', 16, 'Prompts at once.', 1)
@@ -48,11 +48,9 @@ def texts(people: People, count: int, most: int) -> list[Example]:
 class Ours:
   """Our model, its programs compiled once."""
 
-  def __init__(
-    self, files: pathlib.Path, chosen: list[Example], new_tokens: int
-  ):
+  def __init__(self, files: pathlib.Path, chosen: list[Example], new_tokens: int):
     # From the files themselves, as the peer: not rounded to bfloat16.
-    model = pretrained.load(files, dtype=np.float32, cached=False)
+    model = formats.load(files, dtype=np.float32, cached=False)
     self.config = model.config
     self.params = jax.tree.map(jnp.asarray, model.params)
     self.chosen, self.new_tokens = chosen, new_tokens

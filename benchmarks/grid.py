@@ -22,7 +22,8 @@ from absl import flags
 
 from benchmarks import machine
 from configs import tiny
-from hetlora_jax import config, metrics, sweep
+from hetlora_jax import config, metrics
+from hetlora_jax.tools import sweep
 
 _DEVICES = flags.DEFINE_list(
   'fake_devices', ['1', str(os.cpu_count())], 'Of the grid, in turn.'
@@ -32,15 +33,12 @@ _FIELDS = flags.DEFINE_list(
 )
 _SMOKE_GRID = 'federated.gamma=[0.85]'
 _GRID = (
-  'federated.gamma=[0.85,0.95,0.99] x federated.tail_penalty=[0.0,0.1,1.0] x '
-  'seed=[0,1]'
+  'federated.gamma=[0.85,0.95,0.99] x federated.tail_penalty=[0.0,0.1,1.0] x seed=[0,1]'
 )
 _EVERY = 6  # points between those that also run alone on the grid's devices
 
 
-def _timed(
-  folder: pathlib.Path, program: str, *words: str, **env: str
-) -> float:
+def _timed(folder: pathlib.Path, program: str, *words: str, **env: str) -> float:
   """Runs a launcher with programs of its own; returns its seconds."""
   if not machine.smoke():
     env['JAX_COMPILATION_CACHE_DIR'] = str(folder / 'programs')
@@ -59,9 +57,7 @@ def _timed(
   return time.perf_counter() - start
 
 
-def _difference(
-  alone: pathlib.Path, together: pathlib.Path
-) -> tuple[float, bool]:
+def _difference(alone: pathlib.Path, together: pathlib.Path) -> tuple[float, bool]:
   """Compares two runs: losses, and whether all ranks are equal."""
   rows = [metrics.read_rows(x / 'metrics.jsonl') for x in (alone, together)]
   names = ('train/loss', 'eval/seen/loss', 'eval/unseen/loss')

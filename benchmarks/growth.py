@@ -41,14 +41,11 @@ _GROW = {
     {'federated.clients_per_round': n, 'federated.clients_at_once': 0}
     for n in (1, 4, 16, 64)
   ],
-  'clients, four at once': [
-    {'federated.clients_per_round': n} for n in (4, 16, 64)
-  ],
+  'clients, four at once': [{'federated.clients_per_round': n} for n in (4, 16, 64)],
   'rank slots': [{'federated.r_max': n} for n in (4, 16, 64, 128)],
   'local steps': [{'federated.local_steps': n} for n in (1, 2, 4, 8)],
   'tokens an example': [
-    {'data.tokens_per_example': n, 'data.row_tokens': 8 * n}
-    for n in (16, 32, 64)
+    {'data.tokens_per_example': n, 'data.row_tokens': 8 * n} for n in (16, 32, 64)
   ],
   'layers': [{'model.random.num_layers': n} for n in (1, 2, 4, 8)],
   # Beside next to no training, so that a millisecond shows.
@@ -84,9 +81,7 @@ def grown(point: dict) -> dict:
   raw = tiny.get_config()
   raw.update_from_flattened_dict(_BASE | point)
   if machine.smoke():
-    raw.update_from_flattened_dict(
-      machine.SMOKE_FIELDS | {'data.name': 'synthetic'}
-    )
+    raw.update_from_flattened_dict(machine.SMOKE_FIELDS | {'data.name': 'synthetic'})
   x = experiment.prepare(config.resolve(raw))
   state, cohorts = x.initial_state, experiment.make_cohorts(x, 0)
   if population:
@@ -94,11 +89,7 @@ def grown(point: dict) -> dict:
     state = sharding.place(state, sharding.by_name(x.mesh, state, points=True))
   run_rounds = build.make_rounds(x.rules, x.mesh, state)
   start = time.perf_counter()
-  memory = (
-    run_rounds.lower(x.base, state, cohorts, x.hyper)
-    .compile()
-    .memory_analysis()
-  )
+  memory = run_rounds.lower(x.base, state, cohorts, x.hyper).compile().memory_analysis()
   compile_s = time.perf_counter() - start
   state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   times = []
@@ -149,9 +140,7 @@ def report(result: dict) -> str:
       ', '.join(f'{row["temporary_mb"]:.0f}' for row in points),
       ', '.join(f'{row["state_mb"]:.2g}' for row in points),
     ])  # fmt: skip
-  programs = {
-    row['programs'] for points in result['grown'].values() for row in points
-  }
+  programs = {row['programs'] for points in result['grown'].values() for row in points}
   head = 'what grows | seconds a round | temporary MB | MB of state'
   return (
     f'{machine.table(head, rows)}\n\nPrograms compiled for all rounds of a '

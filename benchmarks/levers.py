@@ -122,9 +122,7 @@ def levers() -> dict:
     'sines apart': mock.patch.object(
       decoder, '_rotate', functools.partial(_rotate_apart, decoder._rotate)
     ),
-    'heads before positions': mock.patch.object(
-      kernels, 'attention', _heads_first
-    ),
+    'heads before positions': mock.patch.object(kernels, 'attention', _heads_first),
   }
 
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from hetlora_jax import base_model, config, experiment, flops
+from hetlora_jax import base_model, config, experiment
 from hetlora_jax.models import decoder, kernels
+from hetlora_jax.tools import flops
 
 machine.define_config()
 

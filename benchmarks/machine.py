@@ -165,9 +165,7 @@ def save(name: str, result: dict) -> dict:
   return result
 
 
-def tell(
-  name: str, measure: Callable[[], dict], report: Callable[[dict], str]
-) -> None:
+def tell(name: str, measure: Callable[[], dict], report: Callable[[dict], str]) -> None:
   """Measures, writes and tells.
 
   Args:
@@ -178,9 +176,7 @@ def tell(
   print('\n' + report(save(name, measure())))
 
 
-def run(
-  name: str, measure: Callable[[], dict], report: Callable[[dict], str]
-) -> None:
+def run(name: str, measure: Callable[[], dict], report: Callable[[dict], str]) -> None:
   """Measures, writes and tells as a program; see `tell`."""
   start(lambda: tell(name, measure, report))
 
@@ -192,9 +188,7 @@ def start(benchmark: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)  # not the libraries' notices
     try:
       if len(argv) > 1:
-        raise ValueError(
-          f'unexpected argument {argv[1]!r}: flags start with --'
-        )
+        raise ValueError(f'unexpected argument {argv[1]!r}: flags start with --')
       benchmark()
     except (ValueError, OSError) as error:
       errors.fail(error)
@@ -210,9 +204,7 @@ def child_env(xla_flags: str = '', **more: str) -> dict[str, str]:
     **more: variables.
   """
   flags_set = f'{os.environ.get("XLA_FLAGS", "")} {xla_flags}'.strip()
-  more |= (
-    {'XLA_FLAGS': flags_set} if flags_set else {}
-  )  # XLA refuses an empty one
+  more |= {'XLA_FLAGS': flags_set} if flags_set else {}  # XLA refuses an empty one
   return os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} | more
 
 

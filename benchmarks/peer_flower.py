@@ -65,9 +65,7 @@ def make_client(path, base):
       'num-examples': 1,
       'tokens': tokens,
       'loss': losses[0].item(),
-      'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-      * 1024
-      / 1e6,
+      'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
     }
     content = RecordDict(
       {

@@ -24,9 +24,7 @@ def generate(model, prompts, new_tokens):
   """Completes prompts by exactly so many tokens; returns them."""
   longest = max(map(len, prompts))
   ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-  mask = torch.tensor(
-    [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-  )
+  mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
   out = model.generate(
     ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False,
     use_cache=True, pad_token_id=0,

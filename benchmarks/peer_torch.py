@@ -83,9 +83,7 @@ class Trainer:
   def __init__(self, model, work, one_adapter=False, compiled=False):
     ranks = sorted({c['rank'] for case in work['cases'].values() for c in case})
     self.largest, self.work, self.one = ranks[-1], work, one_adapter
-    self.model = with_adapters(
-      model, work, ranks[-1:] if one_adapter else ranks
-    )
+    self.model = with_adapters(model, work, ranks[-1:] if one_adapter else ranks)
     self.model.set_adapter(f'r{self.largest}')
     self.forward = self.model
     if compiled:

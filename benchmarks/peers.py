@@ -21,10 +21,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks import child, machine, work
-from hetlora_jax import base_model, config, experiment, flops, sharding
+from hetlora_jax import base_model, config, experiment, sharding
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
 from hetlora_jax.models import decoder
+from hetlora_jax.tools import flops
 from hetlora_jax.types import Cohort
 
 machine.define_config()
@@ -87,9 +88,7 @@ def _rate(answer: dict) -> float:
   return answer['tokens'] / answer['seconds']
 
 
-def best_variant(
-  peer: child.Peer, case: str, dtypes, paddings
-) -> tuple[dict, list]:
+def best_variant(peer: child.Peer, case: str, dtypes, paddings) -> tuple[dict, list]:
   """Returns the fastest variant of a case for one client, and all tries.
 
   A type that is a third as fast as the best is tried no further.
@@ -159,8 +158,7 @@ def alternate(contenders: dict) -> dict:
       flush=True,
     )
   each = {
-    name: [_rate(r['ours']) / _rate(r[name]) for r in rounds]
-    for name in contenders
+    name: [_rate(r['ours']) / _rate(r[name]) for r in rounds] for name in contenders
   }
   return {
     'ratios': {name: statistics.median(x) for name, x in each.items()},

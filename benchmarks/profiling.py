@@ -25,9 +25,7 @@ def _spans(data) -> Iterator[tuple[str, float]]:
       if on_gpu and not line.name.startswith('Stream'):
         continue
       for event in line.events:
-        operation = (
-          dict(event.stats).get('hlo_op', '') if on_gpu else event.name
-        )
+        operation = dict(event.stats).get('hlo_op', '') if on_gpu else event.name
         kernel = event.name if on_gpu else ''
         yield f'{operation}|{kernel}', event.duration_ns
 
@@ -79,16 +77,13 @@ def operations(text: str) -> dict[str, tuple[str, str]]:
     text, re.MULTILINE,
   )  # fmt: skip
   return {
-    name: (shape.partition('{')[0], _short(source))
-    for name, shape, source in found
+    name: (shape.partition('{')[0], _short(source)) for name, shape, source in found
   }
 
 
 def _short(source: str) -> str:
   """Leaves out the loops and calls that everything is in."""
-  inside = (
-    r'(while|body|closed_call|checkpoint|eval_jaxpr|v?map\(\)|jit\(\w*\))/'
-  )
+  inside = r'(while|body|closed_call|checkpoint|eval_jaxpr|v?map\(\)|jit\(\w*\))/'
   return re.sub(inside, '', source)[-70:]
 
 

@@ -81,9 +81,7 @@ def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
     folder = workdir / 'checkpoints' / str(step)
     threading.Thread(target=_watch, args=(folder, trace, begin)).start()
 
-  restore = trace.timed(
-    'restore', 'main loop', checkpoint.Checkpoints.restore_newest
-  )
+  restore = trace.timed('restore', 'main loop', checkpoint.Checkpoints.restore_newest)
   patch = mock.patch.object
   with (
     patch(experiment, 'prepare', traced),

@@ -26,18 +26,9 @@ from absl import flags
 
 from benchmarks import machine
 from configs import study
-from hetlora_jax import (
-  completions,
-  config,
-  console,
-  experiment,
-  metrics,
-  processes,
-  sweep,
-  training,
-)
+from hetlora_jax import config, console, experiment, metrics, processes, training
 from hetlora_jax import results as of_runs
-from hetlora_jax.evaluation import scores
+from hetlora_jax.tools import completions, scores, sweep
 
 _RAW = flags.DEFINE_string('raw', 'docs/results/raw', 'Folder of the results.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/study', 'Folder of the runs.')
@@ -85,9 +76,7 @@ def for_validation(client: str) -> bool:
 
 def validation_loss(result: dict) -> float:
   """Returns the loss a token of the validation people, inf if it is NaN."""
-  people = [
-    p for p in result['people']['unseen'] if for_validation(p['client'])
-  ]
+  people = [p for p in result['people']['unseen'] if for_validation(p['client'])]
   loss = sum(p['loss_sum'] for p in people) / sum(p['tokens'] for p in people)
   return loss if math.isfinite(loss) else math.inf
 
@@ -108,8 +97,7 @@ def rates_wanted(arm: str, results: dict[str, dict]) -> list[float]:
 def best_rate(arm: str, results: dict[str, dict]) -> float | None:
   """Returns the rate whose run of the first seed validates best, if all ran."""
   names = {
-    rate: name_of(arm, rate, study.SEEDS[0])
-    for rate in rates_wanted(arm, results)
+    rate: name_of(arm, rate, study.SEEDS[0]) for rate in rates_wanted(arm, results)
   }
   if not all(name in results for name in names.values()):
     return None
@@ -310,8 +298,7 @@ def _only(names: Sequence[str]) -> None:
     _do_floors(task)
     return
   chosen = {
-    arm: [run for run in _missing(task, arm) if run.name in names]
-    for arm in study.ARMS
+    arm: [run for run in _missing(task, arm) if run.name in names] for arm in study.ARMS
   }
   if not any(chosen.values()):
     raise ValueError(f'--only={",".join(names)}: {task} lacks no such run.')

@@ -36,9 +36,7 @@ _UNSEEN: Axis = ('loss, people never seen', lambda arm: arm.curve('unseen'))
 
 def _groups(found: dict[str, Arm]) -> dict[str, list[Arm]]:
   """Returns the paper's methods, parts of HetLoRA changed, and the others."""
-  changed = [
-    a for n, a in found.items() if n.startswith('HetLoRA') and n != OURS
-  ]
+  changed = [a for n, a in found.items() if n.startswith('HetLoRA') and n != OURS]
   later = [found[name] for name in _LATER if name in found]
   rest = [a for a in found.values() if a not in changed and a not in later]
   ours = [found[OURS]] if OURS in found else []
@@ -80,9 +78,7 @@ def _figure(found, pairs: list[tuple[Axis, Axis]], title: str):
 def curves(found: dict[str, Arm], path: pathlib.Path, task: str) -> None:
   """Draws loss against rounds and bytes, of people seen and unseen."""
   pairs = [(_EVALUATED, _SEEN), (_EVALUATED, _UNSEEN), (_SENT, _SEEN)]
-  figure, axes = _figure(
-    found, pairs, f'{NAMES[task]}: nats a token, mean of seeds'
-  )
+  figure, axes = _figure(found, pairs, f'{NAMES[task]}: nats a token, mean of seeds')
   for axis in axes[:, -1]:
     axis.set(xscale='symlog')
   figure.savefig(path, dpi=100)

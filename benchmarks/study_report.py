@@ -121,10 +121,7 @@ def _machines(results: list[dict]) -> str:
   machines = [r['machine'] for r in results]
   return '; '.join(
     sorted(
-      {
-        f'{m["cores"]} cores of {m["processor"]}, jax {m["jax"]}'
-        for m in machines
-      }
+      {f'{m["cores"]} cores of {m["processor"]}, jax {m["jax"]}' for m in machines}
     )
   )
 
@@ -182,9 +179,7 @@ def page(raw: pathlib.Path, folder: pathlib.Path) -> str:
 def main() -> None:
   folder, out = pathlib.Path(_RAW.value), pathlib.Path(_PAGE.value)
   if not (folder / 'raw').is_dir():
-    raise ValueError(
-      f'--results={folder} has no folder raw: run the study first.'
-    )
+    raise ValueError(f'--results={folder} has no folder raw: run the study first.')
   text = page(folder / 'raw', folder)
   if machine.smoke():
     if text != out.read_text():

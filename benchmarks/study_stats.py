@@ -126,9 +126,7 @@ def bytes_to(arm: Arm, target: float) -> float:
 def reported(people: Sequence[dict], kind: str) -> list[dict]:
   """Leaves out those who chose rates."""
   return [
-    p
-    for p in people
-    if kind != 'unseen' or not runner.for_validation(p['client'])
+    p for p in people if kind != 'unseen' or not runner.for_validation(p['client'])
   ]
 
 
@@ -252,8 +250,7 @@ def by_seed(claim: SeedClaim, found: dict[str, Arm]) -> list[float]:
   more, less = found[claim.more], found[claim.less]
   target = target_loss(found)
   return [
-    claim.number(more.of_seed(i), target)
-    - claim.number(less.of_seed(i), target)
+    claim.number(more.of_seed(i), target) - claim.number(less.of_seed(i), target)
     for i in range(len(study.SEEDS))
   ]
 

@@ -40,9 +40,7 @@ def _perplexity(arm: Arm, kind: str) -> str:
 
 def _rouge(arm: Arm, text: str) -> str:
   """Returns RougeL in percent of people never seen, with its interval."""
-  people = [
-    study_stats.reported(r['texts']['unseen'], 'unseen') for r in arm.results
-  ]
+  people = [study_stats.reported(r['texts']['unseen'], 'unseen') for r in arm.results]
   value_SE = np.array([[p[text] for p in seed] for seed in people])
   return _with_interval(100 * value_SE, np.ones(value_SE.shape[1]), 1)
 
@@ -93,9 +91,7 @@ def summary(found_of: dict[str, Found], floors_of: dict[str, list]) -> str:
     row = ['untouched' + (f', {shots} examples in the prompt' if shots else '')]
     for task, floors in floors_of.items():
       known = i < len(floors)
-      row += (
-        _cells(task, _floor(floors[i]), '') if known else [''] * columns[task]
-      )
+      row += _cells(task, _floor(floors[i]), '') if known else [''] * columns[task]
     rows.append(row)
   return _table(heads, rows)
 
@@ -180,9 +176,7 @@ def evidence(found: Found) -> str:
   ]
   seeds = [
     [claim.text, *row]
-    for claim, row in zip(
-      study_stats.SEED_CLAIMS, _seed_claims_of(found), strict=True
-    )
+    for claim, row in zip(study_stats.SEED_CLAIMS, _seed_claims_of(found), strict=True)
   ]
   first = _table(['claim', 'gap, seen', 'gap, unseen', 'verdict'], pairs)
   return f'{first}\n\n{_table(["claim", "every seed", "verdict"], seeds)}'
@@ -206,9 +200,7 @@ def details(task: str, found: Found) -> str:
   heads += ['teacher-forced RougeL'] if written else []
   ours = found.get(OURS)
   rows = []
-  for arm in sorted(
-    found.values(), key=lambda a: study_stats.loss(a, 'unseen')
-  ):
+  for arm in sorted(found.values(), key=lambda a: study_stats.loss(a, 'unseen')):
     row = [arm.name, f'{arm.rate:g}']
     row += [_perplexity(arm, kind) for kind in ('seen', 'unseen')]
     row += [_rouge(arm, 'teacher_forced')] if written else []

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetlora_jax import base_model, experiment
+from hetlora_jax.formats import hf_writer, sources
 from hetlora_jax.models import readout
-from hetlora_jax.models.pretrained import hugging_face, sources
 from hetlora_jax.types import Batch, Cohort
 
 
@@ -25,9 +25,7 @@ def examples_of(batch: Batch) -> list[dict]:
   for segment in range(1, int(batch.segment.max()) + 1):
     tokens = batch.tokens[batch.segment == segment].tolist()
     targets = batch.target[live][owner == segment]
-    out.append(
-      {'tokens': [*tokens, int(targets[-1])], 'num_target': len(targets)}
-    )
+    out.append({'tokens': [*tokens, int(targets[-1])], 'num_target': len(targets)})
   return out
 
 
@@ -64,8 +62,7 @@ def for_peers(
     'learning_rate': c.client_optimizer.learning_rate,
     'threads': os.cpu_count(),
     'cases': {
-      name: of_clients(cohort, x.initial_rank[0])
-      for name, cohort in cases.items()
+      name: of_clients(cohort, x.initial_rank[0]) for name, cohort in cases.items()
     },
   }
 
@@ -98,7 +95,7 @@ def model_files(x: experiment.Experiment) -> Iterator[pathlib.Path]:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     params = jax.tree.map(np.asarray, model.params)
-    hugging_face.write(folder, model.config, params, model.tokenizer)
+    hf_writer.write(folder, model.config, params, model.tokenizer)
     yield folder
 
 
@@ -116,9 +113,7 @@ def plain_loss(x: experiment.Experiment, client: dict) -> float:
   for example in client['steps'][0]:
     tokens = np.array([example['tokens']])
     position = np.arange(tokens.shape[1])[None]
-    out = log_probs(
-      x.base, {}, jnp.float32(1), tokens, np.ones_like(tokens), position
-    )
+    out = log_probs(x.base, {}, jnp.float32(1), tokens, np.ones_like(tokens), position)
     n = example['num_target']
     total -= out[0, np.arange(-n - 1, -1), tokens[0, -n:]].sum()
     targets += n

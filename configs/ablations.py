@@ -100,9 +100,7 @@ SWEEPS = {
   ],
   'clients_per_round': grid(federated__clients_per_round=(2, 5, 10, 20)),
   'local_steps': grid(federated__local_steps=(1, 2, 5, 10)),
-  'server_optimizer': grid(
-    server_optimizer__name=('sgd', 'momentum', 'adam', 'yogi')
-  ),
+  'server_optimizer': grid(server_optimizer__name=('sgd', 'momentum', 'adam', 'yogi')),
   'dropout': grid(federated__dropout=(0.0, 0.2, 0.5)),
 }
 

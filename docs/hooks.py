@@ -66,9 +66,7 @@ def flags_page() -> str:
     '## Flags\n',
   ]
   for program in PROGRAMS:
-    title = (
-      'All but report and data' if program == 'flags' else f'launch.{program}'
-    )
+    title = 'All but report and data' if program == 'flags' else f'launch.{program}'
     rows = [
       (f'`--{f.name}`', '' if f.default is None else f'`{f.default!r}`', f.help)
       for f in sorted(_own_flags(program), key=lambda f: f.name)
@@ -108,9 +106,7 @@ def methods_page() -> str:
     'Made from `hetlora_jax/methods/registry.py`. A method is a row of names of '
     'rules; `--config.method` chooses one, and `--config.methods.ROLE` puts '
     'another rule in its place.\n',
-    _table(
-      ('method', 'rules that differ from the default', 'source'), *methods
-    ),
+    _table(('method', 'rules that differ from the default', 'source'), *methods),
     '## Rules\n',
   ]
   for role, rules in registry.ROLES.items():

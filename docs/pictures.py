@@ -41,9 +41,7 @@ def adapter(x, y, colour, rank, tail=0, gone=0):
     across = slot * STEP
     out += [
       _slot(x + across, y, STEP - 2, LONG, tint, share, dash),
-      _slot(
-        x + SLOTS * STEP + 8, y + across, LONG, STEP - 2, tint, share, dash
-      ),
+      _slot(x + SLOTS * STEP + 8, y + across, LONG, STEP - 2, tint, share, dash),
     ]
   return ''.join(out)
 

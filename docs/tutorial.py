@@ -123,9 +123,7 @@ def vote(updates, weights, server):
   """Moves each coordinate a step in the direction of the weighted majority."""
   share = lora.slot_masks(jax.tree.map(jnp.multiply, weights, updates.mask))
   return jax.tree.map(
-    lambda new, old, w: (
-      old + 0.05 * jnp.sign((w * jnp.sign(new - old[None])).sum(0))
-    ),
+    lambda new, old, w: old + 0.05 * jnp.sign((w * jnp.sign(new - old[None])).sum(0)),
     updates.adapters,
     server.adapters,
     share,

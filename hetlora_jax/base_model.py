@@ -13,11 +13,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from hetlora_jax import prng, sharding
+from hetlora_jax import formats, prng, sharding
 from hetlora_jax.config import Config, ConfigError, Model, RandomModel
 from hetlora_jax.data import people
-from hetlora_jax.data.tokenizer import Tokenizer
-from hetlora_jax.models import decoder, pretrained, readout, shapes
+from hetlora_jax.models import decoder, readout, shapes
+from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.types import Array, Loss, PyTree
 
 
@@ -129,7 +129,7 @@ def compute_dtype(config: Config) -> jnp.dtype:
   return jnp.dtype('bfloat16' if has_amx else 'float32')
 
 
-def load(config: Config, mesh: Mesh) -> pretrained.Pretrained:
+def load(config: Config, mesh: Mesh) -> formats.Pretrained:
   """Loads or draws the base model, in the type to compute in, on its devices.
 
   The last one is kept, and only there: the points of a sweep share it.
@@ -153,14 +153,14 @@ def check_split(config: Config, shape: decoder.DecoderConfig) -> None:
 
 
 @functools.lru_cache(1)
-def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> pretrained.Pretrained:
-  return _place(pretrained.load(source, dtype=dtype), mesh)
+def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> formats.Pretrained:
+  return _place(formats.load(source, dtype=dtype), mesh)
 
 
 @functools.lru_cache(1)
 def _draw(
   c: Model, data: str, path: str, dtype: jnp.dtype, mesh: Mesh
-) -> pretrained.Pretrained:
+) -> formats.Pretrained:
   """Draws parameters, each where it lives; trains a tokenizer on the data."""
   words = people.corpus(data, path=path)
   tokenizer = Tokenizer.train(words, c.random.vocab_size)
@@ -170,10 +170,10 @@ def _draw(
   where = sharding.by_name(mesh, jax.eval_shape(draw, key))
   params = jax.jit(draw, out_shardings=where)(key)
   name = f'{c.source}-{c.random.seed}'
-  return pretrained.Pretrained(shape, params, name, tokenizer)
+  return formats.Pretrained(shape, params, name, tokenizer)
 
 
-def _place(model: pretrained.Pretrained, mesh: Mesh) -> pretrained.Pretrained:
+def _place(model: formats.Pretrained, mesh: Mesh) -> formats.Pretrained:
   return dataclasses.replace(model, params=_placed(model.params, mesh))
 
 

@@ -11,27 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetlora_jax import (
-  client,
-  faults,
-  lora,
-  prng,
-  ranks,
-  rounds,
-  server,
-  sharding,
-)
+from hetlora_jax import client, lora, prng, ranks, robust, rounds, server, sharding
 from hetlora_jax.checks import SCALE_RULES
 from hetlora_jax.config import Config, ConfigError
-from hetlora_jax.methods import (
-  aggregation,
-  personal,
-  redistribution,
-  registry,
-  tail,
-)
+from hetlora_jax.formats import peft
+from hetlora_jax.methods import aggregation, personal, redistribution, registry, tail
 from hetlora_jax.methods.registry import ROLES, rule_names
-from hetlora_jax.models.pretrained import peft
 from hetlora_jax.types import (
   Adapters,
   Array,
@@ -106,7 +91,7 @@ def _tamper(config: Config) -> Callable:
   if not f.malicious:
     return lambda received, trained, client_id, seed: trained
   return functools.partial(
-    faults.scaled_by_malicious, share=f.malicious, scale=f.malicious_scale
+    robust.scaled_by_malicious, share=f.malicious, scale=f.malicious_scale
   )
 
 
@@ -115,7 +100,7 @@ def _bound(config: Config) -> Callable:
   norm = config.federated.norm_bound
   if not norm:
     return lambda received, trained: trained
-  return functools.partial(faults.bounded, norm=norm)
+  return functools.partial(robust.bounded, norm=norm)
 
 
 def make_rules(config: Config, loss: Loss) -> Rules:
@@ -137,9 +122,7 @@ def make_rules(config: Config, loss: Loss) -> Rules:
   at_once, clients = clients_at_once(config)
 
   def client_optimizer(hyper: Hyperparameters):
-    rate = (
-      hyper.full_learning_rate if trains_base else hyper.client_learning_rate
-    )
+    rate = hyper.full_learning_rate if trains_base else hyper.client_learning_rate
     return _CLIENT_OPTIMIZERS[o.name](rate, o.weight_decay)
 
   return Rules(
@@ -180,9 +163,7 @@ def make_hyperparameters(config: Config) -> Hyperparameters:
     gamma=np.float32(f.gamma),
     r_min=np.int32(f.r_min),
     proximal=np.float32(f.proximal),
-    energy=np.float32(
-      config.methods.energy or registry.METHODS[config.method].energy
-    ),
+    energy=np.float32(config.methods.energy or registry.METHODS[config.method].energy),
     lora_scale=np.float32(config.lora.scale),
   )
 
@@ -242,9 +223,7 @@ def _from_peft(
     for t, (x, live) in found.items()
   }
   if rule_names(config)['redistribution'] in redistribution.EMPTYING:
-    start = redistribution.fold_all(
-      adapters, {}, Server(adapters, scale), hyper
-    )
+    start = redistribution.fold_all(adapters, {}, Server(adapters, scale), hyper)
     return start.adapters, start.fold
   return adapters, residual
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from hetlora_jax import bounds, config, console
+from hetlora_jax import config, console, files
 from hetlora_jax.config import ConfigError
 from hetlora_jax.types import Array, ServerState
 
@@ -51,9 +51,7 @@ def _sum_of_bits(leaf: Array) -> Array:
 
 @functools.cache
 def _summing(where: jax.sharding.Sharding):
-  return jax.jit(
-    lambda state: jax.tree.map(_sum_of_bits, state), out_shardings=where
-  )
+  return jax.jit(lambda state: jax.tree.map(_sum_of_bits, state), out_shardings=where)
 
 
 def _by_path(tree) -> dict[str, Any]:
@@ -106,8 +104,7 @@ class Checkpoints:
     self._base = json.loads(json.dumps(config.flat(base)))  # tuples to lists
     self._writes = keep is not None
     self._managers = [
-      ocp.CheckpointManager(folder.resolve(), options=options)
-      for folder in folders
+      ocp.CheckpointManager(folder.resolve(), options=options) for folder in folders
     ]
 
   def save(self, step: int, states: Iterable[ServerState]) -> None:
@@ -127,9 +124,7 @@ class Checkpoints:
           ),
         )
 
-  def restore_newest(
-    self, like: ServerState
-  ) -> tuple[int, list[ServerState]] | None:
+  def restore_newest(self, like: ServerState) -> tuple[int, list[ServerState]] | None:
     """Restores the newest step that all points have undamaged, if there is one.
 
     Damaged ones are named and put aside.
@@ -250,7 +245,7 @@ def _read(manager, path: pathlib.Path, **args):
   except PermissionError:
     raise
   except Exception as error:  # from JSON, zarr, tensorstore, orbax
-    if bounds.out_of_memory(error):
+    if files.out_of_memory(error):
       raise ConfigError(
         f'{path} cannot be read, out of memory ({_first_line(error)}): free '
         'some, and run the same line again. It is left as it is.'

@@ -72,9 +72,7 @@ def check(config) -> None:
   """Raises at the first value that cannot work."""
   for path, choices in _CHOICES.items():
     value = _lookup(config, path)
-    is_the_methods = (
-      value == '' and path.removeprefix('methods.') in registry.ROLES
-    )
+    is_the_methods = value == '' and path.removeprefix('methods.') in registry.ROLES
     if value not in choices and not is_the_methods:
       valid = ', '.join(repr(x) for x in choices)
       raise ConfigError(f'config.{path}={value!r} is unknown: one of {valid}.')
@@ -83,8 +81,7 @@ def check(config) -> None:
       value = _lookup(config, path)
       if not bound <= value < 2**31:
         raise ConfigError(
-          f'config.{path}={value} must be at least {bound}, finite and '
-          'below 2**31.'
+          f'config.{path}={value} must be at least {bound}, finite and below 2**31.'
         )
   for path, value, ok, remedy in _conditions(config):
     if not ok:
@@ -236,9 +233,7 @@ def _combinations(c) -> Iterator[tuple[str, bool, str]]:
   yield (
     'redistribution',
     not (product and n['redistribution'] == 'keep'),
-    (
-      'a mean of products has no factors to keep; take svd_balanced or fold_all'
-    ),
+    ('a mean of products has no factors to keep; take svd_balanced or fold_all'),
   )
   yield (
     'aggregation',
@@ -249,8 +244,7 @@ def _combinations(c) -> Iterator[tuple[str, bool, str]]:
     'pruning',
     n['pruning'] == 'none' or n['distribution'] == 'prefix',
     (
-      'a rank can only be given up where it decides what is sent: distribution '
-      "'prefix'"
+      "a rank can only be given up where it decides what is sent: distribution 'prefix'"
     ),
   )
   yield (
@@ -307,8 +301,6 @@ def _check_tail(config) -> None:
   if 'tail_penalty' in names['objective'] or names['pruning'] == 'norm_tail':
     f = config.federated
     try:
-      tail.check(
-        range(f.r_min, f.r_max + 1), f.gamma, config.methods.tail_rounding
-      )
+      tail.check(range(f.r_min, f.r_max + 1), f.gamma, config.methods.tail_rounding)
     except ValueError as error:
       raise ConfigError(f'config.{error}') from error

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hetlora_jax import faults, lora, prng, ranks
+from hetlora_jax import lora, prng, ranks, robust
 from hetlora_jax.methods.objective import About
 from hetlora_jax.types import (
   Adapters,
@@ -44,9 +44,7 @@ def whole_rank(state: ServerState) -> Array:
   return jnp.full(state.memory.rank.shape[1:], max(slots, default=1))
 
 
-def global_adapters(
-  rules: Rules, state: ServerState, hyper: Hyperparameters
-) -> Server:
+def global_adapters(rules: Rules, state: ServerState, hyper: Hyperparameters) -> Server:
   """Returns the server's adapters and their LoRA scale."""
   return Server(state.adapters, rules.scale(whole_rank(state), hyper))
 
@@ -70,9 +68,7 @@ def receive(
   ratio = server.scale / scale
   if rules.personal:
     own = lora.truncate(own, view.mask)
-  return view._replace(
-    adapters=lora.rescale(own, ratio, rules.scale_carriers)
-  ), ratio
+  return view._replace(adapters=lora.rescale(own, ratio, rules.scale_carriers)), ratio
 
 
 def local_update(
@@ -160,8 +156,8 @@ def take_part(
   )  # fmt: skip
   trained = rules.tamper(received, trained, client.id, hyper.seed)
   trained = rules.bound(received, trained)
-  sound = faults.sound((trained, loss))
-  trained, loss, tokens = faults.only_if(sound, (trained, loss, tokens))
+  sound = robust.sound((trained, loss))
+  trained, loss, tokens = robust.only_if(sound, (trained, loss, tokens))
   adapters = trained.adapters
   rank_G, kept = _prune(rules, view.adapters, adapters, memory, hyper)
   mask = jax.tree.map(jnp.multiply, view.mask, kept)

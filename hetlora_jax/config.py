@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from hetlora_jax import bounds, checks
+from hetlora_jax import checks, files
 from hetlora_jax.checks import ConfigError
 
 _record = dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,15 +228,14 @@ def _build(cls, values: dict, prefix: str):
   hints = typing.get_type_hints(cls)
   if not isinstance(values, dict):
     raise ConfigError(
-      f'config.{prefix.rstrip(".")}={bounds.short(repr(values))} is no section: '
+      f'config.{prefix.rstrip(".")}={files.short(repr(values))} is no section: '
       'start from configs/default.py, which has every field.'
     )
   for name in values:
     if name not in hints:
       close = difflib.get_close_matches(name, hints, 1, 0)
       raise ConfigError(
-        f'config.{prefix}{name} does not exist; did you mean '
-        f'config.{prefix}{close[0]}?'
+        f'config.{prefix}{name} does not exist; did you mean config.{prefix}{close[0]}?'
       )
   missing = sorted(set(hints) - set(values))
   if missing:
@@ -262,7 +261,7 @@ def _typed(hint, value, name: str):
   if hint in (str, bool) and isinstance(value, hint):
     return value
   raise ConfigError(
-    f'config.{name}={bounds.short(repr(value))} is of type '
+    f'config.{name}={files.short(repr(value))} is of type '
     f'{type(value).__name__}: give '
     f'{"an" if hint is int else "a"} {hint.__name__}.'
   )

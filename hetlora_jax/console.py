@@ -149,9 +149,7 @@ class Progress:
         self._perplexity[who] = _span(rows, f'eval/{who}/perplexity', 2)
     if 'train/loss' not in row:
       text = ', '.join(f'{k} {v}' for k, v in self._perplexity.items())
-      when = (
-        f'after round {row["round"]}' if row['round'] else 'before training'
-      )
+      when = f'after round {row["round"]}' if row['round'] else 'before training'
       say(f'perplexity {when}: {text}')
       return
     shown = {

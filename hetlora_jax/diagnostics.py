@@ -8,9 +8,7 @@ from hetlora_jax import lora
 from hetlora_jax.types import Array, Masks, ServerState
 
 
-def measure(
-  state: ServerState, weights: Masks, share_C: Array, scale: Array
-) -> dict:
+def measure(state: ServerState, weights: Masks, share_C: Array, scale: Array) -> dict:
   """Measures the new state, and how much each client counted.
 
   Returns:
@@ -25,8 +23,7 @@ def measure(
   return {
     'slot_energy': lora.slot_energy(state.adapters, scale),
     'rank_histogram': jnp.bincount(state.memory.rank.ravel(), length=slots + 1),
-    'weight': jax.tree.map(lambda w: w.mean((1, 2)), weights)
-    or {'base': share_C},
+    'weight': jax.tree.map(lambda w: w.mean((1, 2)), weights) or {'base': share_C},
   }
 
 

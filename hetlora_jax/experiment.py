@@ -18,18 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetlora_jax import base_model, bounds, build, communication, sharding
+from hetlora_jax import base_model, build, files, heldout, sharding
 from hetlora_jax.config import Config, ConfigError, flat, to_dict
 from hetlora_jax.data import cohorts, partition, people
-from hetlora_jax.evaluation import perplexity
+from hetlora_jax.methods import traffic
 from hetlora_jax.methods.registry import rule_names
-from hetlora_jax.types import (
-  Cohort,
-  Hyperparameters,
-  PyTree,
-  Rules,
-  ServerState,
-)
+from hetlora_jax.types import Cohort, Hyperparameters, PyTree, Rules, ServerState
 
 # Fields that are data to the compiled program, and so may differ between the
 # points of one experiment: `types.Hyperparameters`, and who gets which rank.
@@ -57,7 +51,7 @@ class Experiment:
   initial_rank: np.ndarray  # [K, N]
   rules: Rules
   run_rounds: Callable  # see build.make_rounds
-  evaluate: dict[str, Callable]  # name -> see perplexity.make_evaluate
+  evaluate: dict[str, Callable]  # name -> see heldout.make_evaluate
   take_point: Callable  # (state, k) -> the state of point k
   mesh: jax.sharding.Mesh
   base_identity: dict[str, Any]  # what a checkpoint belongs to, for JSON
@@ -137,7 +131,7 @@ def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
       num_people=num_people,
       examples_per_person=e.examples_per_person,
       **packing(config, e.examples_per_person),
-      multiple_of=perplexity.people_at_once(num_people, config.mesh.clients),
+      multiple_of=heldout.people_at_once(num_people, config.mesh.clients),
     )
   return out
 
@@ -148,7 +142,7 @@ def in_memory(remedy: str) -> Iterator[None]:
   try:
     yield
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
-    if not bounds.out_of_memory(error):
+    if not files.out_of_memory(error):
       raise
     text = (str(error) or 'MemoryError').splitlines()[0].rstrip('.')
     raise ConfigError(f'out of memory ({text}): {remedy}') from error
@@ -157,7 +151,7 @@ def in_memory(remedy: str) -> Iterator[None]:
 def _evaluators(config: Config, rules: Rules, mesh) -> dict[str, Callable]:
   """Returns what evaluates each set; seen people with what is theirs, if any."""
   make = functools.partial(
-    perplexity.make_evaluate, rules, mesh,
+    heldout.make_evaluate, rules, mesh,
     points_at_once=config.mesh.points_at_once,
   )  # fmt: skip
   evaluate = dict.fromkeys(('seen', 'unseen'), make(own=False))
@@ -232,9 +226,7 @@ def prepare(
       _evaluation_sets(config, crowd), sharding.over_people(mesh)
     ),
     hyper=sharding.place(hyper, sharding.over_points(mesh)),
-    initial_state=sharding.place(
-      state, sharding.by_name(mesh, state, points=True)
-    ),
+    initial_state=sharding.place(state, sharding.by_name(mesh, state, points=True)),
     initial_rank=rank_KN,
     rules=rules,
     run_rounds=build.make_rounds(rules, mesh, state, at_once),
@@ -249,7 +241,7 @@ def prepare(
       'training_people': len(crowd.client_ids),
       'unseen_people': len(crowd.groups['unseen'].ids),
       'base_parameters': sum(x.size for x in jax.tree.leaves(model.params)),
-      'adapter_parameters_r_max': communication.lora_parameters(
+      'adapter_parameters_r_max': traffic.lora_parameters(
         np.array([[config.federated.r_max]]), dims
       ),
     },
@@ -287,9 +279,7 @@ def make_cohorts(x: Experiment, first: int) -> Cohort:
   where = sharding.over_clients(x.mesh)
   _, own_points, own_clients = sharding.own_part(where, shape)
   # Points of one seed share their cohorts.
-  build_once = functools.cache(
-    lambda seed, i: _cohort(x, seed, i, only=own_clients)
-  )
+  build_once = functools.cache(lambda seed, i: _cohort(x, seed, i, only=own_clients))
   own = _stack(
     [
       _stack([build_once(p.seed, first + i) for p in x.points[own_points]])
@@ -324,9 +314,7 @@ def evaluate(x: Experiment, state: ServerState) -> dict[str, Evaluation]:
   return {
     name: Evaluation(
       *jax.device_get(
-        function(
-          x.base, state, x.evaluation[name.removesuffix('_own')], x.hyper
-        )
+        function(x.base, state, x.evaluation[name.removesuffix('_own')], x.hyper)
       )
     )
     for name, function in x.evaluate.items()
@@ -338,9 +326,7 @@ def _shape_of_one(state: ServerState, mesh) -> ServerState:
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state
   )
   return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     one,
     sharding.by_name(mesh, one),
   )

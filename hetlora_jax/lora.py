@@ -8,15 +8,7 @@ clients) are free.
 import jax
 import jax.numpy as jnp
 
-from hetlora_jax.types import (
-  Adapters,
-  Array,
-  Deltas,
-  Lora,
-  Masks,
-  Norms,
-  PyTree,
-)
+from hetlora_jax.types import Adapters, Array, Deltas, Lora, Masks, Norms, PyTree
 
 INITS = ('gaussian', 'kaiming_uniform')
 

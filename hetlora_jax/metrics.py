@@ -16,7 +16,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 
 Row = dict[str, Any]
 # Lists in rows: how many, or which share, of each rank or slot; and one value a
@@ -50,15 +50,13 @@ class Writer:
   With `writes` False, as in all processes but the first, it only remembers.
   """
 
-  def __init__(
-    self, workdir: pathlib.Path, first_round: int, writes: bool = True
-  ):
+  def __init__(self, workdir: pathlib.Path, first_round: int, writes: bool = True):
     path = workdir / 'metrics.jsonl'
     try:
       kept = [r for r in read_rows(path) if r['round'] < first_round]
-    except bounds.UNEXPECTED as error:  # JSON, but no rows
+    except files.UNEXPECTED as error:  # JSON, but no rows
       remedy = 'delete it, and the run goes on without its earlier rows'
-      raise bounds.damaged(path, error, remedy) from error
+      raise files.damaged(path, error, remedy) from error
     self.rows, self._writes, self._workdir = kept, writes, workdir
     if not writes:
       return
@@ -134,11 +132,9 @@ def _samples(workdir: pathlib.Path, step: int) -> Iterator[Event]:
   try:
     lines = [line for line in read_rows(path) if isinstance(line, dict)]
   except ValueError as error:  # its UTF-8
-    raise bounds.damaged(path, error, 'delete it, or generate anew') from error
+    raise files.damaged(path, error, 'delete it, or generate anew') from error
   for number, line in enumerate(lines[:MOST_SAMPLES]):
-    parts = [
-      f'{k}: {line.get(k)}' for k in ('prompt', 'reference', 'generated')
-    ]
+    parts = [f'{k}: {line.get(k)}' for k in ('prompt', 'reference', 'generated')]
     # Indented, so that Markdown leaves what people wrote alone.
     text = '\n'.join('    ' + x for part in parts for x in part.splitlines())
     text = text.encode(errors='replace').decode()  # JSON may hold half a pair

@@ -91,8 +91,7 @@ def _check_correlation(
     raise ValueError(f'{data_correlation=} needs num_examples; give them.')
   if num_examples is not None and len(num_examples) != population:
     raise ValueError(
-      f'{len(num_examples)} num_examples do not fit {population=}; give one '
-      'a person.'
+      f'{len(num_examples)} num_examples do not fit {population=}; give one a person.'
     )
 
 

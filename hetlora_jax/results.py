@@ -12,9 +12,10 @@ import time
 import jax
 import numpy as np
 
-from hetlora_jax import communication, diagnostics, metrics
+from hetlora_jax import diagnostics, metrics
 from hetlora_jax.checks import WIRE_DTYPES
 from hetlora_jax.data.people import evenly_spaced
+from hetlora_jax.methods import traffic
 from hetlora_jax.methods.registry import rule_names
 
 
@@ -24,7 +25,7 @@ def round_row(
   """Returns a point's line of metrics.jsonl for a finished round."""
   present, reports = out['present'], out['reports']
   sent, kept = out['sent_rank'], out['rank']
-  traffic = communication.of_round(
+  sent_parameters = traffic.of_round(
     rule_names(x.config), x.dims, x.description['base_parameters'],
     round=done - 1, r_max=x.config.federated.r_max,
     sent_CG=sent[present], kept_CG=kept[reports], fold_rank=out['fold_rank'],
@@ -35,14 +36,14 @@ def round_row(
     'round': done,
     'train/loss': float(out['loss_sum'].sum()) / max(tokens, 1.0),
     'train/tokens': int(tokens),
-    'train/parameters': traffic.trained / max(int(present.sum()), 1),
+    'train/parameters': sent_parameters.trained / max(int(present.sum()), 1),
     'train/reports': int(reports.sum()),
     'fault/nonfinite_clients': int(out['nonfinite'].sum()),
     'fault/lost_rounds': int(present.any() and not reports.any()),
     **diagnostics.row(out, config.federated.r_min),
     'rank/pruned': int((kept < sent)[reports].any(1).sum()),
-    'comm/up_bytes': wire * traffic.up,
-    'comm/down_bytes': wire * traffic.down,
+    'comm/up_bytes': wire * sent_parameters.up,
+    'comm/down_bytes': wire * sent_parameters.down,
     'time/round_s': seconds,
     'time/wait_s': waited,
     'time/tokens_per_s': tokens / seconds,
@@ -92,11 +93,7 @@ def cumulate(row: metrics.Row, rows: list[metrics.Row]) -> None:
   """Adds the bytes sent since the start to a row."""
   for way in ('up', 'down'):
     before = next(
-      (
-        r[f'comm/total_{way}_bytes']
-        for r in reversed(rows)
-        if 'train/loss' in r
-      ),
+      (r[f'comm/total_{way}_bytes'] for r in reversed(rows) if 'train/loss' in r),
       0,
     )
     row[f'comm/total_{way}_bytes'] = before + row[f'comm/{way}_bytes']

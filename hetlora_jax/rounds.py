@@ -43,9 +43,7 @@ def _shares(rules: Rules, num_examples_C: Array) -> Array:
   return weights['base'][:, 0, 0]
 
 
-def _without(
-  change: PyTree, share_C: Array, sound_C: Array
-) -> tuple[PyTree, Array]:
+def _without(change: PyTree, share_C: Array, sound_C: Array) -> tuple[PyTree, Array]:
   """Makes up for clients left out of a mean; returns it and the shares in it."""
   left = (share_C * sound_C).sum()
   more = jnp.where(sound_C.all() | (left == 0), 1.0, 1 / left)
@@ -126,9 +124,7 @@ def federated_round(
     opt_state=opt_state,
     memory=_remember(state.memory, memory, cohort.client_id, reports_C),
   )
-  return new_state, diagnostics.measure(
-    new_state, weights, share_C, now.scale
-  ) | {
+  return new_state, diagnostics.measure(new_state, weights, share_C, now.scale) | {
     'present': cohort.num_examples > 0,
     'reports': reports_C,
     'nonfinite': nonfinite_C,

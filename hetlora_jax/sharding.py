@@ -43,9 +43,7 @@ def make_mesh(
       the devices of a process are no block of the mesh.
   """
   sizes = (sweep, clients, model)
-  found = sorted(
-    devices or jax.devices(), key=lambda d: (d.process_index, d.id)
-  )
+  found = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
   needed, processes = math.prod(sizes), found[-1].process_index + 1
   asked = ' x '.join(
     f'config.mesh.{axis}={size}' for axis, size in zip(AXES, sizes, strict=True)
@@ -113,9 +111,7 @@ def by_name(mesh: Mesh, tree: PyTree, points: bool = False) -> PyTree:
     name = str(getattr(path[-1], 'key', '')) if path else ''
     spec, shape = _BASE_RULES.get(name, ()), leaf.shape[len(lead) :]
     sizes = [mesh.shape[a] if a else 1 for a in spec]
-    if len(spec) > len(shape) or any(
-      n % k for n, k in zip(shape, sizes, strict=False)
-    ):
+    if len(spec) > len(shape) or any(n % k for n, k in zip(shape, sizes, strict=False)):
       spec = ()
     return NamedSharding(mesh, PartitionSpec(*lead, *spec))
 
@@ -138,13 +134,10 @@ def own_part(sharding: NamedSharding, shape: Sequence[int]) -> tuple:
   """Returns the block of an array that this process's devices hold: slices."""
   parts = sharding.addressable_devices_indices_map(tuple(shape)).values()
   starts_stops = [
-    [s.indices(n)[:2] for s, n in zip(part, shape, strict=True)]
-    for part in parts
+    [s.indices(n)[:2] for s, n in zip(part, shape, strict=True)] for part in parts
   ]
   low, high = np.min(starts_stops, axis=0)[:, 0], np.max(starts_stops, axis=0)
-  return tuple(
-    slice(int(a), int(b)) for a, b in zip(low, high[:, 1], strict=True)
-  )
+  return tuple(slice(int(a), int(b)) for a, b in zip(low, high[:, 1], strict=True))
 
 
 def place_own(tree: PyTree, sharding: NamedSharding, shape: Sequence[int]):
@@ -180,10 +173,7 @@ def each_point(
     def one(owned):
       rest = iter(owned)
       return function(
-        *[
-          next(rest) if axis == 0 else x
-          for x, axis in zip(args, in_axes, strict=True)
-        ]
+        *[next(rest) if axis == 0 else x for x, axis in zip(args, in_axes, strict=True)]
       )
 
     count = jax.tree.leaves(owned)[0].shape[0]

@@ -50,9 +50,7 @@ def parse_branch(text: str) -> Branch:
   """Parses DIR@ROUND; raises ConfigError if nothing was saved there."""
   found = re.fullmatch(r'(.+)@(\d+)', text)
   if not found:
-    raise ConfigError(
-      f'--branch_from={text} must be DIR@ROUND, e.g. runs/tiny@10.'
-    )
+    raise ConfigError(f'--branch_from={text} must be DIR@ROUND, e.g. runs/tiny@10.')
   branch = Branch(pathlib.Path(found[1]), int(found[2]))
   saved = checkpoint.steps(branch.workdir / 'checkpoints')
   if branch.round not in saved:
@@ -117,8 +115,7 @@ def run_points(
       metrics.write_json(point.workdir / 'config.json', to_dict(point.config))
     # Rows up to the restored round were written before its checkpoint.
     writers = [
-      metrics.Writer(p.workdir, first + 1 if first else 0, writes)
-      for p in points
+      metrics.Writer(p.workdir, first + 1 if first else 0, writes) for p in points
     ]
     for writer in writers:
       stack.callback(writer.close)
@@ -220,9 +217,7 @@ def _exactness() -> str:
 
 def _branched(x: Experiment, branch: Branch) -> tuple[int, list[ServerState]]:
   """Returns the round and the states to branch from."""
-  other = checkpoint.Checkpoints(
-    [branch.workdir / 'checkpoints'], x.base_identity
-  )
+  other = checkpoint.Checkpoints([branch.workdir / 'checkpoints'], x.base_identity)
   states = other.restore(branch.round, experiment.shape_of_one(x))
   other.close()
   return branch.round, states * len(x.points)

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 from hetlora_jax.config import Config, ConfigError, flat, to_dict
 
 # A run may be continued with other values of these. Whether dtype 'auto' still is
@@ -47,13 +47,11 @@ def check(config: Config, workdir: pathlib.Path) -> None:
   try:
     old = flat(json.loads(path.read_text()))
   except (AttributeError, RecursionError, ValueError) as error:
-    raise ConfigError(
-      f'{path} is damaged ({error}): use another --workdir.'
-    ) from error
+    raise ConfigError(f'{path} is damaged ({error}): use another --workdir.') from error
   differ = _differences(old, flat(json.loads(json.dumps(to_dict(config)))))
   if differ:
     fields = [
-      f'config.{n}={bounds.short(repr(a), 60)}, not {bounds.short(repr(b), 60)}'
+      f'config.{n}={files.short(repr(a), 60)}, not {files.short(repr(b), 60)}'
       for n, a, b in differ
       if n in _defaults()
     ]
@@ -91,13 +89,11 @@ def config_of(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   from configs import default
 
   path, remedy = workdir / 'config.json', 'give --config'
-  own = bounds.read_json(path, remedy)
+  own = files.read_json(path, remedy)
   try:
-    return ml_collections.ConfigDict(
-      _updated(default.get_config().to_dict(), own)
-    )
-  except bounds.UNEXPECTED as error:
-    raise bounds.damaged(path, error, remedy) from error
+    return ml_collections.ConfigDict(_updated(default.get_config().to_dict(), own))
+  except files.UNEXPECTED as error:
+    raise files.damaged(path, error, remedy) from error
 
 
 def _updated(values: dict, new: dict) -> dict:

@@ -15,8 +15,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # it computes nothing
 
 from absl import flags, logging
 
+from hetlora_jax import formats
 from hetlora_jax.data import builders, partition, statistics
-from hetlora_jax.models import pretrained
 from launch import errors, program
 
 DATASET = flags.DEFINE_string(
@@ -48,7 +48,7 @@ def _statistics() -> str:
   """Returns the table, having drawn the histograms."""
   found = statistics.collect(
     DATASET.value,
-    pretrained.load_tokenizer(TOKENIZER.value),
+    formats.load_tokenizer(TOKENIZER.value),
     PATH.value,
     partition.Partition(
       name=PARTITION.value,
@@ -82,9 +82,7 @@ def run(argv: list[str]) -> None:
   if len(argv) > 1:
     errors.fail(f'unexpected argument {argv[1]!r}: flags start with --')
   if not DATASET.value:
-    errors.fail(
-      f'--dataset is missing: name one of {", ".join(builders.BUILDERS)}'
-    )
+    errors.fail(f'--dataset is missing: name one of {", ".join(builders.BUILDERS)}')
   if OUT.value and not STATS.value:
     errors.fail('--out is for histograms: give --stats too')
   try:

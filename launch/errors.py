@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 
 BAD_INPUT = 2
 # What absl and ml_collections raise about a flag.
@@ -32,7 +32,7 @@ def fail(message: object, names: Mapping[str, str] | None = None) -> NoReturn:
   text = str(message)
   for field, name in (names or {}).items():
     text = text.replace(field, name)
-  print(f'Error: {bounds.short(text, MOST_CHARACTERS)}', file=sys.stderr)
+  print(f'Error: {files.short(text, MOST_CHARACTERS)}', file=sys.stderr)
   sys.exit(BAD_INPUT)
 
 
@@ -65,4 +65,4 @@ def parse(argv: Sequence[str]) -> list[str]:
       text = text.replace('\\n', ' ').replace('\\', '').strip('"\'')
     known = '--print_config shows every field'
     remedy = known if 'print_config' in flags.FLAGS else '--help shows all'
-    fail(f'{bounds.short(text, 350)} ({remedy})')
+    fail(f'{files.short(text, 350)} ({remedy})')

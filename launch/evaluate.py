@@ -10,9 +10,9 @@ import pathlib
 
 from absl import flags as absl_flags
 
-from hetlora_jax import completions, console, training
 from hetlora_jax import config as config_lib
-from hetlora_jax.evaluation import scores
+from hetlora_jax import console, training
+from hetlora_jax.tools import completions, scores
 from launch import flags
 
 _D = completions.Choice()

@@ -10,7 +10,7 @@ import pathlib
 from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
-from hetlora_jax import export
+from hetlora_jax.tools import export
 from launch import errors, flags
 
 OUT = absl_flags.DEFINE_string(

@@ -15,9 +15,10 @@ from ml_collections import config_flags
 
 from configs import default
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, dryrun, training, workdirs
+from hetlora_jax import console, training, workdirs
+from hetlora_jax.formats import sources
 from hetlora_jax.methods import registry
-from hetlora_jax.models.pretrained import sources
+from hetlora_jax.tools import dryrun
 from launch import errors
 from launch import program as program_lib
 
@@ -102,9 +103,7 @@ def _join_processes() -> None:
   """Makes this process one of several; must come before any use of devices."""
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
-    jax.distributed.initialize(
-      COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-    )
+    jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   except (ValueError, RuntimeError) as error:
     errors.fail(
       f'--distributed: {error} Where no Slurm, Open MPI, Kubernetes or TPU pod '

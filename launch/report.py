@@ -11,7 +11,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # it computes nothing
 
 from absl import flags as absl_flags
 
-from hetlora_jax import report
+from hetlora_jax.tools import report
 from launch import errors, program
 
 OUT = absl_flags.DEFINE_string('out', None, 'Page to write, e.g. report.html.')

@@ -15,7 +15,8 @@ import sys
 from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, processes, sweep, training
+from hetlora_jax import console, processes, training
+from hetlora_jax.tools import sweep
 from launch import flags
 
 SWEEP = absl_flags.DEFINE_string(

@@ -75,7 +75,5 @@ def test_checkpoints_belong_to_the_parameters():
 
 @pytest.mark.parametrize('target', ['nothing', 'embed'])
 def test_a_target_that_is_no_matrix_is_named(target):
-  with pytest.raises(
-    ConfigError, match=f"target='{target}'.*these are: .*gate"
-  ):
+  with pytest.raises(ConfigError, match=f"target='{target}'.*these are: .*gate"):
     base_model.own(_params(), _apply, ('q', target), Words())

@@ -137,9 +137,7 @@ def test_a_part_that_fails_or_is_cut_off_says_so(smoke, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_all_parts_of_the_accelerators_check(tmp_path):
   out = tmp_path / 'gpu.json'
-  done = run(
-    'benchmarks.accelerator', '--smoke', f'--result={out}', '--minutes=20'
-  )
+  done = run('benchmarks.accelerator', '--smoke', f'--result={out}', '--minutes=20')
   assert done.returncode == 0, done.stderr[-3000:]
   names = {'methods', 'resume', 'gemma3_270m', 'peft', 'kernels', 'points'}
   found = check_parts(out, names)

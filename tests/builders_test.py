@@ -27,9 +27,7 @@ def real_chats():
 
 def conditional_entropy(sentences: list[list[bytes]]) -> float:
   """Returns the nats a word that are left when the word before is known."""
-  pairs = [
-    pair for words in sentences for pair in itertools.pairwise([b'', *words])
-  ]
+  pairs = [pair for words in sentences for pair in itertools.pairwise([b'', *words])]
   joint = unigram_entropy(np.array([b' '.join(pair) for pair in pairs]))
   return joint - unigram_entropy(np.array([pair[0] for pair in pairs]))
 
@@ -100,9 +98,7 @@ def test_half_prepared_data_is_prepared_again(tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(
-      conversations.ConversationBuilder, '_generate_examples', stop_midway
-    )
+    patch.setattr(conversations.ConversationBuilder, '_generate_examples', stop_midway)
     with pytest.raises(KeyboardInterrupt):
       builders.open_dataset('synthetic', tmp_path)
   assert len(builders.open_dataset('synthetic', tmp_path).people) == 64
@@ -158,9 +154,7 @@ def test_chitchat_is_the_package_we_measured(real_chats):
 def test_chitchat_turns_are_one_line_with_up_to_four_before(real_chats):
   for turn in real_chats:
     assert 1 <= len(turn.context) == len(turn.mine) <= 4
-    assert all(
-      text and '\n' not in text for text in [*turn.context, turn.target]
-    )
+    assert all(text and '\n' not in text for text in [*turn.context, turn.target])
 
 
 def test_chitchat_raw_counts():
@@ -173,7 +167,5 @@ def test_chitchat_raw_counts():
   assert len(turns) == 138_737
   assert len(messages) == 258_145
   assert len({message['sender'] for message in messages}) == 1_315
-  _, counts = np.unique(
-    [turn[0]['sender'] for turn in turns], return_counts=True
-  )
+  _, counts = np.unique([turn[0]['sender'] for turn in turns], return_counts=True)
   assert [int((counts >= n).sum()) for n in (20, 50, 100)] == [531, 308, 189]

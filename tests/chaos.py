@@ -144,8 +144,7 @@ def _state_of(workdir: pathlib.Path, x: experiment.Experiment):
 def _timeless(workdir: pathlib.Path) -> list[dict]:
   rows = metrics.read_rows(workdir / 'metrics.jsonl')
   return [
-    {k: v for k, v in r.items() if not k.startswith(('time/', 'memory/'))}
-    for r in rows
+    {k: v for k, v in r.items() if not k.startswith(('time/', 'memory/'))} for r in rows
   ]
 
 
@@ -230,9 +229,7 @@ def main(trials: int = 30, seed: int = 0, **fields) -> bool:
         flush=True,
       )
   hit = ', '.join(f'{n} {text}' for text, n in moments.most_common())
-  print(
-    f'{trials} trials, {moments.total()} kills ({hit}), {equal} equal to the bit'
-  )
+  print(f'{trials} trials, {moments.total()} kills ({hit}), {equal} equal to the bit')
   return equal == trials
 
 

@@ -40,9 +40,7 @@ exec() { "$@"; }
 
 def _run(*command, env=None):
   """Runs a command in the checkout: all processes of these tests."""
-  done = subprocess.run(
-    command, cwd=ROOT, env=env, capture_output=True, text=True
-  )
+  done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
   assert done.returncode == 0, (shlex.join(command), done.stderr)
   return done
 
@@ -142,9 +140,7 @@ def test_a_jobsets_mesh_has_all_its_chips(name):
     env = {x['name']: x['value'] for x in container['env']}
     assert int(env['PROCESSES']) == job['completions']
     first = f'{jobset["metadata"]["name"]}-workers-0-0'
-    assert env['COORDINATOR'].startswith(
-      f'{first}.{jobset["metadata"]["name"]}:'
-    )
+    assert env['COORDINATOR'].startswith(f'{first}.{jobset["metadata"]["name"]}:')
   else:
     topology = job['template']['spec']['nodeSelector'][
       'cloud.google.com/gke-tpu-topology'
@@ -162,9 +158,7 @@ def test_the_multinode_mesh_has_all_gpus():
   options = _sbatch('slurm_multinode.sbatch')
   per_node = int(options['ntasks-per-node'])
   assert per_node == int(options['gpus-per-node'])
-  assert int(options['nodes']) * per_node == _mesh(
-    words('slurm_multinode.sbatch')
-  )
+  assert int(options['nodes']) * per_node == _mesh(words('slurm_multinode.sbatch'))
   assert 'requeue' in options
 
 
@@ -180,9 +174,7 @@ def test_a_job_has_a_time_limit_and_time_to_save(name):
 
 def test_the_array_has_a_task_for_every_program():
   command = [
-    word
-    for word in words('slurm_array.sbatch')
-    if not word.startswith('--group')
+    word for word in words('slurm_array.sbatch') if not word.startswith('--group')
   ]
   done = _run(sys.executable, *command, '--print')
   last = len(done.stdout.splitlines()) - 1

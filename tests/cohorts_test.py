@@ -33,9 +33,7 @@ def make_people(counts=COUNTS):
   return People(
     groups={
       'train': Group(ids=names, first=first, count=counts),
-      'heldout': Group(
-        ids=names, first=first + counts, count=np.full_like(counts, 2)
-      ),
+      'heldout': Group(ids=names, first=first + counts, count=np.full_like(counts, 2)),
       'unseen': Group(ids=('x', 'y', 'z'), first=unseen_first, count=UNSEEN),
     },
     read=lambda row: Example(np.array([1, 1, row + 1], np.int32), 1),
@@ -43,9 +41,7 @@ def make_people(counts=COUNTS):
 
 
 def make(**overrides):
-  return cohorts.make_cohort(
-    make_people(), **({'round': 4} | ARGUMENTS | overrides)
-  )
+  return cohorts.make_cohort(make_people(), **({'round': 4} | ARGUMENTS | overrides))
 
 
 def assert_same(a, b):
@@ -216,9 +212,7 @@ POOLED = dict(pooled=True, pad_to=1)
 
 @pytest.mark.parametrize('min_steps', [1, 3])
 @pytest.mark.parametrize('sampling', ['uniform', 'by_size'])
-def test_a_pooled_cohort_trains_on_the_federated_ones_examples(
-  min_steps, sampling
-):
+def test_a_pooled_cohort_trains_on_the_federated_ones_examples(min_steps, sampling):
   change = dict(min_steps=min_steps, sampling=sampling)
   federated, pooled = make(**change), make(**POOLED, **change)
   rows = [r for c in range(6) for r in rows_trained_on(federated, c)]

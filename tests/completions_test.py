@@ -10,11 +10,11 @@ import pytest
 from experiment_test import ROOT, small_config
 from rouge_score import rouge_scorer
 
-from hetlora_jax import completions, experiment, training
-from hetlora_jax.completions import Choice
+from hetlora_jax import experiment, training
 from hetlora_jax.config import ConfigError
 from hetlora_jax.data.people import Example
-from hetlora_jax.evaluation import bootstrap
+from hetlora_jax.tools import bootstrap, completions
+from hetlora_jax.tools.completions import Choice
 
 # Room for every example as it is, so that packing cuts none.
 WHOLE = {'data__tokens_per_example': 64, 'data__targets_per_example': 24}
@@ -164,9 +164,7 @@ def test_a_beam_search_and_what_cannot_be(workdir):
     completions.run(c, workdir / 'nowhere', Choice())
   own = dataclasses.replace(c.eval, own_rank=True)
   with pytest.raises(ConfigError, match='no ranks'):
-    completions.run(
-      dataclasses.replace(c, eval=own), workdir, Choice(untouched=True)
-    )
+    completions.run(dataclasses.replace(c, eval=own), workdir, Choice(untouched=True))
   assert _read(workdir) == before
 
 

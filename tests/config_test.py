@@ -31,9 +31,7 @@ def test_every_field_is_glossed_once():
 
 @pytest.mark.parametrize(
   'name',
-  sorted(
-    p.stem for p in (ROOT / 'configs').glob('[!_]*.py') if p.stem != 'ablations'
-  ),
+  sorted(p.stem for p in (ROOT / 'configs').glob('[!_]*.py') if p.stem != 'ablations'),
 )
 def test_every_config_resolves(name):
   module = importlib.import_module(f'configs.{name}')
@@ -97,9 +95,7 @@ def test_a_tokenizer_has_no_more_words_than_a_published_shape():
 
 def test_tiers_are_checked():
   with pytest.raises(config.ConfigError, match='summing to 1'):
-    _resolve(
-      **{'ranks.distribution': 'tiers', 'ranks.tier_fractions': (0.5, 0.2, 0.1)}
-    )
+    _resolve(**{'ranks.distribution': 'tiers', 'ranks.tier_fractions': (0.5, 0.2, 0.1)})
   with pytest.raises(config.ConfigError, match='r_max'):
     _resolve(**{'ranks.distribution': 'explicit', 'ranks.explicit': (5, 60)})
 
@@ -214,9 +210,7 @@ def _run_into(pipe, cache, words, unbuffered):
     ('benchmarks.peers', '--help'),
   ],
 )
-def test_a_closed_pipe_ends_a_program_without_a_word(
-  words, unbuffered, tmp_path
-):
+def test_a_closed_pipe_ends_a_program_without_a_word(words, unbuffered, tmp_path):
   reader, writer = os.pipe()
   os.close(reader)  # as if `| head` had enough
   with open(writer, 'w') as pipe:
@@ -248,9 +242,7 @@ def test_every_method_and_every_weighting_can_be_named_by_flag(method):
 
   for weighting in ('', *registry.ROLES['weighting']):
     raw = chitchat_gemma3.get_config()
-    raw.update_from_flattened_dict(
-      {'method': method, 'methods.weighting': weighting}
-    )
+    raw.update_from_flattened_dict({'method': method, 'methods.weighting': weighting})
     if method == 'full_finetuning' and weighting == 'norm':
       with pytest.raises(config.ConfigError, match='no adapters'):
         config.resolve(raw)

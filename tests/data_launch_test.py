@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from absl import flags
 
+from hetlora_jax import formats
 from hetlora_jax.data import partition, statistics
-from hetlora_jax.models import pretrained
 from launch import data
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,7 +32,7 @@ class Letters:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
   monkeypatch.setenv('HETLORA_CACHE', str(tmp_path / 'cache'))
-  monkeypatch.setattr(pretrained, 'load_tokenizer', lambda _: Letters())
+  monkeypatch.setattr(formats, 'load_tokenizer', lambda _: Letters())
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetlora_jax import lora, sharding
-from hetlora_jax.models import decoder, pretrained, readout
+from hetlora_jax import formats, lora, sharding
+from hetlora_jax.models import decoder, readout
 from hetlora_jax.types import Batch, Lora
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -26,7 +26,7 @@ def _packed(ids):
 
 def _assert_agrees(source, name):
   """Compares every golden text; see make_reference_logprobs.py."""
-  model = pretrained.load(source, dtype=np.float32, cached=False)
+  model = formats.load(source, dtype=np.float32, cached=False)
   log_probs = jax.jit(readout.make_log_probs(model.config, jnp.float32))
   golden = np.load(GOLDEN / f'reference_{name}.npz')
   agree, positions = 0, 0
@@ -60,9 +60,7 @@ def test_smollm2_135m_agrees_with_transformers():
 
 @functools.cache
 def _tiny(family='gemma3'):
-  model = pretrained.load(
-    GOLDEN / f'tiny_{family}', dtype=np.float32, cached=False
-  )
+  model = formats.load(GOLDEN / f'tiny_{family}', dtype=np.float32, cached=False)
   return model.config, model.params
 
 
@@ -74,9 +72,7 @@ def _adapters(config, slots, seed=0):
       jnp.asarray(rng.normal(size=(n, d_in, slots)) / d_in**0.5, jnp.float32),
       jnp.asarray(0.1 * rng.normal(size=(n, slots, d_out)), jnp.float32),
     )
-    for t, (n, d_in, d_out) in decoder.adapter_dims(
-      config, decoder.TARGETS
-    ).items()
+    for t, (n, d_in, d_out) in decoder.adapter_dims(config, decoder.TARGETS).items()
   }
 
 
@@ -132,9 +128,7 @@ def test_masked_rank_equals_true_rank(remat):
   masks = {t: lora.prefix_mask(jnp.full(7, 3), 6) for t in wide}
   wide = lora.truncate(wide, masks)
   narrow = {t: Lora(x.a[..., :3], x.b[:, :3]) for t, x in wide.items()}
-  gradient = jax.jit(
-    jax.grad(lambda x: loss(params, x, jnp.float32(2), batch)[0])
-  )
+  gradient = jax.jit(jax.grad(lambda x: loss(params, x, jnp.float32(2), batch)[0]))
   got, want = gradient(wide), gradient(narrow)
   for t in wide:
     np.testing.assert_allclose(got[t].a[..., :3], want[t].a, atol=1e-5)
@@ -148,9 +142,7 @@ def test_gradients_are_finite_at_initialisation():
   adapters = lora.init(jax.random.key(0), dims, 4, 'gaussian')
   loss = jax.jit(readout.make_loss(config, jnp.float32, False))
   batch = _batch(np.random.default_rng(2), config)
-  grads = jax.grad(lambda x: loss(params, x, jnp.float32(2), batch)[0])(
-    adapters
-  )
+  grads = jax.grad(lambda x: loss(params, x, jnp.float32(2), batch)[0])(adapters)
   assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
   assert all(float(jnp.abs(g.b).max()) > 0 for g in grads.values())
 
@@ -188,8 +180,7 @@ def test_clients_are_one_vmap():
     params, stack(clients), jnp.float32(2), stack(batches)
   )[0]
   want = [
-    loss(params, x, jnp.float32(2), b)[0]
-    for x, b in zip(clients, batches, strict=True)
+    loss(params, x, jnp.float32(2), b)[0] for x, b in zip(clients, batches, strict=True)
   ]
   np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from experiment_test import small_config
 
-from hetlora_jax import config, experiment, hlo, results, sharding
+from hetlora_jax import config, experiment, results, sharding
+from hetlora_jax.tools import hlo
 
 METHODS = ('hetlora', 'flexlora', 'flora', 'full_finetuning')
 MESHES = ((1, 2, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4))
@@ -124,9 +125,7 @@ def _svds(text):
 @pytest.mark.parametrize('method', METHODS)
 def test_no_matrix_of_the_base_is_gathered(method):
   x, text, gathers = _gathers((1, 2, 4), method)
-  split = [
-    leaf for leaf in jax.tree.leaves(x.base) if not leaf.is_fully_replicated
-  ]
+  split = [leaf for leaf in jax.tree.leaves(x.base) if not leaf.is_fully_replicated]
   assert len(split) == 7  # embed, head, q, o, gate, up, down
   whole = {_dims(leaf.shape) for leaf in split}
   of_a_layer = {_dims(leaf.shape[1:]) for leaf in split if leaf.ndim == 3}

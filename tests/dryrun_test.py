@@ -11,7 +11,8 @@ import jax
 import pytest
 from devices_test import many_rounds
 
-from hetlora_jax import config, dryrun, experiment
+from hetlora_jax import config, experiment
+from hetlora_jax.tools import dryrun
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -34,10 +35,7 @@ def test_bytes_match_the_compilers_and_the_real_runs(method):
   words = c.model.random.vocab_size - x.base['embed'].shape[0]
   per_word = 2 * c.model.random.width // 2 * 4
   trained = 2 if method == 'full_finetuning' else 1  # their changes are state
-  assert (
-    report.argument - memory.argument_size_in_bytes
-    == trained * words * per_word
-  )
+  assert report.argument - memory.argument_size_in_bytes == trained * words * per_word
   assert report.population == len(x.people.client_ids) == 27
   assert report.clients == cohorts.client_id.shape[-1] == 8
   assert report.flops > 0 and report.moved['all-reduce'] > 0
@@ -83,9 +81,7 @@ def test_a_compiler_that_gives_up_is_quoted():
     def compile(self):
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: hbm\nmore')
 
-  with pytest.raises(
-    config.ConfigError, match='v9 gave up: RESOURCE.*hbm .pip'
-  ):
+  with pytest.raises(config.ConfigError, match='v9 gave up: RESOURCE.*hbm .pip'):
     dryrun._compiled(Lowered(), 'v9')
 
 

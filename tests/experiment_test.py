@@ -18,17 +18,16 @@ from configs import tiny
 from hetlora_jax import (
   base_model,
   checkpoint,
-  completions,
   config,
-  dryrun,
   experiment,
+  heldout,
   metrics,
   results,
   training,
 )
 from hetlora_jax.data import builders, people
-from hetlora_jax.evaluation import perplexity
 from hetlora_jax.models import shapes
+from hetlora_jax.tools import completions, dryrun
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
@@ -63,9 +62,7 @@ def small_config(**overrides):
 def newest_state(c, workdir):
   """Returns the newest checkpoint as numpy."""
   x = experiment.prepare(c)
-  checkpoints = checkpoint.Checkpoints(
-    [workdir / 'checkpoints'], x.base_identity
-  )
+  checkpoints = checkpoint.Checkpoints([workdir / 'checkpoints'], x.base_identity)
   found = checkpoints.restore_newest(experiment.shape_of_one(x))
   checkpoints.close()
   assert found
@@ -136,9 +133,7 @@ def test_random_weights_in_a_published_shape(monkeypatch):
   told = dryrun.compile_for([c], 'h100')
   leaves = jax.tree.leaves(x.base)
   assert told.parameters == sum(leaf.size for leaf in leaves)
-  _, out = x.run_rounds(
-    x.base, x.initial_state, experiment.make_cohorts(x, 0), x.hyper
-  )
+  _, out = x.run_rounds(x.base, x.initial_state, experiment.make_cohorts(x, 0), x.hyper)
   assert np.isfinite(out['loss_sum']).all() and (out['tokens'] > 0).all()
 
 
@@ -183,9 +178,7 @@ def test_every_kind_of_state_continues_to_the_bit(method, tmp_path):
   training.run(c, tmp_path / 'whole')
   training.run(short, tmp_path / 'broken')
   training.run(c, tmp_path / 'broken')
-  one, other = (
-    newest_state(c, tmp_path / name) for name in ('whole', 'broken')
-  )
+  one, other = (newest_state(c, tmp_path / name) for name in ('whole', 'broken'))
   jax.tree.map(np.testing.assert_array_equal, one, other)
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'broken')
   if method == 'fedsa_lora':  # who never took part has a B of zero
@@ -246,15 +239,11 @@ def fill_memory(*_):
   return jax.block_until_ready(jax.numpy.zeros((1 << 48,)))
 
 
-def test_what_does_not_fit_in_memory_names_the_dials(
-  unbroken, tmp_path, monkeypatch
-):
+def test_what_does_not_fit_in_memory_names_the_dials(unbroken, tmp_path, monkeypatch):
   monkeypatch.setattr(experiment, 'evaluate', fill_memory)
   monkeypatch.setattr(completions, '_answer', fill_memory)
   full = 'RESOURCE_EXHAUSTED.*: lower '
-  with pytest.raises(
-    config.ConfigError, match=f'{full}eval.examples_per_person'
-  ):
+  with pytest.raises(config.ConfigError, match=f'{full}eval.examples_per_person'):
     training.evaluate_checkpoint(small_config(), unbroken)
   with pytest.raises(config.ConfigError, match=f'{full}--max_tokens'):
     completions.run(small_config(), unbroken, completions.Choice())
@@ -363,16 +352,12 @@ def test_two_seeds_differ_in_everything_random():
   a, b = (experiment.prepare(small_config(seed=s)) for s in (0, 1))
   first, second = _cohort(a.config), _cohort(b.config)
   assert not np.array_equal(first.client_id, second.client_id)
-  assert not np.array_equal(
-    a.initial_state.memory.rank, b.initial_state.memory.rank
-  )
+  assert not np.array_equal(a.initial_state.memory.rank, b.initial_state.memory.rank)
   assert not np.array_equal(
     a.initial_state.adapters['q'].a, b.initial_state.adapters['q'].a
   )
   for name in ('seen', 'unseen'):
-    jax.tree.map(
-      np.testing.assert_array_equal, a.evaluation[name], b.evaluation[name]
-    )
+    jax.tree.map(np.testing.assert_array_equal, a.evaluation[name], b.evaluation[name])
 
 
 def test_own_rank_is_evaluated_on_request():
@@ -384,10 +369,8 @@ def test_own_rank_is_evaluated_on_request():
 
 def test_people_evaluated_at_once_keep_their_order(monkeypatch):
   def evaluated(at_once):
-    monkeypatch.setattr(perplexity, 'PEOPLE_AT_ONCE', at_once)
-    x = experiment.prepare(
-      small_config(eval__own_rank=True, eval__num_people=7)
-    )
+    monkeypatch.setattr(heldout, 'PEOPLE_AT_ONCE', at_once)
+    x = experiment.prepare(small_config(eval__own_rank=True, eval__num_people=7))
     return experiment.evaluate(x, x.initial_state)
 
   one, several = evaluated(1), evaluated(5)
@@ -395,12 +378,8 @@ def test_people_evaluated_at_once_keep_their_order(monkeypatch):
   for name, (loss_KE, tokens_KE) in one.items():
     people = loss_KE.shape[1]  # the others fill up
     assert len(np.unique(loss_KE)) > 2  # else any order would do
-    np.testing.assert_array_equal(
-      several[name].tokens_KE[:, :people], tokens_KE
-    )
-    np.testing.assert_allclose(
-      several[name].loss_KE[:, :people], loss_KE, rtol=1e-5
-    )
+    np.testing.assert_array_equal(several[name].tokens_KE[:, :people], tokens_KE)
+    np.testing.assert_allclose(several[name].loss_KE[:, :people], loss_KE, rtol=1e-5)
 
 
 def test_people_json_tells_everybodys_part_of_the_last_evaluation(unbroken):

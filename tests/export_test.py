@@ -16,19 +16,12 @@ import pytest
 import safetensors.numpy
 
 from configs import tiny
-from hetlora_jax import (
-  build,
-  checkpoint,
-  config,
-  experiment,
-  export,
-  lora,
-  metrics,
-)
+from hetlora_jax import build, checkpoint, config, experiment, formats, lora, metrics
 from hetlora_jax.config import ConfigError
-from hetlora_jax.data.tokenizer import Tokenizer
-from hetlora_jax.models import decoder, pretrained, readout
-from hetlora_jax.models.pretrained import hugging_face, peft
+from hetlora_jax.formats import hf_writer, peft
+from hetlora_jax.models import decoder, readout
+from hetlora_jax.models.tokenizer import Tokenizer
+from hetlora_jax.tools import export
 from hetlora_jax.types import Lora
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -69,9 +62,7 @@ def _trained(x, seed=0):
   """Returns a state with something everywhere, as if after training."""
   rng = np.random.default_rng(seed)
   state = jax.device_get(x.take_point(x.initial_state, 0))
-  adapters = {
-    t: _random(rng, f, SLOTS - 1) for t, f in sorted(state.adapters.items())
-  }
+  adapters = {t: _random(rng, f, SLOTS - 1) for t, f in sorted(state.adapters.items())}
   residual = {
     name: (0.1 * rng.normal(size=leaf.shape)).astype(np.float32)
     for name, leaf in state.residual.items()
@@ -99,9 +90,7 @@ def _low_rank(rng, shape):
 
 def _save(workdir, x, state):
   """Writes a run's folder that ended in a state."""
-  where = jax.tree.map(
-    lambda leaf: leaf.sharding, x.take_point(x.initial_state, 0)
-  )
+  where = jax.tree.map(lambda leaf: leaf.sharding, x.take_point(x.initial_state, 0))
   folder = checkpoint.Checkpoints(
     [workdir / 'checkpoints'], x.base_identity, x.config.checkpoint
   )
@@ -120,9 +109,7 @@ def _run(workdir, **overrides):
 
 def _export(x, tmp_path, format='peft', **choice):
   out = tmp_path / f'out_{format}_{len(list(tmp_path.iterdir()))}'
-  about = export.run(
-    x.config, tmp_path / 'run', out, export.Choice(format, **choice)
-  )
+  about = export.run(x.config, tmp_path / 'run', out, export.Choice(format, **choice))
   return out, about
 
 
@@ -147,7 +134,7 @@ def _ours(x, state, adapters=None, scale=None):
 
 
 def _of_folder(folder, ids=IDS):
-  model = pretrained.load(folder, dtype=np.float32, cached=False)
+  model = formats.load(folder, dtype=np.float32, cached=False)
   args = _args(ids)
   return _log_probs(model.config)(model.params, {}, jnp.float32(1), *args)[0]
 
@@ -158,9 +145,7 @@ def _read(folder, x, slots=SLOTS, scale=None):
     t: Lora(np.zeros((n, d_in, slots)), np.zeros((n, slots, d_out)))
     for t, (n, d_in, d_out) in x.dims.items()
   }
-  found = peft.read(
-    folder, like, scale or float(np.float32(x.config.lora.scale))
-  )
+  found = peft.read(folder, like, scale or float(np.float32(x.config.lora.scale)))
   return {t: padded.adapter for t, padded in found.items()}
 
 
@@ -173,9 +158,7 @@ def _picked(got, golden, i):
 
 @pytest.mark.parametrize('family', TARGETS)
 def test_an_adapter_of_peft_means_the_same_here(family):
-  model = pretrained.load(
-    GOLDEN / f'tiny_{family}', dtype=np.float32, cached=False
-  )
+  model = formats.load(GOLDEN / f'tiny_{family}', dtype=np.float32, cached=False)
   dims = decoder.adapter_dims(model.config, TARGETS[family])
   like = {
     t: Lora(np.zeros((n, d_in, 6)), np.zeros((n, 6, d_out)))
@@ -204,15 +187,11 @@ def test_what_is_exported_is_what_peft_saved(tmp_path):
   x = experiment.prepare(c)
   _save(tmp_path / 'run', x, x.take_point(x.initial_state, 0))
   out, _ = _export(x, tmp_path)
-  got, want = (
-    safetensors.numpy.load_file(f / peft.WEIGHTS) for f in (out, source)
-  )
+  got, want = (safetensors.numpy.load_file(f / peft.WEIGHTS) for f in (out, source))
   assert got.keys() == want.keys()
   for name in want:
     np.testing.assert_array_equal(got[name], want[name])
-  mine, theirs = (
-    json.loads((f / peft.CONFIG).read_text()) for f in (out, source)
-  )
+  mine, theirs = (json.loads((f / peft.CONFIG).read_text()) for f in (out, source))
   assert set(mine['target_modules']) == set(theirs['target_modules'])
   for field in ('peft_type', 'task_type', 'bias', 'use_rslora', 'r'):
     assert mine[field] == theirs[field]
@@ -332,7 +311,7 @@ def test_a_merged_model_computes_what_the_run_does(tmp_path, source, method):
   assert np.abs(want - _ours(x, dataclasses.replace(
     state, adapters={}, residual={}
   ))).max() > 0.1  # fmt: skip
-  again = pretrained.load(out, dtype=np.float32, cached=False)
+  again = formats.load(out, dtype=np.float32, cached=False)
   assert about['parameters'] == sum(p.size for p in jax.tree.leaves(x.base))
   shape = decoder.DecoderConfig(**x.base_identity['shape'])
   assert again.config == shape
@@ -361,10 +340,8 @@ def _only(folder, *names):
 def test_a_base_is_exported_as_the_run_has_it(tmp_path):
   x, state = _run(tmp_path / 'run', model__source=str(GOLDEN / 'tiny_gemma3'))
   out, _ = _export(x, tmp_path, 'base')
-  again = pretrained.load(out, dtype=np.float32, cached=False)
-  jax.tree.map(
-    np.testing.assert_array_equal, again.params, jax.device_get(x.base)
-  )
+  again = formats.load(out, dtype=np.float32, cached=False)
+  jax.tree.map(np.testing.assert_array_equal, again.params, jax.device_get(x.base))
   half, _ = _export(x, tmp_path, 'merged', dtype='bfloat16')
   tensors = safetensors.numpy.load_file(half / 'model.safetensors')
   assert {t.dtype.name for t in tensors.values()} == {'bfloat16'}
@@ -377,16 +354,14 @@ def test_a_base_is_exported_as_the_run_has_it(tmp_path):
 def test_all_or_nothing_is_written(tmp_path, monkeypatch):
   x, _ = _run(tmp_path / 'run')
   (tmp_path / 'out').mkdir()
-  attempt = functools.partial(
-    export.run, x.config, tmp_path / 'run', tmp_path / 'out'
-  )
+  attempt = functools.partial(export.run, x.config, tmp_path / 'run', tmp_path / 'out')
 
   def fails(folder, *args):
     (folder / 'some').write_text('')
     raise OSError('disk full')
 
   with monkeypatch.context() as patch:
-    patch.setattr(hugging_face, 'write', fails)
+    patch.setattr(hf_writer, 'write', fails)
     with pytest.raises(OSError, match='disk full'):
       attempt(export.Choice('merged'))
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'run']
@@ -476,13 +451,11 @@ NAME = 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     ({}, None, {'lora__scale': 0.0}, 'at scale 0'),
   ],
 )  # fmt: skip
-def test_what_cannot_be_imported_is_refused(
-  tmp_path, change, weights, fields, message
-):
+def test_what_cannot_be_imported_is_refused(tmp_path, change, weights, fields, message):
   folder = _spoilt(tmp_path, change, weights)
   with pytest.raises(ConfigError, match=message) as error:
     c = _config(lora__from_peft=str(folder), **fields)
-    shape = pretrained.safetensors.open_checkpoint(GOLDEN / 'tiny_llama').config
+    shape = formats.safetensors.open_checkpoint(GOLDEN / 'tiny_llama').config
     dims = decoder.adapter_dims(shape, c.lora.targets)
     build.init_state(c, dims, {}, np.array([2]), build.make_rules(c, None))
   assert 'lora.' in str(error.value) and '\n' not in str(error.value)
@@ -515,8 +488,7 @@ def _difference(golden, log_probs):
   """Returns the largest difference of log p, over texts."""
   return max(
     np.abs(
-      _picked(log_probs(golden[f'ids_{i}']), golden, i)
-      - golden[f'log_prob_{i}']
+      _picked(log_probs(golden[f'ids_{i}']), golden, i) - golden[f'log_prob_{i}']
     ).max()
     for i in range(sum('ids_' in k for k in golden.files))
   )

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetlora_jax import base_model, flops, lora
+from hetlora_jax import base_model, lora
 from hetlora_jax.config import RandomModel
 from hetlora_jax.models import decoder, readout
+from hetlora_jax.tools import flops
 from hetlora_jax.types import Batch, Cohort
 
 TOKENS, SLOTS, WORDS = 64, 8, 512

@@ -29,9 +29,7 @@ from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 10  # a case may take
-MEMORY = (
-  1 << 30
-)  # bytes a case may ask for, beyond what is mapped when it starts
+MEMORY = 1 << 30  # bytes a case may ask for, beyond what is mapped when it starts
 NOBODY = 65534
 CANARY = 'HETLORA_FUZZ_CANARY'  # in the environment: a file that must not come
 
@@ -184,7 +182,7 @@ def _leaves(config) -> dict:
   """Draws the weights of a model as stored, {leaf: one or one a layer}."""
   import numpy as np
 
-  from hetlora_jax.models.pretrained import layout
+  from hetlora_jax.formats import layout
 
   rng = np.random.default_rng(0)
   draw = lambda shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
@@ -206,7 +204,7 @@ def _named(config, names) -> dict:
 
 @functools.cache
 def _tokenizer():
-  from hetlora_jax.data.tokenizer import Tokenizer
+  from hetlora_jax.models.tokenizer import Tokenizer
 
   return Tokenizer.train(['some text to learn words from'], 280)
 
@@ -228,7 +226,7 @@ def make_folder(folder: pathlib.Path, tokenizer: str = 'model') -> None:
   import safetensors.numpy
   import tokenizer_test
 
-  from hetlora_jax.models.pretrained import safetensors as reader
+  from hetlora_jax.formats import hf_folder as reader
 
   gemma = tokenizer == 'model'
   raw = {'model_type': 'gemma3_text' if gemma else 'llama', **SIZES}
@@ -265,7 +263,7 @@ def make_gguf(family: str):
     import tokenizer_test
     from sentencepiece import sentencepiece_model_pb2
 
-    from hetlora_jax.models import pretrained
+    from hetlora_jax import formats
 
     writer = gguf.GGUFWriter(folder / 'model.gguf', family)
     writer.add_block_count(SIZES['num_hidden_layers'])
@@ -298,13 +296,11 @@ def make_gguf(family: str):
     writer.add_bos_token_id(words['bos_token_id'])
     writer.add_eos_token_id(words['eos_token_id'])
     raw = {'model_type': model_type, **SIZES}
-    config = pretrained.safetensors._config(folder, raw)
-    for name, tensor in _named(config, pretrained.gguf.NAMES).items():
+    config = formats.safetensors._config(folder, raw)
+    for name, tensor in _named(config, formats.gguf.NAMES).items():
       kind = gguf.GGMLQuantizationType.F32
-      if (
-        tensor.ndim == 2
-      ):  # the embedding in half precision, matrices in blocks
-        embed = name == pretrained.gguf.NAMES['embed']
+      if tensor.ndim == 2:  # the embedding in half precision, matrices in blocks
+        embed = name == formats.gguf.NAMES['embed']
         tensor = tensor.astype(np.float16) if embed else tensor
         kind = gguf.GGMLQuantizationType['F16' if embed else 'Q8_0']
         tensor = tensor if embed else gguf.quants.quantize(tensor, kind)
@@ -333,9 +329,9 @@ def _seen_of(model) -> tuple:
 
 
 def read_folder(folder: pathlib.Path) -> tuple:
-  from hetlora_jax.models import pretrained
+  from hetlora_jax import formats
 
-  return _seen_of(pretrained.load(folder, dtype='float32', cached=False))
+  return _seen_of(formats.load(folder, dtype='float32', cached=False))
 
 
 def read_gguf(folder: pathlib.Path) -> tuple:
@@ -346,11 +342,11 @@ def make_cache(which: str):
   """Returns a maker of a folder with its model in the cache, which is damaged."""
 
   def make(folder: pathlib.Path) -> pathlib.Path:
-    from hetlora_jax.models import pretrained
-    from hetlora_jax.models.pretrained import cache, sources
+    from hetlora_jax import formats
+    from hetlora_jax.formats import cache, sources
 
     make_folder(folder)
-    model = pretrained.load(folder, dtype='float32')
+    model = formats.load(folder, dtype='float32')
     path = cache.weights_path(model.fingerprint)
     if which == 'digest':
       records = sorted((sources.cache_folder() / 'digests').glob('*.json'))
@@ -361,14 +357,14 @@ def make_cache(which: str):
 
 
 def read_cached(folder: pathlib.Path) -> tuple:
-  from hetlora_jax.models import pretrained
+  from hetlora_jax import formats
 
-  return _seen_of(pretrained.load(folder, dtype='float32'))
+  return _seen_of(formats.load(folder, dtype='float32'))
 
 
 def read_resealed(folder: pathlib.Path) -> tuple:
   """Reads a cache that somebody who damaged it has sealed again."""
-  from hetlora_jax.models.pretrained import sources
+  from hetlora_jax.formats import sources
 
   for seal in sources.cache_folder().glob('*.sha256'):
     with contextlib.suppress(OSError):
@@ -380,18 +376,12 @@ def read_resealed(folder: pathlib.Path) -> tuple:
 MODELS = {
   'GGUF, BPE': Format(make_gguf('llama'), read_gguf, binary_file),
   'GGUF, SentencePiece': Format(make_gguf('gemma3'), read_gguf, binary_file),
-  'safetensors': Format(
-    folder_file('model.safetensors'), read_folder, binary_file
-  ),
+  'safetensors': Format(folder_file('model.safetensors'), read_folder, binary_file),
   'model.safetensors.index.json': Format(
     folder_file('model.safetensors.index.json'), read_folder, json_file
   ),
-  'config.json of a model': Format(
-    folder_file('config.json'), read_folder, json_file
-  ),
-  'tokenizer.model': Format(
-    folder_file('tokenizer.model'), read_folder, binary_file
-  ),
+  'config.json of a model': Format(folder_file('config.json'), read_folder, json_file),
+  'tokenizer.model': Format(folder_file('tokenizer.model'), read_folder, binary_file),
   'tokenizer.json': Format(
     folder_file('tokenizer.json', 'json'), read_folder, tokenizer_file
   ),
@@ -402,9 +392,7 @@ MODELS = {
   'weights cache, sealed again': Format(
     make_cache('weights'), read_resealed, binary_file
   ),
-  'seal of the weights cache': Format(
-    make_cache('seal'), read_cached, text_file
-  ),
+  'seal of the weights cache': Format(make_cache('seal'), read_cached, text_file),
   'digest record': Format(make_cache('digest'), read_cached, json_file),
 }
 
@@ -426,7 +414,7 @@ def make_adapter(name: str):
 def read_adapter(folder: pathlib.Path) -> list:
   import numpy as np
 
-  from hetlora_jax.models.pretrained import peft
+  from hetlora_jax.formats import peft
   from hetlora_jax.types import Lora
 
   dims = {'q': (24, 32), 'v': (24, 16), 'down': (40, 24)}
@@ -478,9 +466,7 @@ def read_data(folder: pathlib.Path) -> tuple:
       unseen_fraction=0.2, heldout_fraction=0.2,
     )  # fmt: skip
     count = len(group.client_ids)
-    rows = [
-      group.example('train', i, 0).tokens.tolist() for i in range(0, count, 7)
-    ]
+    rows = [group.example('train', i, 0).tokens.tolist() for i in range(0, count, 7)]
     return group.client_ids, group.num_examples.tolist(), rows
   finally:
     if not was_sealed:
@@ -489,9 +475,7 @@ def read_data(folder: pathlib.Path) -> tuple:
 
 MESSAGE = {'text': 'hello', 'timestamp': '2020-01-01T00:00:00', 'sender': 'a'}
 CHATS = {
-  'one': {
-    'messages': [[MESSAGE], [MESSAGE | {'sender': 'b'}], [MESSAGE], [MESSAGE]]
-  }
+  'one': {'messages': [[MESSAGE], [MESSAGE | {'sender': 'b'}], [MESSAGE], [MESSAGE]]}
 }
 
 
@@ -633,7 +617,7 @@ def make_sweep(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_sweep(folder: pathlib.Path) -> list:
-  from hetlora_jax import sweep
+  from hetlora_jax.tools import sweep
 
   points = sweep.load(f'{folder / "mine.py"}:seeds')
   runs = sweep.plan(_config(), points, folder, 'train')
@@ -662,7 +646,7 @@ def make_run(name: str):
 
 
 def _run(folder: pathlib.Path):
-  from hetlora_jax import sweep
+  from hetlora_jax.tools import sweep
 
   return sweep.Run('a', {}, _config(), folder / 'a', 'train')
 
@@ -674,14 +658,14 @@ def read_run(folder: pathlib.Path) -> None:
 
 
 def read_summary(folder: pathlib.Path) -> str:
-  from hetlora_jax import sweep
+  from hetlora_jax.tools import sweep
 
   return sweep.table(sweep.results([_run(folder)]))
 
 
 def read_rows(folder: pathlib.Path) -> tuple:
   """Reads a run's rows as the plot of a sweep does."""
-  from hetlora_jax import sweep
+  from hetlora_jax.tools import sweep
 
   rounds, megabytes, losses = sweep._curves([{'name': 'a'}], folder)
   return rounds, megabytes.tolist(), losses.tolist()
@@ -691,12 +675,8 @@ RUNS = {
   '--config file': Format(make_config, read_config, python_file),
   '--sweep file': Format(make_sweep, read_sweep, python_file),
   'config.json of a run': Format(make_run('config.json'), read_run, json_file),
-  'summary.json of a run': Format(
-    make_run('summary.json'), read_summary, json_file
-  ),
-  'metrics.jsonl of a run': Format(
-    make_run('metrics.jsonl'), read_rows, jsonl_file
-  ),
+  'summary.json of a run': Format(make_run('summary.json'), read_summary, json_file),
+  'metrics.jsonl of a run': Format(make_run('metrics.jsonl'), read_rows, jsonl_file),
 }
 GROUPS = {'models': MODELS, 'adapters': ADAPTERS, 'data': DATA, 'runs': RUNS}
 
@@ -731,9 +711,9 @@ def _attempt(read, folder: pathlib.Path, want: Any) -> tuple[str, str]:
       got = read(folder)
     return ('same' if repr(got) == repr(want) else 'another'), said.getvalue()
   except (ValueError, OSError) as error:  # what launch/flags.py catches
-    from hetlora_jax import bounds
+    from hetlora_jax import files
 
-    return 'refused', bounds.short(error, 10_000)
+    return 'refused', files.short(error, 10_000)
   except SystemExit as error:  # what launch/errors.py does
     return ('refused' if error.code == 2 else 'escaped'), said.getvalue()
   except BaseException as error:

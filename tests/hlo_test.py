@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hetlora_jax import hlo
+from hetlora_jax.tools import hlo
 
 
 def _array(shape, *spec):

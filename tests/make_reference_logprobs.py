@@ -30,12 +30,8 @@ def chats(path, count=4):
   conversations = list(json.loads(pathlib.Path(path).read_text()).values())
   texts = []
   for conversation in conversations[10 : 10 + count]:
-    turns = [
-      ' '.join(u['text'] for u in turn) for turn in conversation['messages'][:5]
-    ]
-    texts.append(
-      ''.join(f'{"AB"[i % 2]}: {turn}\n' for i, turn in enumerate(turns))
-    )
+    turns = [' '.join(u['text'] for u in turn) for turn in conversation['messages'][:5]]
+    texts.append(''.join(f'{"AB"[i % 2]}: {turn}\n' for i, turn in enumerate(turns)))
   return texts
 
 
@@ -49,9 +45,7 @@ def reference(model, texts_ids, every):
     top = np.argsort(-log_prob, axis=1)[:, :16]
     following = np.append(ids[1:], ids[-1])[:, None]
     fixed = np.arange(0, log_prob.shape[1], every)
-    where = np.concatenate(
-      [top, following, np.tile(fixed, (len(ids), 1))], axis=1
-    )
+    where = np.concatenate([top, following, np.tile(fixed, (len(ids), 1))], axis=1)
     out[f'ids_{i}'] = np.asarray(ids, np.int32)
     out[f'argmax_{i}'] = log_prob.argmax(1).astype(np.int32)
     out[f'where_{i}'] = where.astype(np.int32)

@@ -158,9 +158,7 @@ def draw_updates(rank=(9, 4, 6), seed=0):
       for t, (n, d_in, d_out) in quadratic.DIMS.items()
     }
 
-  masks = {
-    t: jnp.asarray(np.repeat(mask[:, None], 2, 1)) for t in quadratic.DIMS
-  }
+  masks = {t: jnp.asarray(np.repeat(mask[:, None], 2, 1)) for t in quadratic.DIMS}
   sent = lora.truncate(draw(3), masks)
   updates = ClientUpdates(
     adapters=sent,
@@ -168,8 +166,7 @@ def draw_updates(rank=(9, 4, 6), seed=0):
     scale=jnp.float32(SCALES),
     num_examples=jnp.float32(SIZES),
     norm={
-      t: jnp.asarray(SCALES[:, None]) * lora.delta_norm(x)
-      for t, x in sent.items()
+      t: jnp.asarray(SCALES[:, None]) * lora.delta_norm(x) for t, x in sent.items()
     },
   )
   return updates, Server(draw(), SERVER_SCALE)
@@ -222,9 +219,7 @@ def test_product_identity(method, overrides):
   _, got = become(method, updates, server, **overrides)
   weight = SIZES / SIZES.sum()
   if method == 'hetlora':
-    norm = np.sqrt(
-      sum(np.asarray(x) ** 2 for x in updates.norm.values()).sum(1)
-    )
+    norm = np.sqrt(sum(np.asarray(x) ** 2 for x in updates.norm.values()).sum(1))
     weight = norm / norm.sum()
   assert_close(got, mean_product(updates, weight))
 
@@ -258,9 +253,7 @@ def test_svd_is_the_best_approximation_whatever_the_split(split):
     assert_close(SERVER_SCALE * a[layer] @ b[layer], best)
     share = sigma[:slots] / SERVER_SCALE
     power = redistribution.SPLITS[split]
-    np.testing.assert_allclose(
-      np.linalg.norm(a[layer], axis=0), share**power, 1e-5
-    )
+    np.testing.assert_allclose(np.linalg.norm(a[layer], axis=0), share**power, 1e-5)
     # Signs are fixed, so that a run can be repeated elsewhere.
     place = np.abs(a[layer]).argmax(0)
     assert (np.take_along_axis(a[layer], place[None], 0) > 0).all()
@@ -270,9 +263,7 @@ def test_a_slot_without_a_singular_value_can_be_trained_again():
   updates, server = draw_updates()
   got, _ = become('flexlora', updates, server)
   for t, (_, _, d_out) in quadratic.DIMS.items():
-    assert_same(
-      got.adapters[t].a[..., d_out:], server.adapters[t].a[..., d_out:]
-    )
+    assert_same(got.adapters[t].a[..., d_out:], server.adapters[t].a[..., d_out:])
     assert not got.adapters[t].b[:, d_out:].any()
     assert got.adapters[t].a.any(1).all()
 
@@ -281,9 +272,7 @@ def test_a_mean_of_low_rank_leaves_the_other_slots_to_be_trained():
   _, server = draw_updates()
   rng = np.random.default_rng(4)
   low = {
-    t: jnp.float32(
-      rng.normal(size=(n, d_in, 1)) @ rng.normal(size=(n, 1, d_out))
-    )
+    t: jnp.float32(rng.normal(size=(n, d_in, 1)) @ rng.normal(size=(n, 1, d_out)))
     for t, (n, d_in, d_out) in quadratic.DIMS.items()
   }
   nothing = jax.tree.map(jnp.zeros_like, low)
@@ -391,9 +380,7 @@ def test_a_client_of_another_scale_receives_the_same_product(overrides):
   )  # fmt: skip
   server = client.global_adapters(run.rules, state, run.hyper)
   memory = jax.tree.map(lambda x: x[2], state.memory)  # rank 5
-  view, _ = client.receive(
-    run.rules, server, memory, run.hyper, jax.random.key(0)
-  )
+  view, _ = client.receive(run.rules, server, memory, run.hyper, jax.random.key(0))
   assert float(view.scale) == pytest.approx(quadratic.SCALE / 5)
   assert float(server.scale) == pytest.approx(quadratic.SCALE / 9)
   sent = lora.deltas(view.adapters, view.scale)
@@ -447,9 +434,7 @@ def test_what_nobody_trained_keeps_values_and_moments(method, name):
 
 
 def test_momentum_of_products_moves_on_in_their_own_space():
-  run, base, state, rng = warmed_up(
-    'flexlora', server_optimizer__name='momentum'
-  )
+  run, base, state, rng = warmed_up('flexlora', server_optimizer__name='momentum')
   trace = jax.tree.leaves(state.opt_state)
   assert {x.shape for x in trace} == {(2, 7, 5), (2, 7, 3)}
   after, _ = run.step(base, state, quadratic.make_cohort(rng))
@@ -479,9 +464,7 @@ def test_a_new_rule_is_one_function_and_one_row(monkeypatch):
   monkeypatch.setitem(aggregation.TABLE, 'first', first)
   run = quadratic.make_run(RANKS, methods__aggregation='first')
   rng = np.random.default_rng(0)
-  state, _ = run.step(
-    quadratic.make_base(rng), run.state, quadratic.make_cohort(rng)
-  )
+  state, _ = run.step(quadratic.make_base(rng), run.state, quadratic.make_cohort(rng))
   assert bool(jnp.isfinite(state.adapters['q'].a).all())
 
 

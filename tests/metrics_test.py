@@ -5,7 +5,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from hetlora_jax import bounds, metrics
+from hetlora_jax import files, metrics
 
 ROW = {
   'round': 1,
@@ -71,9 +71,7 @@ def test_samples_are_texts_when_a_run_goes_on_and_when_it_has_ended(tmp_path):
     assert len(board.Tags()['tensors']) == metrics.MOST_SAMPLES
     (event,) = board.Tensors('sample_0/seen_0/text_summary')
     text = event.tensor_proto.string_val[0].decode()
-    assert event.step == 1 and all(
-      x.startswith('    ') for x in text.split('\n')
-    )
+    assert event.step == 1 and all(x.startswith('    ') for x in text.split('\n'))
     assert 'generated: half ?' in text
     metrics.Writer(tmp_path, 2).close()  # events are made anew
   assert board.Scalars('train/loss')[0].step == 1
@@ -81,5 +79,5 @@ def test_samples_are_texts_when_a_run_goes_on_and_when_it_has_ended(tmp_path):
 
 def test_damaged_samples_are_named(tmp_path):
   (tmp_path / 'generations.jsonl').write_bytes(b'\xff\n')
-  with pytest.raises(bounds.Damaged, match='generations.jsonl is damaged'):
+  with pytest.raises(files.Damaged, match='generations.jsonl is damaged'):
     metrics.show_samples(tmp_path, 1)

@@ -284,8 +284,7 @@ def hetlora(state, cohort, setup):
 
     def tail(adapters, kept=kept):
       return sum(
-        frobenius(a[:, kept:]) * frobenius(b[kept:])
-        for a, b in adapters.values()
+        frobenius(a[:, kept:]) * frobenius(b[kept:]) for a, b in adapters.values()
       )
 
     if tail(trained) < tail(sent) and r > setup.r_min:
@@ -322,9 +321,7 @@ def fslora(state, cohort, setup):
   got = []
   for who, n, batches in clients(cohort):
     slots, r = setup.chosen(state.round, who), state.rank[who]
-    sent = {
-      k: (a[:, slots[k]], b[slots[k]]) for k, (a, b) in state.adapters.items()
-    }
+    sent = {k: (a[:, slots[k]], b[slots[k]]) for k, (a, b) in state.adapters.items()}
     scale = setup.scale(r) * setup.slots / r
     got.append((n, slots, sent, train(state, setup, batches, sent, scale)))
   total = sum(n for n, *_ in got)
@@ -373,9 +370,7 @@ def products(state, cohort, setup, owners_only):
     r = state.rank[who]
     scale = setup.scale(r)
     move = math.sqrt(server_scale / scale)
-    sent = {
-      k: (move * a, move * b) for k, (a, b) in first(state.adapters, r).items()
-    }
+    sent = {k: (move * a, move * b) for k, (a, b) in first(state.adapters, r).items()}
     got.append((n, r, scale, train(state, setup, batches, sent, scale)))
   total, highest = sum(n for n, *_ in got), max(r for _, r, *_ in got)
   out = {}

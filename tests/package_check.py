@@ -18,7 +18,7 @@ IN_WHEEL = (
   'configs/default.py',
   'hetlora_jax/py.typed',
   'hetlora_jax/rounds.py',
-  'hetlora_jax/report/report.css',
+  'hetlora_jax/tools/report/report.css',
   'launch/train.py',
   'launch/cluster/slurm_array.sbatch',
 )
@@ -87,9 +87,7 @@ def run(wheel: pathlib.Path, folder: pathlib.Path) -> None:
     raise SystemExit(f'not the wheel is imported but {found}')
   for name, *words in programs('report.html'):
     print(f'$ {name} {" ".join(words)}', flush=True)
-    subprocess.run(
-      [installed / 'bin' / name, *words], cwd=empty, env=env, check=True
-    )
+    subprocess.run([installed / 'bin' / name, *words], cwd=empty, env=env, check=True)
 
 
 if __name__ == '__main__':

@@ -82,9 +82,7 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     assert program._found(word) == word
   (tmp_path / 'configs').mkdir()
   (tmp_path / 'configs/tiny.py').touch()
-  assert (
-    program._found('--config=configs/tiny.py') == '--config=configs/tiny.py'
-  )
+  assert program._found('--config=configs/tiny.py') == '--config=configs/tiny.py'
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,7 @@ def expected_predictions(examples):
   return sorted(
     (tuple(example.tokens[:i].tolist()), int(example.tokens[i]))
     for example in examples
-    for i in range(
-      len(example.tokens) - example.num_target, len(example.tokens)
-    )
+    for i in range(len(example.tokens) - example.num_target, len(example.tokens))
   )
 
 

@@ -81,9 +81,7 @@ def test_pathological_clients_have_few_labels(shards):
 
 
 def test_impossible_clients_are_named():
-  with pytest.raises(
-    ValueError, match=r"'even' is unknown; .*'natural', 'iid'"
-  ):
+  with pytest.raises(ValueError, match=r"'even' is unknown; .*'natural', 'iid'"):
     draw('even')
   for clients in (0, 401):
     with pytest.raises(ValueError, match=rf'={clients} must be in \[1, 400\]'):
@@ -103,9 +101,7 @@ def load(tmp_path_factory):
 
   def load(name='dirichlet', **overrides):
     by = partition.Partition(name=name, clients=50, alpha=1.0, seed=3)
-    arguments = dict(
-      min_examples=20, unseen_fraction=0.3, heldout_fraction=0.25
-    )
+    arguments = dict(min_examples=20, unseen_fraction=0.3, heldout_fraction=0.25)
     return people.load(
       'synthetic', Letters(), data_dir=data_dir, by=by, **arguments | overrides
     )

@@ -40,9 +40,7 @@ def load(path, adapter=''):
   path = pathlib.Path(path)
   source = dict(pretrained_model_name_or_path=path)
   if path.suffix == '.gguf':
-    source = dict(
-      pretrained_model_name_or_path=path.parent, gguf_file=path.name
-    )
+    source = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     **source, dtype=torch.float32, attn_implementation='eager'
   )
@@ -53,9 +51,7 @@ def load(path, adapter=''):
 
 def texts_of(path):
   ids = np.load(path)
-  return [
-    ids[f'ids_{i}'].tolist() for i in range(sum('ids_' in k for k in ids))
-  ]
+  return [ids[f'ids_{i}'].tolist() for i in range(sum('ids_' in k for k in ids))]
 
 
 def make_golden(family):

@@ -34,9 +34,7 @@ def data_dir(tmp_path_factory):
 def load(data_dir):
   def load(**overrides):
     arguments = ARGUMENTS | overrides
-    return people.load(
-      'synthetic', Characters(), data_dir=data_dir, **arguments
-    )
+    return people.load('synthetic', Characters(), data_dir=data_dir, **arguments)
 
   return load
 
@@ -60,9 +58,7 @@ def test_heldout_turns_are_a_persons_latest(load, data_dir):
 
 def test_train_heldout_and_unseen_rows_never_overlap(load):
   groups = load().groups
-  taken = [
-    rows(group, i) for group in groups.values() for i in range(len(group.ids))
-  ]
+  taken = [rows(group, i) for group in groups.values() for i in range(len(group.ids))]
   assert sum(map(len, taken)) == len(set().union(*taken))
   assert not set(groups['train'].ids) & set(groups['unseen'].ids)
 
@@ -91,9 +87,7 @@ def test_the_unseen_are_these_people(load):
 def test_a_person_can_stand_for_several_clients(load):
   one, three = load(num_people=7), load(num_people=7, copies=3)
   assert three.client_ids == one.client_ids * 3
-  np.testing.assert_array_equal(
-    three.num_examples, np.tile(one.num_examples, 3)
-  )
+  np.testing.assert_array_equal(three.num_examples, np.tile(one.num_examples, 3))
   for client in (0, 6):
     for i in (0, 3):
       again = three.example('train', client + 14, i)

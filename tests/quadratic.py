@@ -43,9 +43,7 @@ def stack(trees):
 
 def make_base(rng):
   """Draws the frozen matrices."""
-  return {
-    t: rng.normal(size=shape).astype(np.float32) for t, shape in DIMS.items()
-  }
+  return {t: rng.normal(size=shape).astype(np.float32) for t, shape in DIMS.items()}
 
 
 def make_cohort(rng, num_examples=(3, 18, 7, 11), clients=None) -> Cohort:

@@ -86,9 +86,7 @@ def _spearman(x, y):
   """Returns the correlation of the orders of x and y, ties at their mean."""
 
   def order(values):
-    _, inverse, count = np.unique(
-      values, return_inverse=True, return_counts=True
-    )
+    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return (last - (count - 1) / 2)[inverse]
 
@@ -114,9 +112,7 @@ def test_correlation_hands_the_same_ranks_out(distribution, rho):
 @pytest.mark.parametrize('rho', [-0.8, -0.3, 0.2, 0.5, 0.9])
 def test_ranks_follow_data_as_closely_as_asked(rho):
   size, few = 20_000, dict(r_min=1, r_max=200)
-  given = _draw(
-    'uniform', size, num_examples=_data(size), data_correlation=rho, **few
-  )
+  given = _draw('uniform', size, num_examples=_data(size), data_correlation=rho, **few)
   # Of two normal variables the rank correlation is 6 / pi asin(rho / 2).
   expected = 6 / np.pi * np.arcsin(rho / 2)
   assert abs(expected - rho) < 0.02

@@ -56,9 +56,7 @@ def test_a_post_is_its_authors_in_the_order_of_the_file(tmp_path):
 def test_a_post_does_not_hold_its_summary():
   found = reddit_tldr.turn(post(content='A car it is.\nTL;DR: a car'), 0)
   assert found.context == ['A car it is.']
-  whole = post(
-    content='I did buy a car, you see. a carpet', summary='buy a car'
-  )
+  whole = post(content='I did buy a car, you see. a carpet', summary='buy a car')
   assert reddit_tldr.turn(whole, 0).context == ['I did , you see. a carpet']
   word = post(content='My car is red.', summary='car')
   assert reddit_tldr.turn(word, 0).context == ['My car is red.']
@@ -99,9 +97,7 @@ def test_who_wrote_much_trains_and_all_others_are_unseen(tmp_path, monkeypatch):
 
 def test_the_paper_trains_on_authors_of_a_hundred_posts(tmp_path):
   assert reddit_tldr.RedditTldr.train_from == 100
-  with pytest.raises(
-    ValueError, match='of 100 examples or more, and there are'
-  ):
+  with pytest.raises(ValueError, match='of 100 examples or more, and there are'):
     load(tmp_path, [post()] * 5)
 
 
@@ -124,9 +120,7 @@ def test_tfdss_own_download_is_found(tmp_path, monkeypatch):
 
 def test_what_tfds_has_prepared_is_read(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', str(tmp_path))
-  builder = tfds.builder(
-    'reddit', data_dir=tmp_path, file_format='array_record'
-  )
+  builder = tfds.builder('reddit', data_dir=tmp_path, file_format='array_record')
   fields = builder.info.features
   posts = [{k: p[k] for k in fields} for p in [post('ann'), post('ann')]]
   cls = type(builder)

@@ -47,16 +47,12 @@ def _draws(run):
   def prefix(round_, who, step):
     key = prng.stream(hyper.seed, 'client', round_, who)
     rank = run.state.memory.rank[who]
-    return int(
-      objective.draw_prefix(rank, hyper, jax.random.fold_in(key, step))[0]
-    )
+    return int(objective.draw_prefix(rank, hyper, jax.random.fold_in(key, step))[0])
 
   return fresh, chosen, prefix
 
 
-def _compare(
-  method, scale_rule='constant', slots=9, who_R=COHORTS, **overrides
-):
+def _compare(method, scale_rule='constant', slots=9, who_R=COHORTS, **overrides):
   rank_N = np.minimum(RANKS, slots)
   run = quadratic.make_run(
     rank_N, method=method, lora__scale_rule=scale_rule,

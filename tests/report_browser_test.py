@@ -12,7 +12,7 @@ import tempfile
 import pytest
 import report_test
 
-from hetlora_jax import report
+from hetlora_jax.tools import report
 
 HERE = pathlib.Path(__file__).parent
 PACKAGES = ('axe-core@4', 'playwright-core@1')

@@ -14,8 +14,9 @@ import sys
 import pytest
 from experiment_test import small_config
 
-from hetlora_jax import bounds, config, metrics, report, sweep
-from hetlora_jax.report import charts, markup, runs
+from hetlora_jax import config, files, metrics
+from hetlora_jax.tools import report, sweep
+from hetlora_jax.tools.report import charts, markup, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOSTILE = '</blockquote><script>alert(1)</script><img src="http://x/y">&amp;'
@@ -76,8 +77,7 @@ def _section(page, key):
 
 def _cells(table):
   return [
-    [cell.text for cell in row.children]
-    for row in table.all('tbody')[0].all('tr')
+    [cell.text for cell in row.children] for row in table.all('tbody')[0].all('tr')
   ]
 
 
@@ -172,9 +172,7 @@ def test_the_curves_have_the_numbers_of_metrics_jsonl(swept, page):
   assert len(want) == 3
   against_bytes = curves.all('svg')[3:]  # after the swatches of the legend
   tips = [t.text for t in against_bytes[0].all('title')]
-  sent = (
-    sum(rows[-1][f'comm/total_{way}_bytes'] for way in ('up', 'down')) / 1e6
-  )
+  sent = sum(rows[-1][f'comm/total_{way}_bytes'] for way in ('up', 'down')) / 1e6
   assert rows[-1]['round'] == 3
   assert f'method=fedit: {rows[-1]["eval/seen/loss"]:.4g} at {sent:.4g}' in tips
 
@@ -310,13 +308,11 @@ def _rows_with(name, value):
     ('generations.jsonl', '\udcff\n'),
   ],
 )  # fmt: skip
-def test_a_damaged_file_is_named_and_nothing_written(
-  copied, tmp_path, name, content
-):
+def test_a_damaged_file_is_named_and_nothing_written(copied, tmp_path, name, content):
   path = copied / 'seed=0' / name
   path.write_bytes(content.encode(errors='surrogateescape'))
   (tmp_path / 'page.html').write_text('of before')
-  with pytest.raises(bounds.Damaged) as error:
+  with pytest.raises(files.Damaged) as error:
     report.write([copied], tmp_path / 'page.html')
   assert str(path) in str(error.value) and '\n' not in str(error.value)
   assert (tmp_path / 'page.html').read_text() == 'of before'

@@ -54,9 +54,7 @@ def _copy(done, tmp_path) -> pathlib.Path:
 
 
 def _restore(workdir, x, base=None):
-  reader = checkpoint.Checkpoints(
-    [workdir / 'checkpoints'], base or x.base_identity
-  )
+  reader = checkpoint.Checkpoints([workdir / 'checkpoints'], base or x.base_identity)
   try:
     return reader.restore_newest(experiment.shape_of_one(x))
   finally:
@@ -115,9 +113,7 @@ def _damage_arrays(workdir, step):
     _flip(file, 0.5)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_made_again(
-  done, tmp_path, capsys
-):
+def test_a_damaged_newest_checkpoint_is_named_and_made_again(done, tmp_path, capsys):
   workdir = _copy(done, tmp_path)
   _damage_arrays(workdir, 4)
   training.run(small_config(checkpoint__keep=3), workdir)
@@ -223,9 +219,7 @@ def test_every_field_that_differs_is_named_with_both_values(done):
     assert f'config.{name}={old[name]!r}, not {new[name]!r}' in said
 
 
-def test_a_field_that_a_run_did_not_have_yet_counts_as_its_default(
-  done, tmp_path
-):
+def test_a_field_that_a_run_did_not_have_yet_counts_as_its_default(done, tmp_path):
   workdir = _copy(done, tmp_path)
   path = workdir / 'config.json'
   old = json.loads(path.read_text())
@@ -251,9 +245,7 @@ def test_a_run_goes_on_on_another_layout(layouts, tmp_path):
   method = 'full_finetuning' if first[2] * then[2] > 1 else 'flora'
   begun = many_rounds(method, first)
   training.run(begun, tmp_path / 'a')
-  moved = _restore(
-    tmp_path / 'a', experiment.prepare(many_rounds(method, then))
-  )
+  moved = _restore(tmp_path / 'a', experiment.prepare(many_rounds(method, then)))
   assert moved
   jax.tree.map(
     np.testing.assert_array_equal,
@@ -268,9 +260,7 @@ def test_a_run_goes_on_on_another_layout(layouts, tmp_path):
 
 def _with(c, fields):
   raw = ml_collections.ConfigDict(config.to_dict(c))
-  raw.update_from_flattened_dict(
-    {k.replace('__', '.'): v for k, v in fields.items()}
-  )
+  raw.update_from_flattened_dict({k.replace('__', '.'): v for k, v in fields.items()})
   return config.resolve(raw)
 
 
@@ -282,8 +272,7 @@ def test_points_go_on_alone_and_runs_together(tmp_path):
   whole = [small_config(seed=s, **SGD) for s in (0, 1)]
   half = [_with(c, {'federated__num_rounds': 2}) for c in whole]
   apart, joined, alone = (
-    [tmp_path / f'{way}_{s}' for s in (0, 1)]
-    for way in ('apart', 'joined', 'alone')
+    [tmp_path / f'{way}_{s}' for s in (0, 1)] for way in ('apart', 'joined', 'alone')
   )
   spread = [_with(c, {'mesh__sweep': 2}) for c in half]
   training.run_points(list(map(training.Point, spread, apart)))
@@ -335,9 +324,7 @@ def test_a_branch_starts_from_an_old_state_on_purpose(done, tmp_path):
   c = small_config(lora__scale=3.0)
   summary = training.run(c, tmp_path / 'new', branch=branch)
   assert summary['first']['round'] == 2 and summary['last']['round'] == 4
-  rounds = [
-    r['round'] for r in metrics.read_rows(tmp_path / 'new/metrics.jsonl')
-  ]
+  rounds = [r['round'] for r in metrics.read_rows(tmp_path / 'new/metrics.jsonl')]
   assert rounds == [2, 3, 4]
   # The same configuration from there is the same run.
   training.run(small_config(), tmp_path / 'same', branch=branch)
@@ -354,16 +341,12 @@ def test_a_branch_starts_from_an_old_state_on_purpose(done, tmp_path):
     with pytest.raises(config.ConfigError, match=why):
       training.parse_branch(text)
   with pytest.raises(config.ConfigError, match='does not fit.*adapters'):
-    training.run(
-      small_config(federated__r_max=9), tmp_path / 'wide', branch=branch
-    )
+    training.run(small_config(federated__r_max=9), tmp_path / 'wide', branch=branch)
   assert not (tmp_path / 'wide').exists()
 
 
 def test_every_nth_checkpoint_is_kept(tmp_path):
-  training.run(
-    small_config(checkpoint__keep=1, checkpoint__keep_every=2), tmp_path
-  )
+  training.run(small_config(checkpoint__keep=1, checkpoint__keep_every=2), tmp_path)
   assert checkpoint.steps(tmp_path / 'checkpoints') == {2, 4}
 
 

@@ -5,22 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetlora_jax.evaluation import rouge
 from hetlora_jax.models import kernels
+from hetlora_jax.tools import rouge
 
 
 def test_scores_by_hand():
   got = rouge.score('The cat sat on the mat!', 'the cat lay on a mat')
   # Words in common: the, cat, on, mat, of six each; pairs: "the cat", of five.
-  assert got == pytest.approx(
-    {'rouge1': 4 / 6, 'rouge2': 1 / 5, 'rougeL': 4 / 6}
-  )
+  assert got == pytest.approx({'rouge1': 4 / 6, 'rouge2': 1 / 5, 'rougeL': 4 / 6})
   got = rouge.score('a b c', 'c b a')
   assert got == pytest.approx({'rouge1': 1, 'rouge2': 0, 'rougeL': 1 / 3})
   got = rouge.score('a b c d', 'a b')  # precision 1, recall 2/4 and 1/3
-  assert got == pytest.approx(
-    {'rouge1': 2 / 3, 'rouge2': 1 / 2, 'rougeL': 2 / 3}
-  )
+  assert got == pytest.approx({'rouge1': 2 / 3, 'rouge2': 1 / 2, 'rougeL': 2 / 3})
   assert set(rouge.score(':)', ':)').values()) == {0}  # no words
 
 

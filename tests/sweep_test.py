@@ -13,15 +13,8 @@ import pytest
 from experiment_test import SMALL, small_config, timeless
 
 from configs import ablations
-from hetlora_jax import (
-  build,
-  config,
-  console,
-  experiment,
-  metrics,
-  sweep,
-  training,
-)
+from hetlora_jax import build, config, console, experiment, metrics, training
+from hetlora_jax.tools import sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -97,9 +90,7 @@ def together(tmp_path_factory):
   return _grid(workdir), _run_all(_grid(workdir))
 
 
-def test_points_of_one_program_get_the_numbers_of_their_own_runs(
-  together, tmp_path
-):
+def test_points_of_one_program_get_the_numbers_of_their_own_runs(together, tmp_path):
   runs, results = together
   assert [r['points_together'] for r in results] == [4] * 4
   for run, result in list(zip(runs, results, strict=True))[1:3]:
@@ -266,9 +257,7 @@ def test_bytes_add_up_over_the_rounds(swept):
   workdir, _, results = swept
   rows = metrics.read_rows(workdir / results[1]['name'] / 'metrics.jsonl')
   assert rows[-1]['comm/total_up_bytes'] == results[1]['comm/up_bytes']
-  assert results[1]['comm/up_bytes'] == sum(
-    r.get('comm/up_bytes', 0) for r in rows
-  )
+  assert results[1]['comm/up_bytes'] == sum(r.get('comm/up_bytes', 0) for r in rows)
 
 
 @pytest.mark.parametrize('name', ablations.SWEEPS)

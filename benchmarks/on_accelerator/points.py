@@ -37,8 +37,7 @@ def measure(keep) -> None:
 def report(result: dict) -> str:
   """Tells the milliseconds of a round of one point."""
   head = (
-    'points | at once | rounds a call | ms a round of a point | '
-    'of that, on the device'
+    'points | at once | rounds a call | ms a round of a point | of that, on the device'
   )
   rows = [
     [str(row['points']), str(row['at_once']), str(row['rounds_a_call']),

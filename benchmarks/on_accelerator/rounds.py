@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import chats, machine, profiling
-from hetlora_jax import dryrun, experiment, flops
+from hetlora_jax import experiment
 from hetlora_jax.models import shapes
+from hetlora_jax.tools import dryrun, flops
 
 
 class Plan(NamedTuple):
@@ -43,9 +44,7 @@ _KERNELS = 10  # that are told
 def peak_flops() -> float | None:
   """Returns what the maker says of this chip's bfloat16 products, a second."""
   kind = jax.devices()[0].device_kind.lower()
-  return next(
-    (c.flops for name, c in dryrun.CHIPS.items() if name in kind), None
-  )
+  return next((c.flops for name, c in dryrun.CHIPS.items() if name in kind), None)
 
 
 def product_rate() -> float:

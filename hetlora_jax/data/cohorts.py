@@ -109,9 +109,7 @@ def _cohort(
   starts = range(0, steps * batch, batch)
 
   def pack(examples: list[Example]) -> Batch:
-    return _stack(
-      [packing.pack(examples[i : i + batch], **shape) for i in starts]
-    )
+    return _stack([packing.pack(examples[i : i + batch], **shape) for i in starts])
 
   return Cohort(
     client_id=client_id.astype(np.int32),

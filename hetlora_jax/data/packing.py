@@ -131,9 +131,7 @@ def _place(
   batch.position[where] = np.arange(len(tokens) - 1)
 
 
-def _aim(
-  batch: Batch, target: np.ndarray, filled: int, row: int, end: int
-) -> None:
+def _aim(batch: Batch, target: np.ndarray, filled: int, row: int, end: int) -> None:
   """Writes the targets that the positions up to column `end` predict."""
   where = np.s_[filled : filled + len(target)]
   last = row * batch.tokens.shape[1] + end

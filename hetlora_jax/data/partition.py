@@ -14,9 +14,7 @@ import numpy as np
 from hetlora_jax import prng
 
 NATURAL = 'natural'
-Partitioner = Callable[
-  [np.ndarray, int, float, np.random.Generator], np.ndarray
-]
+Partitioner = Callable[[np.ndarray, int, float, np.random.Generator], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,7 @@ def pathological(label_E, clients: int, alpha: float, rng) -> np.ndarray:
 def _shared(count: int, share_N: np.ndarray) -> np.ndarray:
   """Returns clients 0, 0, ..., 1, ... of `count` examples, by their shares."""
   ends = np.round(np.cumsum(share_N) * count)
-  return np.minimum(
-    np.searchsorted(ends, np.arange(count), 'right'), len(share_N) - 1
-  )
+  return np.minimum(np.searchsorted(ends, np.arange(count), 'right'), len(share_N) - 1)
 
 
 PARTITIONERS: dict[str, Partitioner] = {
@@ -99,8 +95,7 @@ def draw(by: Partition, labels: np.ndarray) -> list[np.ndarray]:
     )
   if not 0 < by.clients <= len(labels):
     raise ValueError(
-      f'partition_clients={by.clients} must be in [1, {len(labels)}], the '
-      'examples.'
+      f'partition_clients={by.clients} must be in [1, {len(labels)}], the examples.'
     )
   rng = prng.host_stream(by.seed, 'partition')
   _, label_E = np.unique(labels, return_inverse=True)

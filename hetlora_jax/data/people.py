@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 from hetlora_jax.data import builders, partition
 from hetlora_jax.data.builders import conversations
 from hetlora_jax.data.partition import Partition
@@ -76,8 +76,7 @@ class People:
     group = self.groups[kind]
     if not 0 <= i < group.count[client]:
       raise IndexError(
-        f'{kind} example {i} of {group.ids[client]}, who has '
-        f'{group.count[client]}.'
+        f'{kind} example {i} of {group.ids[client]}, who has {group.count[client]}.'
       )
     return self.read(int(group.first[client]) + i)
 
@@ -164,9 +163,7 @@ def _split(
   early_N = known.count - late_N
   return {
     'train': dataclasses.replace(known, count=early_N),
-    'heldout': dataclasses.replace(
-      known, first=known.first + early_N, count=late_N
-    ),
+    'heldout': dataclasses.replace(known, first=known.first + early_N, count=late_N),
     'unseen': unseen,
   }
 
@@ -243,7 +240,7 @@ def _check_rows(dataset: builders.Dataset, records: Sequence[dict]) -> None:
     end += record['count']
   if not end or end != len(dataset.examples):
     why = 'its people are not those of its examples'
-    raise bounds.damaged(dataset.folder, why, builders.ANEW)
+    raise files.damaged(dataset.folder, why, builders.ANEW)
 
 
 def _check(field: str, value: float, low: float, high: float) -> None:
@@ -264,9 +261,7 @@ def reader(
   @functools.lru_cache(_CACHED_EXAMPLES)
   def read(row: int) -> Example:
     row = row if order_E is None else int(order_E[row])
-    text = _render(
-      dataset.builder.render, dataset.examples[row], max_context_turns
-    )
+    text = _render(dataset.builder.render, dataset.examples[row], max_context_turns)
     return encode(tokenizer, *text, most_tokens=most_tokens)
 
   return read

@@ -71,8 +71,7 @@ def table(found: Statistics) -> str:
     lines.append(f'{title:20}' + ''.join(f'{cell:8.5g}' for cell in cells))
   counts = [(n, int((found.examples_N >= n).sum())) for n in AT_LEAST]
   lines.append(
-    'clients of at least  '
-    + ', '.join(f'{n}: {count:,}' for n, count in counts)
+    'clients of at least  ' + ', '.join(f'{n}: {count:,}' for n, count in counts)
   )
   if found.label_counts:
     shown = list(found.label_counts.items())[:_LABELS_SHOWN]

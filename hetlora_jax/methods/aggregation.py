@@ -60,9 +60,7 @@ def averaging_error(
 
     def one_layer(xs, t=t):
       a, b, weight, mask, server_t = xs
-      alone = dataclasses.replace(
-        updates, adapters={t: Lora(a, b)}, mask={t: mask}
-      )
+      alone = dataclasses.replace(updates, adapters={t: Lora(a, b)}, mask={t: mask})
       before = Server({t: server_t}, server.scale)
       exact = product(alone, {t: weight}, before)[t]
       mean = factors(alone, {t: weight}, before)

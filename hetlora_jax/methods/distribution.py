@@ -33,9 +33,7 @@ def _choose(masks: Masks, key: Array) -> Masks:
   return chosen
 
 
-def random_mask(
-  adapters: Adapters, masks: Masks, scale: Array, key: Array
-) -> View:
+def random_mask(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> View:
   """Gives every slot, r of them at random to train (Fed-PLoRA, 2602.16936).
 
   The others serve in the forward pass, which equals folding them into the base.

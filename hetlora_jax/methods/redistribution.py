@@ -34,8 +34,7 @@ def keep(
 
 def _products(aggregate: Adapters | Deltas, scale: Array) -> Deltas:
   return {
-    t: scale * (x.a @ x.b) if isinstance(x, Lora) else x
-    for t, x in aggregate.items()
+    t: scale * (x.a @ x.b) if isinstance(x, Lora) else x for t, x in aggregate.items()
   }
 
 

@@ -173,9 +173,7 @@ def table() -> str:
       for role, rule in method._asdict().items()
       if role != 'citation' and rule != usual[role]
     ]
-    rows.append(
-      (name, ', '.join(rules) or 'the default rules', method.citation)
-    )
+    rows.append((name, ', '.join(rules) or 'the default rules', method.citation))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     '  '.join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()

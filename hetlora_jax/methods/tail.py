@@ -38,9 +38,7 @@ def check(rank: Sequence[int], gamma: float, rounding: str) -> None:
     )
 
 
-def norms(
-  adapters: Adapters, rank_G: Array, gamma: Array, rounding: str
-) -> Norms:
+def norms(adapters: Adapters, rank_G: Array, gamma: Array, rounding: str) -> Norms:
   """Returns the size of every matrix's tail: target -> [L]."""
   rank = ranks.spread(rank_G, adapters)
   kept = ranks.spread(kept_rank(rank_G, gamma, rounding), adapters)

@@ -22,8 +22,7 @@ def _share(value: Array) -> Array:
 def _everywhere(weight_C: Array, masks: Masks) -> Masks:
   """Gives every matrix and slot the client's weight."""
   return {
-    t: jnp.broadcast_to(weight_C[:, None, None], m.shape)
-    for t, m in masks.items()
+    t: jnp.broadcast_to(weight_C[:, None, None], m.shape) for t, m in masks.items()
   }
 
 
@@ -44,9 +43,7 @@ def size(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
   return _everywhere(_share(num_examples), masks)
 
 
-def norm(
-  num_examples: Array, masks: Masks, norms: Norms, *, scope: str
-) -> Masks:
+def norm(num_examples: Array, masks: Masks, norms: Norms, *, scope: str) -> Masks:
   """Weighs clients by ||dW_k||_F, richer updates more (HetLoRA, 2401.06432).
 
   Args:

@@ -1,1 +1,1 @@
-"""The decoder, its kernels and the loaders of pretrained weights."""
+"""The decoder, its kernels, shapes and tokenizers."""

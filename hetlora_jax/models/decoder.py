@@ -27,7 +27,7 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-  """The shape of a model; `models/pretrained` reads it from a checkpoint."""
+  """The shape of a model; `formats` reads it from a checkpoint."""
 
   family: str  # 'gemma3' or 'llama'; for messages and fingerprints
   vocab_size: int
@@ -157,12 +157,8 @@ class Layer(nn.Module):
     return out
 
   @nn.compact
-  def __call__(
-    self, h, frequency, is_global, segment, position, scale, past=None
-  ):
-    out, kept = self._attend(
-      h, frequency, is_global, segment, position, scale, past
-    )
+  def __call__(self, h, frequency, is_global, segment, position, scale, past=None):
+    out, kept = self._attend(h, frequency, is_global, segment, position, scale, past)
     h = h + out
     x = self._norm('mlp_norm', h)
     gate = ACTIVATIONS[self.config.activation](self._linear('gate', x, scale))
@@ -332,9 +328,7 @@ def make_step(config: DecoderConfig, dtype):
       pasts: of each layer.
     """
     h, kept = embed_tokens(config, base['embed'], tokens, dtype), []
-    for i, ((params, adapters), past) in enumerate(
-      zip(layers, pasts, strict=True)
-    ):
+    for i, ((params, adapters), past) in enumerate(zip(layers, pasts, strict=True)):
       h, own = layer.apply(
         {'params': params, 'lora': adapters}, h, jnp.asarray(frequency[i]),
         bool(is_global[i]), None, position, scale, past,

@@ -31,9 +31,7 @@ def _matmul_forward(x, w):
 
 def _matmul_backward(residuals, d_out):
   x, w = residuals
-  d_w = jnp.einsum(
-    '...i,...o->io', x, d_out, preferred_element_type=jnp.float32
-  )
+  d_w = jnp.einsum('...i,...o->io', x, d_out, preferred_element_type=jnp.float32)
   return _product(d_out, w.T), d_w.astype(w.dtype)
 
 
@@ -133,9 +131,7 @@ def _forward(h, embed, target, weight, words):
     new_top = jnp.maximum(top, logit.max(1, keepdims=True))
     # A sure target has the top score: its p is 1 even in bfloat16.
     shrink, p = jnp.exp(top - new_top), jnp.exp(logit - new_top)
-    mixed_c = jnp.matmul(
-      p.astype(h.dtype), embed_c, preferred_element_type=jnp.float32
-    )
+    mixed_c = jnp.matmul(p.astype(h.dtype), embed_c, preferred_element_type=jnp.float32)
     total = total * shrink + p.sum(1, keepdims=True)
     return (new_top, total, mixed * shrink + mixed_c), None
 
@@ -215,9 +211,7 @@ def likeliest_word(h: Array, embed: Array) -> Array:
   """
   size, _ = embed.shape
   across = (((1,), (1,)), ((), ()))
-  logit = jax.lax.dot_general(
-    embed, h, across, preferred_element_type=jnp.float32
-  )
+  logit = jax.lax.dot_general(embed, h, across, preferred_element_type=jnp.float32)
   groups = next(n for n in range(int(size**0.5), 0, -1) if size % n == 0)
   logit = logit.reshape(groups, size // groups, -1)
   group_B = logit.max(1).argmax(0)
@@ -237,8 +231,6 @@ def best_words(h: Array, embed: Array, n: int) -> tuple[Array, Array, Array]:
     Words [..., n], the likeliest first, and their logits [..., n], float32; and
     the log of the summed exponentials of all logits, [...].
   """
-  logit = jnp.einsum(
-    '...d,vd->...v', h, embed, preferred_element_type=jnp.float32
-  )
+  logit = jnp.einsum('...d,vd->...v', h, embed, preferred_element_type=jnp.float32)
   top, word = jax.lax.top_k(logit, n)
   return word, top, jax.nn.logsumexp(logit, -1)

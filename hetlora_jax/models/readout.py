@@ -12,9 +12,7 @@ def _make_at_targets(config: decoder.DecoderConfig, dtype, remat: bool):
   hidden = decoder.make_hidden(config, dtype, remat)
 
   def at_targets(base, adapters, scale, batch: Batch):
-    h = hidden(
-      base, adapters, scale, batch.tokens, batch.segment, batch.position
-    )
+    h = hidden(base, adapters, scale, batch.tokens, batch.segment, batch.position)
     h_MD = h.reshape(-1, h.shape[-1])[batch.target_index]
     return h_MD, decoder.head(config, base).astype(dtype)
 
@@ -32,9 +30,7 @@ def make_loss(
 
   def loss(base, adapters, scale, batch: Batch):
     h_MD, embed = at_targets(base, adapters, scale, batch)
-    total = kernels.linear_cross_entropy(
-      h_MD, embed, batch.target, batch.weight, words
-    )
+    total = kernels.linear_cross_entropy(h_MD, embed, batch.target, batch.weight, words)
     return total, batch.weight.sum()
 
   return loss

@@ -1,7 +1,7 @@
 """The shapes of published models, to compile for them without weights.
 
 From the config.json of each on Hugging Face; of Gemma 3 from 4B on the text
-decoder. `models/pretrained` reads shapes from checkpoints instead.
+decoder. `formats` reads shapes from checkpoints instead.
 """
 
 import math
@@ -94,12 +94,8 @@ SHAPES: dict[str, DecoderConfig] = {
   'gemma3_12b': _gemma3(48, 3840, 15360, (16, 8), 1024, 262_208, 8.0),
   'llama32_1b': _llama(16, 2048, 8192, (32, 8), 64, rope_factor=32.0),
   'llama32_3b': _llama(28, 3072, 8192, (24, 8), 128, rope_factor=32.0),
-  'llama31_8b': _llama(
-    32, 4096, 14336, (32, 8), 128, rope_factor=8.0, tied=False
-  ),
-  'smollm2_135m': _llama(
-    30, 576, 1536, (9, 3), 64, vocab_size=49_152, rope_base=1e5
-  ),
+  'llama31_8b': _llama(32, 4096, 14336, (32, 8), 128, rope_factor=8.0, tied=False),
+  'smollm2_135m': _llama(30, 576, 1536, (9, 3), 64, vocab_size=49_152, rope_base=1e5),
 }
 
 

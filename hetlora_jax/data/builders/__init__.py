@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 from hetlora_jax.data.builders import (
   chitchat,
   conversations,
@@ -23,7 +23,7 @@ from hetlora_jax.data.builders import (
   synthetic,
   text_folder,
 )
-from hetlora_jax.models.pretrained import sources
+from hetlora_jax.formats import sources
 
 BUILDERS: dict[str, type[conversations.ConversationBuilder]] = {
   'chitchat': chitchat.Chitchat,
@@ -66,7 +66,7 @@ class _Records(Sequence):
       raise
     except Exception as error:  # TFDS has no narrower type
       why = f'row {row}: {error}'
-      raise bounds.damaged(self._folder, why, ANEW) from error
+      raise files.damaged(self._folder, why, ANEW) from error
 
 
 def _default_data_dir() -> pathlib.Path:
@@ -117,10 +117,10 @@ def _check_seal(folder: pathlib.Path) -> None:
       temporary.write_text(content)
       os.replace(temporary, path)
     return
-  sealed, found = bounds.read_json(path, ANEW), _digests(folder)
+  sealed, found = files.read_json(path, ANEW), _digests(folder)
   altered = [name for name in sealed if sealed[name] != found.get(name)]
   if altered or not sealed:
-    raise bounds.damaged(folder, f'{altered[0] if altered else SEAL}', ANEW)
+    raise files.damaged(folder, f'{altered[0] if altered else SEAL}', ANEW)
 
 
 def _open_prepared(builder: tfds.core.DatasetBuilder) -> Dataset:
@@ -172,10 +172,10 @@ def open_dataset(
     return _open_prepared(make_builder())
   except OSError as error:
     raise OSError(
-      f'{folder} cannot be read ({bounds.short(error, 200)}): change its '
+      f'{folder} cannot be read ({files.short(error, 200)}): change its '
       f'permissions, or {ANEW}.'
     ) from error
-  except (bounds.Damaged, MemoryError):
+  except (files.Damaged, MemoryError):
     raise
   except Exception as error:  # TFDS has no narrower type
-    raise bounds.damaged(folder, error, ANEW) from error
+    raise files.damaged(folder, error, ANEW) from error

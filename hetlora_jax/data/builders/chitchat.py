@@ -5,7 +5,7 @@ import importlib.util
 import pathlib
 from collections.abc import Iterator
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 from hetlora_jax.data.builders import conversations
 
 AGAIN = 'pip install --force-reinstall chitchat-dataset'
@@ -24,7 +24,7 @@ def _dataset_path() -> pathlib.Path:
 
 def read_dataset() -> dict[str, dict]:
   """Reads all conversations; see the package for their fields."""
-  return bounds.read_json(_dataset_path(), AGAIN)
+  return files.read_json(_dataset_path(), AGAIN)
 
 
 def _text(messages: list[dict]) -> str:
@@ -63,9 +63,9 @@ class Chitchat(conversations.ConversationBuilder):
         for turn in _conversation_turns(conversation['messages'])
       ]
     except KeyError as error:
-      raise bounds.damaged(_dataset_path(), f'no {error}', AGAIN) from error
+      raise files.damaged(_dataset_path(), f'no {error}', AGAIN) from error
     except (ArithmeticError, AttributeError, TypeError) as error:
-      raise bounds.damaged(_dataset_path(), error, AGAIN) from error
+      raise files.damaged(_dataset_path(), error, AGAIN) from error
     if not turns:
-      raise bounds.damaged(_dataset_path(), 'nobody answers', AGAIN)
+      raise files.damaged(_dataset_path(), 'nobody answers', AGAIN)
     yield from turns

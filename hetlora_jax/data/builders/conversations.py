@@ -38,9 +38,7 @@ class Rendered(NamedTuple):
   cue: str = ''
 
 
-def render_chat(
-  context: Sequence[str], mine: Sequence[bool], target: str
-) -> Rendered:
+def render_chat(context: Sequence[str], mine: Sequence[bool], target: str) -> Rendered:
   """Renders a line a turn; A writes the target."""
   names = ['A' if m else 'B' for m in mine]
   turns = [f'{n}: {text}\n' for n, text in zip(names, context, strict=True)]
@@ -122,9 +120,7 @@ class ConversationBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
     )
 
   @staticmethod
-  def render(
-    context: Sequence[str], mine: Sequence[bool], target: str
-  ) -> Rendered:
+  def render(context: Sequence[str], mine: Sequence[bool], target: str) -> Rendered:
     """Renders an example for a language model."""
     return render_chat(context, mine, target)
 

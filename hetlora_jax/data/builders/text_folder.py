@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from hetlora_jax import bounds
+from hetlora_jax import files
 from hetlora_jax.data.builders import conversations
 
 FIELDS = {'client': str, 'context': list, 'target': str}
@@ -69,7 +69,7 @@ def _turn(record: dict, place: pathlib.Path, line: int) -> conversations.Turn:
   if isinstance(record.get('context'), str):
     record['context'] = [record['context']]
   if problem := _problem(record):
-    raise bounds.damaged(place, problem, REMEDY)
+    raise files.damaged(place, problem, REMEDY)
   most = conversations.MAX_CONTEXT_TURNS
   context = record['context'][-most:]
   return conversations.Turn(
@@ -111,8 +111,8 @@ class TextFolder(conversations.ConversationBuilder):
       )
     lines = 0
     for file in jsonl_files(self.path):
-      for place, record in bounds.json_lines(file, REMEDY):
+      for place, record in files.json_lines(file, REMEDY):
         lines += 1
         yield _turn(record, place, lines)
     if not lines:
-      raise bounds.damaged(pathlib.Path(self.path), 'it has no lines', REMEDY)
+      raise files.damaged(pathlib.Path(self.path), 'it has no lines', REMEDY)

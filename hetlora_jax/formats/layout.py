@@ -1,0 +1,151 @@
+"""The params tree of a decoder, filled from any checkpoint format."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Collection, Mapping
+
+import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
+import numpy as np
+
+from hetlora_jax import files
+from hetlora_jax.models import decoder
+from hetlora_jax.models.tokenizer import Tokenizer
+from hetlora_jax.types import PyTree
+
+MOST_LAYERS = 10_000
+LARGEST = 1e30  # weight; beyond it bits have flipped, and bfloat16 may overflow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+  """An open checkpoint: what is in it and how to read one tensor.
+
+  `names` maps a leaf to its tensor, with {} for the layer; `tensors` are those
+  that are there. `read` returns a tensor as stored (matrices [d_out, d_in]) and raises ValueError if it cannot;
+  `repair(leaf, tensor)` undoes what the format did to the values.
+  """
+
+  path: pathlib.Path
+  config: decoder.DecoderConfig
+  names: Mapping[str, str]
+  tensors: Collection[str]
+  read: Callable[[str], np.ndarray]
+  repair: Callable[[str, np.ndarray], np.ndarray]
+  tokenizer: Tokenizer
+
+
+def check_config(
+  path: pathlib.Path, config: decoder.DecoderConfig, remedy: str
+) -> None:
+  """Raises ValueError if no model has these sizes."""
+  c = config
+  for name, kind in decoder.DecoderConfig.__annotations__.items():
+    value = getattr(c, name)
+    ok = {
+      'int': type(value) is int and 0 <= value < 2**31,
+      'float': type(value) in (int, float) and 0 < value < LARGEST,
+      'bool': type(value) is bool,
+    }.get(kind, True)
+    if not ok:
+      raise files.damaged(path, f'{name} is {value!r}', remedy)
+  sizes = (c.vocab_size, c.num_layers, c.width, c.num_heads, c.num_kv_heads)
+  sizes += (c.head_dim, c.mlp_width, c.global_every)
+  if not all(sizes) or c.num_layers > MOST_LAYERS or c.head_dim % 2:
+    raise files.damaged(path, f'sizes {sizes}', remedy)
+  if c.num_heads % c.num_kv_heads:
+    why = f'{c.num_kv_heads} key heads do not divide {c.num_heads} heads'
+    raise files.damaged(path, why, remedy)
+  if not all(0 < value < LARGEST for _, value in c.rope_scaling):
+    raise files.damaged(path, f'RoPE scaling {c.rope_scaling}', remedy)
+
+
+def check_tokenizer(
+  path: pathlib.Path, config: decoder.DecoderConfig, tokenizer: Tokenizer
+) -> None:
+  """Raises ValueError if the tokenizer has ids that the model has not.
+
+  Gemma 3's names one more, for images, than its text models have.
+  """
+  special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+  fits = all(type(i) is int and 0 <= i < config.vocab_size for i in special)
+  if not fits or tokenizer.vocab_size > config.vocab_size + 1:
+    raise ValueError(
+      f'{path} has a tokenizer of {tokenizer.vocab_size} words with special '
+      f'ids {files.short(special)}, but a model of {config.vocab_size} words: '
+      'take both from one model.'
+    )
+
+
+def assemble(checkpoint: Checkpoint, dtype: np.dtype) -> PyTree:
+  """Reads every tensor and stacks the layers on axis 0."""
+  tree: dict = {
+    leaf: _fetch(checkpoint, leaf, shape).astype(dtype)
+    for leaf, shape in _outer_shapes(checkpoint.config).items()
+  }
+  tree['layers'] = {
+    leaf: _stack(checkpoint, leaf, shape, dtype)
+    for leaf, shape in _layer_shapes(checkpoint.config).items()
+  }
+  return tree
+
+
+def _outer_shapes(c: decoder.DecoderConfig) -> dict[str, tuple[int, ...]]:
+  shapes = {'embed': (c.vocab_size, c.width), 'final_norm': (c.width,)}
+  if not c.tied_embeddings:
+    shapes['head'] = (c.vocab_size, c.width)
+  return shapes
+
+
+def _layer_shapes(c: decoder.DecoderConfig) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes as stored: matrices are [d_out, d_in]."""
+  norms = ['attention_norm', 'mlp_norm']
+  if c.post_norms:
+    norms += ['post_attention_norm', 'post_mlp_norm']
+  head_norms = ['q_norm', 'k_norm'] if c.qk_norm else []
+  return {
+    **{m: (d_out, d_in) for m, (d_in, d_out) in decoder.matrix_dims(c).items()},
+    **dict.fromkeys(norms, (c.width,)),
+    **dict.fromkeys(head_norms, (c.head_dim,)),
+  }
+
+
+def _stack(
+  checkpoint: Checkpoint, leaf: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+  num_layers = checkpoint.config.num_layers
+  for layer in range(num_layers):  # before memory is taken for all
+    _find(checkpoint, leaf, layer)
+  stacked = np.empty((num_layers, *reversed(shape)), dtype)
+  for layer in range(num_layers):
+    stacked[layer] = _fetch(checkpoint, leaf, shape, layer).T
+  return stacked
+
+
+def _fetch(
+  checkpoint: Checkpoint, leaf: str, shape: tuple[int, ...], layer: int = 0
+) -> np.ndarray:
+  name = _find(checkpoint, leaf, layer)
+  tensor = checkpoint.read(name)
+  if tensor.shape != shape:
+    raise ValueError(
+      f'tensor {name} of {checkpoint.path} has shape {tensor.shape}, want '
+      f'{shape}: the weights and the configuration are of different models.'
+    )
+  # No comparison holds of a NaN.
+  if not (-LARGEST < tensor.min() and tensor.max() < LARGEST):
+    raise ValueError(
+      f'tensor {name} of {checkpoint.path} has weights that are not finite: '
+      'the file is damaged; fetch it again.'
+    )
+  return checkpoint.repair(leaf, tensor)
+
+
+def _find(checkpoint: Checkpoint, leaf: str, layer: int) -> str:
+  """Returns the name of a leaf's tensor."""
+  name = checkpoint.names[leaf].format(layer)
+  if name not in checkpoint.tensors:
+    raise ValueError(
+      f'{checkpoint.path} lacks the tensor {name}: it is incomplete or of '
+      'another family; fetch it again.'
+    )
+  return name

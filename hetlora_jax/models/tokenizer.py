@@ -1,0 +1,282 @@
+"""Text to token ids and back, for every tokenizer a base model comes with."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
+
+from hetlora_jax import files
+
+# Token types, the same numbers in GGUF and SentencePiece.
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+SPECIAL_KEYS = {
+  'bos': 'bos_token_id',
+  'eos': 'eos_token_id',
+  'unk': 'unknown_token_id',
+  'pad': 'padding_token_id',
+}
+PAD, EOS, BOS, UNK = 0, 1, 2, 3  # Gemma's ids, which `Tokenizer.train` keeps
+AGAIN = 'copy it again'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+  """A tokenizer of either library: 'sentencepiece' or 'tokenizers'.
+
+  `encode` adds no special tokens and `decode` drops them. A tokenizer without
+  a padding token pads with its end-of-text token.
+  """
+
+  model: sentencepiece.SentencePieceProcessor | tokenizers.Tokenizer
+  bos_id: int
+  eos_id: int
+  pad_id: int
+
+  @property
+  def vocab_size(self) -> int:
+    if isinstance(self.model, tokenizers.Tokenizer):
+      return self.model.get_vocab_size()
+    return self.model.get_piece_size()
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without special tokens."""
+    if isinstance(self.model, tokenizers.Tokenizer):
+      return self.model.encode(text, add_special_tokens=False).ids
+    return self.model.encode(text)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids; special tokens are dropped."""
+    return self.model.decode([int(i) for i in ids])
+
+  def serialize(self) -> tuple[str, bytes]:
+    """Returns the library's name and what `deserialize` needs."""
+    if not isinstance(self.model, tokenizers.Tokenizer):
+      return 'sentencepiece', self.model.serialized_model_proto()
+    ids = dict(bos_id=self.bos_id, eos_id=self.eos_id, pad_id=self.pad_id)
+    saved = {'ids': ids, 'model': self.model.to_str()}
+    return 'tokenizers', json.dumps(saved).encode()
+
+  @classmethod
+  def deserialize(cls, kind: str, serialized: bytes) -> Tokenizer:
+    """Rebuilds a tokenizer from what `serialize` returned."""
+    if kind == 'sentencepiece':
+      return cls.from_model_proto(serialized)
+    saved = json.loads(serialized)
+    model = tokenizers.Tokenizer.from_str(saved['model'])
+    return cls(model=model, **saved['ids'])
+
+  @classmethod
+  def from_model_proto(cls, serialized: bytes) -> Tokenizer:
+    """Reads the bytes of a SentencePiece tokenizer.model."""
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+      model.LoadFromSerializedProto(serialized)
+    except RuntimeError as error:
+      raise ValueError(
+        'the SentencePiece model is damaged: copy its file again.'
+      ) from error
+    bos, eos, pad = model.bos_id(), model.eos_id(), model.pad_id()
+    if min(bos, eos) < 0:
+      raise ValueError(
+        'the SentencePiece model has no <bos> or no <eos> token: use one that has both.'
+      )
+    return cls(model=model, bos_id=bos, eos_id=eos, pad_id=pad if pad >= 0 else eos)
+
+  @classmethod
+  def from_folder(cls, folder: pathlib.Path) -> Tokenizer:
+    """Reads tokenizer.model or else tokenizer.json of a model's folder."""
+    path = folder / 'tokenizer.model'
+    if path.exists():
+      content = files.read_bytes(path, AGAIN)
+      try:
+        return cls.from_model_proto(content)
+      except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    path = folder / 'tokenizer.json'
+    if not path.exists():
+      raise FileNotFoundError(
+        f'{folder} has no tokenizer.model and no tokenizer.json: copy one '
+        'from where the weights are from.'
+      )
+    content = files.read_bytes(path, AGAIN)
+    try:
+      model = tokenizers.Tokenizer.from_str(content.decode())
+    except Exception as error:  # the library raises no narrower type
+      raise ValueError(
+        f'{path} is not a tokenizer ({files.short(error)}): {AGAIN}.'
+      ) from error
+    # They belong to how somebody used it; 'Fixed' padding may be endless.
+    model.no_padding()
+    model.no_truncation()
+    return cls(model=model, **_special_ids(folder, model))
+
+  @classmethod
+  def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+    """Rebuilds the tokenizer of GGUF's `tokenizer.ggml.*`, prefix removed."""
+    kind = metadata.get('model')
+    if kind not in ('llama', 'gpt2'):
+      raise ValueError(
+        f'GGUF tokenizer {files.short(kind)!r} is not supported: use a llama '
+        'or gpt2 one.'
+      )
+    if kind == 'gpt2' and metadata.get('pre') != 'smollm':
+      # How text is split before merging is known to llama.cpp by name only.
+      raise ValueError(
+        f'GGUF pre-tokenizer {files.short(metadata.get("pre"))!r} is not '
+        "supported (only 'smollm' is): load the model's Hugging Face folder "
+        'instead.'
+      )
+    try:
+      return cls._of_gguf(kind, metadata)
+    except KeyError:  # a field is absent
+      raise
+    except Exception as error:  # tokenizers raises no narrower type
+      raise ValueError(
+        f'its tokenizer is damaged ({files.short(error)}): fetch it again.'
+      ) from error
+
+  @classmethod
+  def _of_gguf(cls, kind: str, metadata: Mapping[str, Any]) -> Tokenizer:
+    if kind == 'llama':
+      return cls.from_model_proto(_model_proto(metadata))
+    bos, eos = metadata['bos_token_id'], metadata['eos_token_id']
+    pad = metadata.get('padding_token_id', eos)
+    model = _byte_level_bpe(metadata)
+    return cls(model=model, bos_id=bos, eos_id=eos, pad_id=pad)
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a SentencePiece BPE: same texts, same tokenizer.
+
+    No text is lost: characters not in the vocabulary become bytes.
+    """
+    lines = [line for text in texts for line in text.splitlines() if line]
+    proto = io.BytesIO()
+    try:
+      sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=proto,
+        vocab_size=vocab_size,
+        **_training_options(lines),
+      )
+    except RuntimeError as error:
+      reason = str(error).strip().splitlines()[-1]
+      raise ValueError(
+        f'cannot train a tokenizer of {vocab_size=} on {len(lines)} lines '
+        f'({reason}): give more text or another size.'
+      ) from error
+    return cls.from_model_proto(proto.getvalue())
+
+
+def _training_options(lines: Sequence[str]) -> dict[str, Any]:
+  longest = max((len(line.encode()) for line in lines), default=1)
+  return dict(
+    model_type='bpe',
+    byte_fallback=True,
+    normalization_rule_name='identity',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    pad_id=PAD,
+    eos_id=EOS,
+    bos_id=BOS,
+    unk_id=UNK,
+    num_threads=1,  # more may break ties in another order
+    max_sentence_length=longest + 1,  # longer lines would be left out
+    minloglevel=3,
+  )
+
+
+def _model_proto(metadata: Mapping[str, Any]) -> bytes:
+  """Rebuilds the SentencePiece model that llama.cpp's converter took apart."""
+  proto = sentencepiece_model.ModelProto()
+  pieces = zip(
+    metadata['tokens'],
+    metadata['scores'],
+    metadata['token_type'],
+    strict=True,
+  )
+  for i, (piece, score, kind) in enumerate(pieces):
+    if i == metadata.get('unknown_token_id'):
+      kind = UNKNOWN  # the converter may call it CONTROL
+    if kind == USER_DEFINED:  # the converter put plain spaces into these
+      piece = piece.replace(' ', '\N{LOWER ONE EIGHTH BLOCK}')
+    proto.pieces.add(piece=piece, score=score, type=kind)
+  spec = proto.trainer_spec
+  spec.model_type = spec.BPE
+  spec.byte_fallback = True
+  spec.vocab_size = len(proto.pieces)
+  # SentencePiece finds a special token by its piece, not by its id.
+  for name, key in SPECIAL_KEYS.items():
+    if key in metadata:
+      setattr(spec, f'{name}_id', metadata[key])
+      setattr(spec, f'{name}_piece', metadata['tokens'][metadata[key]])
+  normalizer = proto.normalizer_spec
+  normalizer.name = 'identity'
+  normalizer.add_dummy_prefix = metadata.get('add_space_prefix', True)
+  normalizer.remove_extra_whitespaces = False
+  return proto.SerializeToString()
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+  tokens = metadata['tokens']
+  vocab = {token: i for i, token in enumerate(tokens)}
+  merges = [tuple(merge.split(' ')) for merge in metadata['merges']]
+  split = tokenizers.pre_tokenizers
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+  model.pre_tokenizer = split.Sequence(
+    [
+      split.Digits(individual_digits=True),
+      split.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  model.decoder = tokenizers.decoders.ByteLevel()
+  kinds = zip(tokens, metadata['token_type'], strict=True)
+  model.add_special_tokens([t for t, kind in kinds if kind == CONTROL])
+  return model
+
+
+def _special_ids(folder: pathlib.Path, model: tokenizers.Tokenizer) -> dict[str, int]:
+  """Reads the special ids from tokenizer_config.json, then config.json."""
+  names = _json(folder / 'tokenizer_config.json')
+  ids = _json(folder / 'config.json')
+  try:
+    return _named_ids(folder, model, names, ids)
+  except (LookupError, TypeError) as error:
+    raise files.damaged(
+      folder / 'tokenizer_config.json', f'or config.json: {error}', AGAIN
+    ) from error
+
+
+def _named_ids(
+  folder: pathlib.Path,
+  model: tokenizers.Tokenizer,
+  names: Mapping[str, Any],
+  ids: Mapping[str, Any],
+) -> dict[str, int]:
+  found = {}
+  for key in ('bos', 'eos', 'pad'):
+    name = names.get(f'{key}_token')
+    token = name['content'] if isinstance(name, dict) else name
+    number = ids.get(f'{key}_token_id')
+    number = number[0] if isinstance(number, list) else number
+    found[f'{key}_id'] = model.token_to_id(token) if token else number
+  for key in ('bos', 'eos'):
+    if found[f'{key}_id'] is None:
+      raise ValueError(
+        f'{folder} names no {key} token: set {key}_token in its tokenizer_config.json.'
+      )
+  if found['pad_id'] is None:
+    found['pad_id'] = found['eos_id']
+  return found
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  return files.read_json(path, AGAIN) if path.exists() else {}
