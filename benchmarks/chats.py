@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import machine
 from configs import chitchat_gemma3
-from hetlora_jax import config, experiment
+from hetlora_jax import config, points
 from hetlora_jax.data import people
 from hetlora_jax.data.people import Example, Group, People
 from hetlora_jax.models import shapes
@@ -27,7 +27,7 @@ _OF_EACH = 2  # examples whose lengths are kept, of every person
 def measure() -> dict:
   """Returns everybody's count of examples, and lengths of some of them."""
   c = config.resolve(machine.config())
-  crowd = experiment.prepare(c).people
+  crowd = points.prepare(c).experiment.people
   lengths = []
   for person, count in enumerate(crowd.num_examples):
     for i in people.evenly_spaced(int(count), _OF_EACH):
@@ -87,7 +87,7 @@ def crowd(vocabulary: int, clients: int) -> People:
 
 def prepare(
   shape: str = '', *, clients: int, at_once: int, points: int = 1, **fields
-) -> experiment.Experiment:
+) -> points.Points:
   """Prepares the main job on random weights and tokens.
 
   Args:
@@ -113,7 +113,7 @@ def prepare(
   for seed in range(points):
     raw.seed = seed
     configs.append(config.resolve(raw))
-  return experiment.prepare(*configs, crowd=crowd(vocabulary, 2 * clients))
+  return points.prepare(*configs, crowd=crowd(vocabulary, 2 * clients))
 
 
 if __name__ == '__main__':

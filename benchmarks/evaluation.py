@@ -12,8 +12,7 @@ import time
 from unittest import mock
 
 from benchmarks import machine
-from hetlora_jax import config, experiment, heldout
-from hetlora_jax.tools import sweep
+from hetlora_jax import config, heldout, points
 
 machine.define_config()
 _AT_ONCE = (1, 4, 8, 16, 48)
@@ -25,8 +24,8 @@ def _megabytes(program) -> float:
 
 def _a_round(c: config.Config):
   """Returns the compiled round of clients one after the other."""
-  x = experiment.prepare(sweep.with_fields(c, {'federated.clients_at_once': 1}))
-  cohort = experiment.make_cohorts(x, 1)
+  x = points.prepare(c.replace(**{'federated.clients_at_once': 1}))
+  cohort = points.make_cohorts(x, 1)
   return x.run_rounds.lower(x.base, x.initial_state, cohort, x.hyper).compile()
 
 
@@ -35,7 +34,7 @@ class Evaluation:
 
   def __init__(self, c: config.Config, at_once: int):
     with mock.patch.object(heldout, 'PEOPLE_AT_ONCE', at_once):
-      x = experiment.prepare(c)
+      x = points.prepare(c)
       self._arguments = {
         name: (x.base, x.initial_state, x.evaluation[name], x.hyper)
         for name in x.evaluate

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import child, machine, work
-from hetlora_jax import config, experiment, formats
+from hetlora_jax import config, formats, points
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example, People, evenly_spaced
 from hetlora_jax.models import readout
@@ -120,11 +120,11 @@ def measure() -> dict:
   """Times both on the same prompts; see the module."""
   if child.PEERS.value:
     child.check()
-  x = experiment.prepare(config.resolve(machine.config()))
+  x = points.prepare(config.resolve(machine.config()))
   rows, new_tokens = _ROWS.value, _NEW_TOKENS.value
   if machine.smoke():
     rows, new_tokens = 3, 4
-  chosen = texts(x.people, rows, x.config.data.row_tokens)
+  chosen = texts(x.experiment.people, rows, x.config.data.row_tokens)
   with work.model_files(x) as files:
     ours = Ours(files, chosen, new_tokens)
     peer = None

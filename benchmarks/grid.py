@@ -22,7 +22,7 @@ from absl import flags
 
 from benchmarks import machine
 from configs import tiny
-from hetlora_jax import config, metrics
+from hetlora_jax import config, files
 from hetlora_jax.tools import sweep
 
 _DEVICES = flags.DEFINE_list(
@@ -59,7 +59,7 @@ def _timed(folder: pathlib.Path, program: str, *words: str, **env: str) -> float
 
 def _difference(alone: pathlib.Path, together: pathlib.Path) -> tuple[float, bool]:
   """Compares two runs: losses, and whether all ranks are equal."""
-  rows = [metrics.read_rows(x / 'metrics.jsonl') for x in (alone, together)]
+  rows = [files.read_rows(x / 'metrics.jsonl') for x in (alone, together)]
   names = ('train/loss', 'eval/seen/loss', 'eval/unseen/loss')
   gaps = [
     abs(a[name] - b[name]) / abs(a[name])

@@ -18,7 +18,7 @@ from absl import flags
 
 from benchmarks import machine
 from configs import tiny
-from hetlora_jax import build, config, experiment, sharding
+from hetlora_jax import build, config, points, sharding
 from hetlora_jax.types import Memory
 
 _SIZE = flags.DEFINE_string('size', '', 'How the sizes to grow begin.')
@@ -38,7 +38,7 @@ _BASE = {
 }
 _GROW = {
   'clients, all at once': [
-    {'federated.clients_per_round': n, 'federated.clients_at_once': 0}
+    {'federated.clients_per_round': n, 'federated.clients_at_once': None}
     for n in (1, 4, 16, 64)
   ],
   'clients, four at once': [{'federated.clients_per_round': n} for n in (4, 16, 64)],
@@ -82,19 +82,21 @@ def grown(point: dict) -> dict:
   raw.update_from_flattened_dict(_BASE | point)
   if machine.smoke():
     raw.update_from_flattened_dict(machine.SMOKE_FIELDS | {'data.name': 'synthetic'})
-  x = experiment.prepare(config.resolve(raw))
-  state, cohorts = x.initial_state, experiment.make_cohorts(x, 0)
+  x = points.prepare(config.resolve(raw))
+  state, cohorts = x.initial_state, points.make_cohorts(x, 0)
   if population:
     state = _populated(state, population)
-    state = sharding.place(state, sharding.by_name(x.mesh, state, points=True))
-  run_rounds = build.make_rounds(x.rules, x.mesh, state)
+    state = sharding.place(
+      state, sharding.by_name(x.experiment.mesh, state, points=True)
+    )
+  run_rounds = build.make_rounds(x.experiment.rules, x.experiment.mesh, state)
   start = time.perf_counter()
   memory = run_rounds.lower(x.base, state, cohorts, x.hyper).compile().memory_analysis()
   compile_s = time.perf_counter() - start
   state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   times = []
   for i in range(machine.repeats() + 1):
-    cohorts = experiment.make_cohorts(x, i)
+    cohorts = points.make_cohorts(x, i)
     start = time.perf_counter()
     state, out = run_rounds(x.base, state, cohorts, x.hyper)
     jax.block_until_ready(out)
@@ -111,13 +113,13 @@ def grown(point: dict) -> dict:
 def measure() -> dict:
   """Grows every size, or those that --size names."""
   result: dict = {}
-  for name, points in _GROW.items():
+  for name, grown in _GROW.items():
     if not name.startswith(_SIZE.value):
       continue
     if machine.smoke() and name != 'population':
       continue
     result[name] = []
-    for point in points[: 2 if machine.smoke() else None]:
+    for point in grown[: 2 if machine.smoke() else None]:
       row = {'point': point, **grown(point)}
       result[name].append(row)
       print(name, {k: _short(x) for k, x in row.items()}, flush=True)
@@ -132,15 +134,15 @@ def _short(value):
 def report(result: dict) -> str:
   """Tells seconds and megabytes, a row a size."""
   rows = []
-  for name, points in result['grown'].items():
-    sizes = [next(iter(row['point'].values())) for row in points]
+  for name, grown in result['grown'].items():
+    sizes = [next(iter(row['point'].values())) for row in grown]
     rows.append([
       f'{name} {", ".join(f"{n:,}" for n in sizes)}',
-      ', '.join(f'{row["round_s"]:.2g}' for row in points),
-      ', '.join(f'{row["temporary_mb"]:.0f}' for row in points),
-      ', '.join(f'{row["state_mb"]:.2g}' for row in points),
+      ', '.join(f'{row["round_s"]:.2g}' for row in grown),
+      ', '.join(f'{row["temporary_mb"]:.0f}' for row in grown),
+      ', '.join(f'{row["state_mb"]:.2g}' for row in grown),
     ])  # fmt: skip
-  programs = {row['programs'] for points in result['grown'].values() for row in points}
+  programs = {row['programs'] for grown in result['grown'].values() for row in grown}
   head = 'what grows | seconds a round | temporary MB | MB of state'
   return (
     f'{machine.table(head, rows)}\n\nPrograms compiled for all rounds of a '

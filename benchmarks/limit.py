@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from hetlora_jax import base_model, config, experiment
+from hetlora_jax import base_model, config, points
 from hetlora_jax.models import decoder, kernels
 from hetlora_jax.tools import flops
 
@@ -72,23 +72,26 @@ class Rate:
 
 def measure() -> dict:
   """Times rounds and products in turn; see the module."""
-  x = experiment.prepare(config.resolve(machine.config()))
+  x = points.prepare(config.resolve(machine.config()))
   c, f = x.config, x.config.federated
-  model, dtype = base_model.load(c, x.mesh).config, base_model.compute_dtype(c)
-  cohorts = experiment.make_cohorts(x, 0)
+  model, dtype = (
+    base_model.load(c, x.experiment.mesh).config,
+    base_model.compute_dtype(c),
+  )
+  cohorts = points.make_cohorts(x, 0)
   cohort = jax.tree.map(lambda leaf: np.asarray(leaf[0, 0]), cohorts)
   rank_N = x.initial_rank[0]
   work = flops.held(cohort, rank_N)
-  counted = flops.needed(model, x.dims, work)
+  counted = flops.needed(model, x.experiment.model.dims, work)
   _, _, rows, length = cohort.batches.tokens.shape
   at_once = f.clients_at_once or f.clients_per_round
   targets = at_once * cohort.batches.target.shape[-1]
   rate = Rate(shapes(model, at_once * rows * length, targets), dtype)
-  state, _ = x.run_rounds(x.base, x.initial_state, cohorts, x.hyper)  # compiles
+  state, _ = points.call(x, x.initial_state, cohorts)  # compiles
   times, rates = [], [rate()]
   for _ in range(machine.repeats()):
     start = time.perf_counter()
-    state, out = x.run_rounds(x.base, state, cohorts, x.hyper)
+    state, out = points.call(x, state, cohorts)
     jax.block_until_ready(out)
     times.append(time.perf_counter() - start)
     rates.append(rate())

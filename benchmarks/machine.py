@@ -51,7 +51,7 @@ SMOKE_FIELDS = {
   'model.random.width': 32,
   'model.random.mlp_width': 48,
   'eval.num_people': 2,
-  'eval.every': 0,
+  'eval.every': None,
 }
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import child, machine, work
-from hetlora_jax import base_model, config, experiment, sharding
+from hetlora_jax import base_model, config, points, sharding
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example
 from hetlora_jax.models import decoder
@@ -36,7 +36,7 @@ _DTYPES = flags.DEFINE_list(
 _DENSE_LENGTH = 128
 
 
-def dense_cohort(x: experiment.Experiment, vocabulary: int) -> Cohort:
+def dense_cohort(x: points.Points, vocabulary: int) -> Cohort:
   """Returns a cohort whose rows are full and bear loss at every position."""
   f, rng = x.config.federated, np.random.default_rng(0)
 
@@ -62,20 +62,20 @@ def dense_cohort(x: experiment.Experiment, vocabulary: int) -> Cohort:
 class Ours:
   """Runs our rounds; the state goes on from one to the next."""
 
-  def __init__(self, x: experiment.Experiment):
+  def __init__(self, x: points.Points):
     self.x, self.state = x, x.initial_state
 
   def __call__(self, cohort: Cohort | None) -> dict:
     """Times a round, of round 0's cohort built anew if none is given."""
     x, start = self.x, time.perf_counter()
     if cohort is None:
-      cohorts = experiment.make_cohorts(x, 0)
+      cohorts = points.make_cohorts(x, 0)
     else:
       cohorts = sharding.place(
         jax.tree.map(lambda leaf: leaf[None, None], cohort),
-        sharding.over_clients(x.mesh),
+        sharding.over_clients(x.experiment.mesh),
       )
-    self.state, out = x.run_rounds(x.base, self.state, cohorts, x.hyper)
+    self.state, out = points.call(x, self.state, cohorts)
     out = jax.device_get(out)
     return {
       'seconds': time.perf_counter() - start,
@@ -167,7 +167,7 @@ def alternate(contenders: dict) -> dict:
   }
 
 
-def _prepare() -> experiment.Experiment:
+def _prepare() -> points.Points:
   raw = machine.config()
   clients = _CLIENTS.value if not machine.smoke() else 2
   raw.federated.clients_per_round = clients or raw.federated.clients_per_round
@@ -175,10 +175,10 @@ def _prepare() -> experiment.Experiment:
   raw.federated.clients_at_once = math.gcd(
     raw.federated.clients_at_once, raw.federated.clients_per_round
   )
-  return experiment.prepare(config.resolve(raw))
+  return points.prepare(config.resolve(raw))
 
 
-def _time_all(x: experiment.Experiment, workload: dict, cohorts: dict) -> dict:
+def _time_all(x: points.Points, workload: dict, cohorts: dict) -> dict:
   """Times both cases, with the peers if they are asked for."""
   ours = Ours(x)
   if not child.PEERS.value:
@@ -214,7 +214,7 @@ def measure() -> dict:
   if child.PEERS.value:
     child.check()
   x = _prepare()
-  model = base_model.load(x.config, x.mesh).config
+  model = base_model.load(x.config, x.experiment.mesh).config
   cohorts = {
     'chat': work.first_cohort(x), 'dense': dense_cohort(x, model.vocab_size)
   }  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import machine
-from hetlora_jax import checkpoint, config, experiment, training
+from hetlora_jax import checkpoint, config, experiment, points, training
 
 machine.define_config()
 _TRACE = flags.DEFINE_string('trace', None, 'File of the trace.')
@@ -67,7 +67,7 @@ def _watch(folder: pathlib.Path, trace: Trace, begin: float) -> None:
 def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
   """Runs until so many rounds are done, tracing rounds, saves and restores."""
   raw.federated.num_rounds, raw.checkpoint.every = rounds, 1
-  prepare, save = experiment.prepare, checkpoint.Checkpoints.save
+  prepare, save = points.prepare, checkpoint.Checkpoints.save
 
   def traced(*points, **more):
     x = prepare(*points, **more)
@@ -88,7 +88,7 @@ def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
     patch(checkpoint.Checkpoints, 'save', watched),
     patch(checkpoint.Checkpoints, 'restore_newest', restore),
   ):
-    training.run(config.resolve(raw), workdir)
+    training.train(config.resolve(raw), workdir)
 
 
 def measure() -> dict:

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from benchmarks import machine
-from hetlora_jax import config, experiment, training
+from hetlora_jax import config, points, training
 
 machine.define_config()
 _ROUNDS = 4  # of the run
@@ -37,15 +37,15 @@ def _age() -> float:
 def child() -> dict[str, float]:
   """Prepares, compiles and runs one round; returns when each was done."""
   done = {'imported': _age()}
-  x = experiment.prepare(config.resolve(machine.config()))
-  cohorts = experiment.make_cohorts(x, 0)
+  x = points.prepare(config.resolve(machine.config()))
+  cohorts = points.make_cohorts(x, 0)
   done['prepared'] = _age()
   lowered = x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper)
   done['traced'] = _age()
   lowered.compile()
   done['compiled'] = _age()
   # The program is in the cache now; calling finds it there.
-  jax.block_until_ready(x.run_rounds(x.base, x.initial_state, cohorts, x.hyper))
+  jax.block_until_ready(points.call(x, x.initial_state, cohorts))
   done['first round'] = _age()
   return done | {'peak MB': machine.peak_mb()}
 
@@ -67,7 +67,7 @@ def waiting() -> dict:
   raw.federated.num_rounds = _ROUNDS
   with tempfile.TemporaryDirectory() as folder:
     began = time.perf_counter()
-    training.run(config.resolve(raw), pathlib.Path(folder, 'run'))
+    training.train(config.resolve(raw), pathlib.Path(folder, 'run'))
     seconds = time.perf_counter() - began
     rows = (pathlib.Path(folder, 'run', 'metrics.jsonl')).read_text()
   rows = [json.loads(line) for line in rows.splitlines()]

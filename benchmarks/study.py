@@ -26,8 +26,16 @@ from absl import flags
 
 from benchmarks import machine
 from configs import study
-from hetlora_jax import config, console, experiment, metrics, processes, training
-from hetlora_jax import results as of_runs
+from hetlora_jax import (
+  config,
+  console,
+  files,
+  points,
+  processes,
+  rows,
+  training,
+)
+from hetlora_jax.run import Run
 from hetlora_jax.tools import completions, scores, sweep
 
 _RAW = flags.DEFINE_string('raw', 'docs/results/raw', 'Folder of the results.')
@@ -106,7 +114,7 @@ def best_rate(arm: str, results: dict[str, dict]) -> float | None:
 
 def _run(
   task: str, arm: str, rate: float, seed: int, folder: pathlib.Path
-) -> sweep.Run:
+) -> sweep.Job:
   field, _ = study.rates(arm)
   fields = study.ARMS[arm] | {field: rate, 'seed': seed}
   name = name_of(arm, rate, seed)
@@ -117,12 +125,12 @@ def _run(
      *words, f'--workdir={workdir}']
   )  # fmt: skip
   resolved = sweep.with_fields(config.build(_task_config(task)), fields)
-  return sweep.Run(name, fields, resolved, workdir, command)
+  return sweep.Job(name, fields, resolved, workdir, command)
 
 
 def runs(
   task: str, arm: str, results: dict[str, dict], folder: pathlib.Path
-) -> Iterator[sweep.Run]:
+) -> Iterator[sweep.Job]:
   """Yields an arm's runs: all rates of the first seed, then other seeds.
 
   The latter only if the rate can be chosen; `folder` gets their folders.
@@ -134,7 +142,7 @@ def runs(
     yield _run(task, arm, rate, seed, folder)
 
 
-def _curve(rows: Sequence[metrics.Row]) -> dict[str, list]:
+def _curve(rows: Sequence[rows.Row]) -> dict[str, list]:
   """Returns losses, and what was sent and seen until then, at evaluations."""
   sent = {0: (0, 0, 0)}
   for row in rows:
@@ -159,9 +167,9 @@ _OF_ROUNDS = (
 )  # fmt: skip
 
 
-def collect(task: str, arm: str, run: sweep.Run, summary: dict) -> dict:
+def collect(task: str, arm: str, run: sweep.Job, summary: dict) -> dict:
   """Returns what is kept of a finished run."""
-  rows = metrics.read_rows(run.workdir / 'metrics.jsonl')
+  rows = files.read_rows(run.workdir / 'metrics.jsonl')
   rounds = [row for row in rows if 'train/loss' in row]
   return {
     'task': task, 'arm': arm, 'fields': run.fields, 'command': run.command,
@@ -188,8 +196,8 @@ def _texts(found: dict) -> dict[str, list[dict]]:
 
 def _untouched(c: config.Config) -> dict[str, list[dict]]:
   """Returns everybody's loss before the first round, as runs evaluate it."""
-  x = experiment.prepare(c)
-  return of_runs.people(x, experiment.evaluate(x, x.initial_state), 0)
+  x = points.prepare(c)
+  return rows.people(x, points.evaluate(x, x.initial_state), 0)
 
 
 def _do_floors(task: str) -> None:
@@ -205,20 +213,20 @@ def _do_floors(task: str) -> None:
   people = _untouched(c)
   for shots in study.SHOTS:
     choice = completions.Choice(untouched=True, shots=shots)
-    found = completions.run(c, workdir / f'shots{shots}', choice)
+    found = completions.run(Run(workdir / f'shots{shots}'), choice, c)
     whole = {name: found[name]['people'] for name in scores.SETS}
-    metrics.write_json(
+    files.write_json(
       folder / f'shots{shots}.json',
       {'shots': shots, 'whole': whole, 'texts': _texts(found)}
       | ({} if shots else {'people': people}),
     )
 
 
-def _do(task: str, arm: str, chosen: Sequence[sweep.Run]) -> None:
+def _do(task: str, arm: str, chosen: Sequence[sweep.Job]) -> None:
   """Runs points of one program in this process and writes their results."""
   folder = pathlib.Path(_RAW.value) / task
   folder.mkdir(parents=True, exist_ok=True)
-  summaries = training.run_points(
+  summaries = training.train_points(
     [training.Point(r.config, r.workdir, r.command) for r in chosen]
   )
   results = {
@@ -227,13 +235,13 @@ def _do(task: str, arm: str, chosen: Sequence[sweep.Run]) -> None:
   }
   for run in chosen:
     if task in study.WRITTEN and _may_be_chosen(run, results):
-      found = completions.run(run.config, run.workdir, completions.Choice())
+      found = completions.run(Run(run.workdir), completions.Choice(), run.config)
       results[run.name]['texts'] = _texts(found)
-    metrics.write_json(folder / f'{run.name}.json', results[run.name])
+    files.write_json(folder / f'{run.name}.json', results[run.name])
     shutil.rmtree(run.workdir / 'checkpoints')  # a whole model, of some
 
 
-def _may_be_chosen(run: sweep.Run, results: dict[str, dict]) -> bool:
+def _may_be_chosen(run: sweep.Job, results: dict[str, dict]) -> bool:
   """Tells whether no rate beside this one validates better."""
   if run.fields['seed'] != study.SEEDS[0]:
     return True
@@ -241,7 +249,7 @@ def _may_be_chosen(run: sweep.Run, results: dict[str, dict]) -> bool:
   return loss <= min(map(validation_loss, results.values()))
 
 
-def _missing(task: str, arm: str) -> list[sweep.Run]:
+def _missing(task: str, arm: str) -> list[sweep.Job]:
   results = load(pathlib.Path(_RAW.value), task)
   every = runs(task, arm, results, pathlib.Path(_WORKDIR.value))
   return [run for run in every if run.name not in results]

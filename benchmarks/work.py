@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hetlora_jax import base_model, experiment
+from hetlora_jax import base_model, points
 from hetlora_jax.formats import hf_writer, sources
 from hetlora_jax.models import readout
 from hetlora_jax.types import Batch, Cohort
@@ -44,9 +44,7 @@ def of_clients(cohort: Cohort, rank_N) -> list[dict]:
   return clients
 
 
-def for_peers(
-  x: experiment.Experiment, model: pathlib.Path, cases: dict[str, Cohort]
-) -> dict:
+def for_peers(x: points.Points, model: pathlib.Path, cases: dict[str, Cohort]) -> dict:
   """Returns all that a peer is told, for JSON.
 
   Args:
@@ -67,31 +65,33 @@ def for_peers(
   }
 
 
-def first_cohort(x: experiment.Experiment) -> Cohort:
+def first_cohort(x: points.Points) -> Cohort:
   """Returns the cohort of round 0, in numpy."""
-  cohorts = experiment.make_cohorts(x, 0)
+  cohorts = points.make_cohorts(x, 0)
   return jax.tree.map(lambda leaf: np.asarray(leaf[0, 0]), cohorts)
 
 
-def first_loss(x: experiment.Experiment, cohort: Cohort) -> float:
+def first_loss(x: points.Points, cohort: Cohort) -> float:
   """Returns the loss a token of the first client's first step.
 
   Adapters start at nothing, so it is the base's loss.
   """
   batch = jax.tree.map(lambda leaf: leaf[0, 0], cohort.batches)
   adapters = jax.tree.map(lambda leaf: leaf[0], x.initial_state.adapters)
-  total, tokens = jax.jit(x.rules.loss)(x.base, adapters, jnp.float32(1), batch)
+  total, tokens = jax.jit(x.experiment.rules.loss)(
+    x.base, adapters, jnp.float32(1), batch
+  )
   return float(total / tokens)
 
 
 @contextlib.contextmanager
-def model_files(x: experiment.Experiment) -> Iterator[pathlib.Path]:
+def model_files(x: points.Points) -> Iterator[pathlib.Path]:
   """Gives the files of the base that a peer can read, written if it is random."""
   source = x.config.model.source
   if not base_model.is_random(source):
     yield sources.resolve(source).path
     return
-  model = base_model.load(x.config, x.mesh)
+  model = base_model.load(x.config, x.experiment.mesh)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     params = jax.tree.map(np.asarray, model.params)
@@ -99,13 +99,13 @@ def model_files(x: experiment.Experiment) -> Iterator[pathlib.Path]:
     yield folder
 
 
-def plain_loss(x: experiment.Experiment, client: dict) -> float:
+def plain_loss(x: points.Points, client: dict) -> float:
   """Returns what `first_loss` does, of what a peer is told.
 
   Computed another way: example by example, with the logits of all words.
   """
   model, dtype = (
-    base_model.load(x.config, x.mesh),
+    base_model.load(x.config, x.experiment.mesh),
     base_model.compute_dtype(x.config),
   )
   log_probs = jax.jit(readout.make_log_probs(model.config, dtype))

@@ -83,7 +83,6 @@ SWEEPS = {
   # What the paper leaves open, one choice at a time.
   'open_choices': [
     {},
-    {'methods.tail_rounding': 'nearest', 'federated.gamma': 0.9},
     {'methods.prune_scope': 'matrix'},
     {'methods.weight_scope': 'layer'},
     {'methods.weight_scope': 'matrix'},

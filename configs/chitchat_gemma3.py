@@ -20,6 +20,6 @@ def get_config():
   c.client_optimizer.learning_rate = 2e-3
   c.data.context_turns = 3
   c.data.tokens_per_example, c.data.targets_per_example = 64, 24
-  c.eval.num_people, c.eval.examples_per_person, c.eval.every = 24, 2, 0
+  c.eval.num_people, c.eval.examples_per_person, c.eval.every = 24, 2, None
   c.checkpoint.every = 2
   return c

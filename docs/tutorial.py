@@ -15,23 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import hetlora_jax as hl
 from configs import tiny
-from hetlora_jax import base_model, config, experiment, lora, training
-from hetlora_jax.methods import aggregation, registry
+from hetlora_jax import lora, points, training
 
 folder = pathlib.Path(sys.argv[1] if sys.argv[1:] else tempfile.mkdtemp())
 
 # ## A run
 #
-# A configuration is a `ConfigDict` until `config.resolve` checks it and makes it
-# a frozen dataclass. `training.run` does what `launch.train` does: called again
+# A configuration is a `ConfigDict` until `hl.resolve` checks it and makes it
+# a frozen dataclass. `hl.train` does what `launch.train` does: called again
 # with the same folder it continues the run, or ends at once if all is done.
 
 c = tiny.get_config()
-c.federated.num_rounds, c.eval.every = 2, 0
+c.federated.num_rounds, c.eval.every = 2, None
 c.model.random.num_layers, c.lora.targets = 1, ('q', 'v')
-summary = training.run(config.resolve(c), folder / 'first')
-print('seen people:', summary['last']['eval/seen/perplexity'])
+run = hl.train(c, folder / 'first')
+print('seen people:', run.summary['last']['eval/seen/perplexity'])
 
 # ## Your own data
 #
@@ -104,21 +104,22 @@ params = {
 # Adapters are made for the matrices that you name; everything else is frozen.
 # Ranks, cohorts, checkpoints, metrics and all methods are as for any model.
 
-model = base_model.own(params, apply, ('mix', 'out'), Bytes())
+model = hl.own_model(params, apply, ('mix', 'out'), Bytes())
 c.model.source = 'bytes'  # a name, for the summary
 c.federated.num_rounds = 20
 c.client_optimizer.learning_rate = 0.05
-summary = training.run(config.resolve(c), folder / 'hetlora', model=model)
-print('own model:', summary['last']['eval/seen/perplexity'])
+run = hl.train(c, folder / 'hetlora', model=model)
+print('own model:', run.summary['last']['eval/seen/perplexity'])
 
 # ## Your own rule
 #
-# A rule is a function with the arguments of its role and a row in its table; a
-# flag then chooses it. Here the server only counts votes: every coordinate moves
+# A rule is a function with the arguments of its role, registered by a decorator; a
+# flag, or a row of METHODS, then chooses it. Here the server only counts votes: every coordinate moves
 # one step in the direction that most weight wants (Bernstein et al., 2018, arXiv
 # 1802.04434). Slots that a client does not own have no vote.
 
 
+@hl.rule('aggregation')
 def vote(updates, weights, server):
   """Moves each coordinate a step in the direction of the weighted majority."""
   share = lora.slot_masks(jax.tree.map(jnp.multiply, weights, updates.mask))
@@ -130,20 +131,19 @@ def vote(updates, weights, server):
   )
 
 
-aggregation.TABLE['vote'] = vote
-registry.METHODS['vote'] = registry.Method(
+hl.METHODS['vote'] = hl.Method(
   'majority vote: Bernstein et al., 2018, arXiv 1802.04434', aggregation='vote'
 )
 c.method = 'vote'
 
 # Points that differ in what the compiled program takes as data (seeds, learning
-# rates, lambda, gamma, ranks: `experiment.VARIES`) run together in one program.
+# rates, lambda, gamma, ranks: `hetlora_jax.config.VARIES`) run together in one program.
 
-points = []
+chosen = []
 for c.seed in (0, 1):
-  points.append(training.Point(config.resolve(c), folder / f'vote_{c.seed}'))
-for summary in training.run_points(points, model=model):
-  print('vote:', summary['last']['eval/seen/perplexity'])
+  chosen.append(training.Point(hl.resolve(c), folder / f'vote_{c.seed}'))
+for run in training.train_points(chosen, model=model):
+  print('vote:', run.summary['last']['eval/seen/perplexity'])
 
 # ## The round itself
 #
@@ -151,7 +151,7 @@ for summary in training.run_points(points, model=model):
 # cohorts and metrics have a leading axis of points, here of two, and cohorts and
 # metrics one of rounds before it. Nothing is written.
 
-x = experiment.prepare(*[p.config for p in points], model=model)
-cohort = experiment.make_cohorts(x, 0)
-state, metrics = x.run_rounds(x.base, x.initial_state, cohort, x.hyper)
+x = points.prepare(*[p.config for p in chosen], model=model)
+cohort = points.make_cohorts(x, 0)
+state, metrics = points.call(x, x.initial_state, cohort)
 print('ranks of the first point:', metrics['rank'][0, 0, :, 0])

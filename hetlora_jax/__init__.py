@@ -1,10 +1,31 @@
 """HetLoRA and its family: federated LoRA with a rank for every client, in JAX.
 
-Start reading at `hetlora_jax.rounds`.
+  import hetlora_jax as hl
+  run = hl.train('configs/tiny.py', 'runs/tiny')
+  run.history.plot()
+
+Start reading at `hetlora_jax.rounds`. Importing this changes nothing global.
 """
 
-import os
+from hetlora_jax.base_model import own as own_model
+from hetlora_jax.config import Config, ConfigError, default_config, resolve
+from hetlora_jax.methods.registry import METHODS, ROLES, Method, declare, rule
+from hetlora_jax.rounds import federated_round
+from hetlora_jax.run import Run
+from hetlora_jax.training import train
 
-# jaxlib's SVD runs in OpenBLAS, whose threads spin while XLA's own threads need
-# the cores: on two of them, two programs at once became 30 times slower.
-os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+__all__ = [
+  'METHODS',
+  'ROLES',
+  'Config',
+  'ConfigError',
+  'Method',
+  'Run',
+  'declare',
+  'default_config',
+  'federated_round',
+  'own_model',
+  'resolve',
+  'rule',
+  'train',
+]

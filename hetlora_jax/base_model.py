@@ -17,6 +17,7 @@ from hetlora_jax import formats, prng, sharding
 from hetlora_jax.config import Config, ConfigError, Model, RandomModel
 from hetlora_jax.data import people
 from hetlora_jax.models import decoder, readout, shapes
+from hetlora_jax.models.decoder import DecoderConfig
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.types import Array, Loss, PyTree
 
@@ -30,6 +31,8 @@ class BaseModel:
   loss: Loss
   tokenizer: people.Tokenizer
   identity: dict[str, Any]  # what a checkpoint belongs to, for JSON
+  # What generating and writing a whole model need; a model of yours has none.
+  decoder: DecoderConfig | None = None
 
 
 def of_config(config: Config, mesh: Mesh) -> BaseModel:
@@ -45,6 +48,7 @@ def of_config(config: Config, mesh: Mesh) -> BaseModel:
       'dtype': dtype.name,
       'shape': dataclasses.asdict(model.config),
     },
+    decoder=model.config,
   )
 
 
@@ -66,12 +70,17 @@ def own(
     tokenizer: has `bos_id` and `encode`.
 
   Raises:
-    ConfigError: a target is no such matrix.
+    ConfigError: a target is no such matrix, or a name is there twice.
   """
-  named = {
-    str(path[-1].key): np.asarray(leaf)
-    for path, leaf in jax.tree.leaves_with_path(params)
-  }
+  named: dict[str, np.ndarray] = {}
+  for path, leaf in jax.tree.leaves_with_path(params):
+    name = str(path[-1].key)
+    if name in named:
+      raise ConfigError(
+        f'the model has two parameters {name!r}, and adapters are added by name: '
+        'give each a name of its own.'
+      )
+    named[name] = np.asarray(leaf)
   for target in targets:
     if target not in named or named[target].ndim != 3:
       known = [name for name, leaf in named.items() if leaf.ndim == 3]

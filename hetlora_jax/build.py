@@ -9,14 +9,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from hetlora_jax import client, lora, prng, ranks, robust, rounds, server, sharding
-from hetlora_jax.checks import SCALE_RULES
-from hetlora_jax.config import Config, ConfigError
+from hetlora_jax import client, lora, optimizers, prng, ranks, robust, server, sharding
+from hetlora_jax.config import FIELDS, SCALE_RULES, Config, ConfigError
+from hetlora_jax.fields import lookup
 from hetlora_jax.formats import peft
-from hetlora_jax.methods import aggregation, personal, redistribution, registry, tail
-from hetlora_jax.methods.registry import ROLES, rule_names
+from hetlora_jax.methods import tail
 from hetlora_jax.types import (
   Adapters,
   Array,
@@ -27,21 +25,8 @@ from hetlora_jax.types import (
   Memory,
   PyTree,
   Rules,
-  Server,
   ServerState,
 )
-
-_CLIENT_OPTIMIZERS = {
-  'adam': lambda lr, decay: optax.adam(lr),
-  'adamw': lambda lr, decay: optax.adamw(lr, weight_decay=decay),
-  'sgd': lambda lr, decay: optax.sgd(lr),
-}
-_SERVER_OPTIMIZERS = {
-  'sgd': optax.sgd,
-  'momentum': functools.partial(optax.sgd, momentum=0.9),
-  'adam': functools.partial(optax.adam, b2=0.99, eps=1e-3),
-  'yogi': functools.partial(optax.yogi, b2=0.99),
-}
 
 
 def _scale(rank_G: Array, hyper: Hyperparameters, *, power: float) -> Array:
@@ -50,12 +35,25 @@ def _scale(rank_G: Array, hyper: Hyperparameters, *, power: float) -> Array:
   return hyper.lora_scale / mean_rank**power
 
 
-def _bind(rule, **choices):
-  """Gives a rule those of the static choices that it names as keywords."""
-  wanted = inspect.signature(rule).parameters
-  return functools.partial(
-    rule, **{name: x for name, x in choices.items() if name in wanted}
-  )
+def _bound_rule(config: Config, role: str) -> Callable:
+  """Returns a rule's function, given the fields that its keywords are named after.
+
+  They may be any of `config.methods` and `config.lora`.
+  """
+  function = config.rules[role].function
+  wanted = {
+    name
+    for name, p in inspect.signature(function).parameters.items()
+    if p.kind == p.KEYWORD_ONLY and p.default is p.empty
+  }
+  known = dataclasses.asdict(config.lora) | dataclasses.asdict(config.methods)
+  if unknown := wanted - set(known):
+    raise ConfigError(
+      f'the {role} {config.rules[role].name!r} has the keyword {unknown.pop()!r}, which '
+      'is no field of config.methods or config.lora: name it after one, or give it a '
+      'default.'
+    )
+  return functools.partial(function, **{name: known[name] for name in wanted})
 
 
 def _scale_carriers(config: Config) -> tuple[float, float]:
@@ -64,10 +62,8 @@ def _scale_carriers(config: Config) -> tuple[float, float]:
   Adapters whose product is averaged and factored anew must keep their product
   when they move between scales; of others `lora.fold_scale` decides.
   """
-  names = rule_names(config)
-  power_a = redistribution.SPLITS.get(names['redistribution'])
-  if names['redistribution'] == 'fold_residual':
-    power_a = 0.5 if names['aggregation'] in aggregation.PRODUCT_SPACE else None
+  split = config.rules['redistribution'].power_a
+  power_a = split('product space' in config.traits) if split else None
   if power_a is None:
     return (0.5, 0.5) if config.lora.fold_scale else (0.0, 0.0)
   return power_a, 1 - power_a
@@ -79,9 +75,9 @@ def clients_at_once(config: Config) -> tuple[int, int]:
   The second includes padding. A client that trains the base is a copy of it, so
   a device trains one at a time unless told otherwise.
   """
-  f, names = config.federated, rule_names(config)
-  clients = 1 if names['cohort'] == 'pooled' else f.clients_per_round
-  at_once = f.clients_at_once or int(names['trainable'] == 'base')
+  f, traits = config.federated, config.traits
+  clients = 1 if 'pooled' in traits else f.clients_per_round
+  at_once = f.clients_at_once or (1 if 'base' in traits else None)
   return sharding.chunks(clients, at_once, config.mesh.clients)
 
 
@@ -95,110 +91,87 @@ def _tamper(config: Config) -> Callable:
   )
 
 
-def _bound(config: Config) -> Callable:
+def _norm_bound(config: Config) -> Callable:
   """Returns what the server does to a change before it looks at it."""
   norm = config.federated.norm_bound
-  if not norm:
+  if norm is None:
     return lambda received, trained: trained
   return functools.partial(robust.bounded, norm=norm)
 
 
 def make_rules(config: Config, loss: Loss) -> Rules:
   """Binds every static choice of the round."""
-  names, m = rule_names(config), config.methods
-  rule = {
-    role: _bind(
-      ROLES[role][name],
-      rounding=m.tail_rounding,
-      scope=m.weight_scope,
-      init=config.lora.init,
-      trim=m.trim,
-      power_a=redistribution.SPLITS.get(name),
-    )
-    for role, name in names.items()
-    if callable(ROLES[role][name])
-  }
-  o, trains_base = config.client_optimizer, names['trainable'] == 'base'
+  m, o, traits = config.methods, config.client_optimizer, config.traits
   at_once, clients = clients_at_once(config)
 
   def client_optimizer(hyper: Hyperparameters):
-    rate = hyper.full_learning_rate if trains_base else hyper.client_learning_rate
-    return _CLIENT_OPTIMIZERS[o.name](rate, o.weight_decay)
+    full = 'base' in traits
+    rate = hyper.full_learning_rate if full else hyper.client_learning_rate
+    return optimizers.CLIENT[o.name](rate, o.weight_decay)
 
   return Rules(
     loss=loss,
     scale=functools.partial(_scale, power=SCALE_RULES[config.lora.scale_rule]),
     scale_carriers=_scale_carriers(config),
-    distribute=rule['distribution'],
-    personal=personal.TABLE[names['personal']],
-    objective=rule['objective'],
-    trainable=rule['trainable'],
-    trains_base=trains_base,
+    distribute=_bound_rule(config, 'distribution'),
+    personal=config.rules['personal'].own_factors,
+    objective=_bound_rule(config, 'objective'),
+    trainable=_bound_rule(config, 'trainable'),
+    trains_base='base' in traits,
     client_optimizer=client_optimizer,
     tamper=_tamper(config),
-    bound=_bound(config),
-    tail_norms=functools.partial(tail.norms, rounding=m.tail_rounding),
-    prune=rule['pruning'],
+    bound=_norm_bound(config),
+    tail_norms=tail.norms,
+    prune=_bound_rule(config, 'pruning'),
     prune_against=m.prune_against,
     keep_pruned_rank=m.keep_pruned_rank,
-    weigh=rule['weighting'],
-    product_space=names['aggregation'] in aggregation.PRODUCT_SPACE,
-    aggregate=rule['aggregation'],
-    redistribute=rule['redistribution'],
-    server_optimizer=_SERVER_OPTIMIZERS[config.server_optimizer.name],
-    clients_at_once=0 if at_once == clients else at_once,
+    weigh=_bound_rule(config, 'weighting'),
+    product_space='product space' in traits,
+    aggregate=_bound_rule(config, 'aggregation'),
+    redistribute=_bound_rule(config, 'redistribution'),
+    server_optimizer=optimizers.SERVER[config.server_optimizer.name],
+    clients_at_once=None if at_once == clients else at_once,
   )
 
 
 def make_hyperparameters(config: Config) -> Hyperparameters:
   """Returns what may vary without recompiling, as numpy scalars."""
-  f, o = config.federated, config.client_optimizer
-  return Hyperparameters(
-    seed=np.uint32(config.seed),
-    client_learning_rate=np.float32(o.learning_rate),
-    full_learning_rate=np.float32(o.full_learning_rate),
-    server_learning_rate=np.float32(config.server_optimizer.learning_rate),
-    dropout=np.float32(f.dropout),
-    tail_penalty=np.float32(f.tail_penalty),
-    gamma=np.float32(f.gamma),
-    r_min=np.int32(f.r_min),
-    proximal=np.float32(f.proximal),
-    energy=np.float32(config.methods.energy or registry.METHODS[config.method].energy),
-    lora_scale=np.float32(config.lora.scale),
-  )
+  types = {int: np.int32, float: np.float32}
+  scalars = {}
+  for path, f in FIELDS.items():
+    section, _, name = path.rpartition('.')
+    if traced := f.declaration.traced:
+      value = config.chosen(name) if section == 'methods' else lookup(config, path)
+      scalars[traced] = types[f.type](value)
+  # Any seed of 32 bits.
+  return Hyperparameters(**scalars | {'seed': np.uint32(config.seed)})
 
 
 def draw_ranks(config: Config, num_examples_N: np.ndarray) -> np.ndarray:
-  """Draws every person's rank, [N]; where all get every slot it is r_max.
+  """Draws every client's rank, [N]; where all get every slot it is r_max.
 
   In full fine-tuning there are no adapters, and it is 0.
   """
-  r, f, names = config.ranks, config.federated, rule_names(config)
-  if names['distribution'] == 'full':
-    rank = 0 if names['trainable'] == 'base' else f.r_max
+  f, traits = config.federated, config.traits
+  if 'all slots' in traits:
+    rank = 0 if 'base' in traits else f.r_max
     return np.full(len(num_examples_N), rank, np.int32)
   return ranks.draw(
     prng.host_stream(config.seed, 'ranks'),
     len(num_examples_N),
-    distribution=r.distribution,
     r_min=f.r_min,
     r_max=f.r_max,
-    exponent=r.exponent,
-    explicit=r.explicit,
-    tiers=r.tiers,
-    tier_fractions=r.tier_fractions,
     num_examples=num_examples_N,
-    data_correlation=r.data_correlation,
+    **dataclasses.asdict(config.ranks),
   )
 
 
 def _residual(config: Config, dims: dict, base: PyTree) -> Deltas:
   """Returns zeros for whatever the method changes of the base, by name."""
-  names = rule_names(config)
-  if names['trainable'] == 'base':
+  if 'base' in config.traits:
     leaves = jax.tree.leaves_with_path(base)
     return {path[-1].key: jnp.zeros(x.shape) for path, x in leaves}
-  if names['redistribution'] in redistribution.FOLDING:
+  if 'folds' in config.traits:
     return {t: jnp.zeros(shape) for t, shape in dims.items()}
   return {}
 
@@ -222,9 +195,9 @@ def _from_peft(
     t: Lora(jnp.where(live[:, None], x.a, adapters[t].a), jnp.asarray(x.b))
     for t, (x, live) in found.items()
   }
-  if rule_names(config)['redistribution'] in redistribution.EMPTYING:
-    start = redistribution.fold_all(adapters, {}, Server(adapters, scale), hyper)
-    return start.adapters, start.fold
+  if 'empties' in config.traits:
+    emptied = {t: Lora(x.a, jnp.zeros_like(x.b)) for t, x in adapters.items()}
+    return emptied, lora.deltas(adapters, scale)
   return adapters, residual
 
 
@@ -268,43 +241,3 @@ def init_state(
   now = client.global_adapters(rules, state, hyper)
   moved = server.parameters(rules, now, residual)
   return dataclasses.replace(state, opt_state=optimizer.init(moved))
-
-
-def make_rounds(rules: Rules, mesh, state: ServerState, points_at_once=1):
-  """Jits many rounds of many points on a mesh, donating the state.
-
-  Args:
-    rules: the method's.
-    mesh: the devices.
-    state: of all points, leaves [K, ...]; only shapes are read.
-    points_at_once: how many points a device vmaps; 0 is all of its own.
-
-  Returns:
-    (base, state, cohorts, hyper) -> (state, metrics), where the leaves of
-    `state` and `hyper` are [K, ...], of `cohorts` [rounds, K, C, ...] and of
-    the metrics [rounds, K, ...].
-  """
-  everywhere = sharding.replicated(mesh)
-  state_sharding = sharding.by_name(mesh, state, points=True)
-  one_round = sharding.each_point(
-    mesh,
-    functools.partial(rounds.federated_round, rules),
-    (None, 0, 0, 0),
-    points_at_once,
-  )
-
-  def many_rounds(base, state, cohorts, hyper):
-    def step(state, cohort):
-      return one_round(base, state, cohort, hyper)
-
-    return jax.lax.scan(step, state, cohorts)
-
-  return jax.jit(
-    many_rounds,
-    in_shardings=(
-      None, state_sharding, sharding.over_clients(mesh),
-      sharding.over_points(mesh),
-    ),
-    out_shardings=(state_sharding, everywhere),
-    donate_argnums=(1,),
-  )  # fmt: skip

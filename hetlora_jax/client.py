@@ -1,7 +1,8 @@
-"""A client's side of a round: receive, train, prune, report."""
+"""The clients' side of a round: receive, train, prune, report."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from hetlora_jax.types import (
   Array,
   Batch,
   ClientUpdates,
+  Cohort,
   Deltas,
   Hyperparameters,
   Memory,
@@ -49,20 +51,41 @@ def global_adapters(rules: Rules, state: ServerState, hyper: Hyperparameters) ->
   return Server(state.adapters, rules.scale(whole_rank(state), hyper))
 
 
-def receive(
-  rules: Rules,
-  server: Server,
-  memory: Memory,
-  hyper: Hyperparameters,
-  key: Array,
-) -> tuple[View, Array]:
-  """Distributes to one client.
+def recall(state: ServerState, client_id: Array) -> Memory:
+  """Returns what is remembered of one client, or of several: leaves [..., G]."""
+  return jax.tree.map(lambda x: x.at[client_id].get(mode='clip'), state.memory)
 
-  Returns what it trains from, and by which ratio its LoRA scale is smaller
-  than the server's (see `lora.rescale`).
+
+def _key(state: ServerState, hyper: Hyperparameters, client_id: Array) -> Array:
+  """Returns the key of all that is drawn for a client in this round."""
+  return prng.stream(hyper.seed, 'client', state.round, client_id)
+
+
+def sent_to(
+  rules: Rules,
+  state: ServerState,
+  hyper: Hyperparameters,
+  client_id: Array,
+  memory: Memory | None = None,
+) -> tuple[View, Array]:
+  """Distributes to one client, exactly as the next round does.
+
+  Args:
+    rules: the method's.
+    state: the server's.
+    hyper: hyper-parameters.
+    client_id: [] int32.
+    memory: what is remembered of the client; None: what the state remembers.
+
+  Returns:
+    What the client trains from, with the factors that it keeps to itself, and by
+    which ratio its LoRA scale is smaller than the server's (see `lora.rescale`).
   """
+  memory = recall(state, client_id) if memory is None else memory
+  server = global_adapters(rules, state, hyper)
   scale = rules.scale(memory.rank, hyper)
   masks = ranks.masks(memory.rank, server.adapters)
+  key = _key(state, hyper, client_id)
   view = rules.distribute(server.adapters, masks, scale, key)
   own = {t: x._replace(**memory.personal[t]) for t, x in view.adapters.items()}
   ratio = server.scale / scale
@@ -131,44 +154,56 @@ def _prune(rules: Rules, sent: Adapters, trained: Adapters, memory, hyper):
   return pruned_G, jax.tree.map(lambda b, a: 1 - b + a, before, after)
 
 
+class Report(NamedTuple):
+  """What is known of a client after its round; zeros where it is not finite."""
+
+  updates: ClientUpdates  # what it sends
+  memory: Memory  # what is remembered of it
+  rank: Array  # [G], after pruning
+  loss: Array  # [], summed over tokens
+  tokens: Array  # []
+  finite: Array  # [] bool; if not, it sends nothing
+
+
 def take_part(
   rules: Rules,
   base: PyTree,
   state: ServerState,
   hyper: Hyperparameters,
   client: Client,
-) -> tuple[Deltas, tuple[ClientUpdates, Memory, Array, Array, Array, Array]]:
-  """Runs one client's round.
+) -> tuple[Deltas, Report]:
+  """Runs one client's round: receives, trains, prunes.
 
-  Returns its share of the change of the base, and, to be stacked: what it
-  sends, what is remembered of it, its rank, its summed token loss and token
-  count, and whether all of this is finite; if not, it sends nothing.
+  Returns its share in the mean change of the base, {} unless that is trained, and
+  its report.
   """
   memory = client.memory
-  key = prng.stream(hyper.seed, 'client', state.round, client.id)
-  server = global_adapters(rules, state, hyper)
-  view, ratio = receive(rules, server, memory, hyper, key)
+  view, ratio = sent_to(rules, state, hyper, client.id, memory)
   change = state.residual if rules.trains_base else {}
   received = Trained(view.adapters, jax.tree.map(jnp.zeros_like, change))
   trained, loss, tokens = local_update(
     rules, base, received, view, memory.rank, client.batches, state.round,
-    hyper, key,
+    hyper, _key(state, hyper, client.id),
   )  # fmt: skip
+
+  # What a client of ill will does to its change, and the server against it.
   trained = rules.tamper(received, trained, client.id, hyper.seed)
   trained = rules.bound(received, trained)
-  sound = robust.sound((trained, loss))
-  trained, loss, tokens = robust.only_if(sound, (trained, loss, tokens))
-  adapters = trained.adapters
-  rank_G, kept = _prune(rules, view.adapters, adapters, memory, hyper)
+  finite = robust.sound((trained, loss))
+  trained, loss, tokens = robust.only_if(finite, (trained, loss, tokens))
+
+  # Self-pruning: slots that are given up are zero, and not sent.
+  rank_G, kept = _prune(rules, view.adapters, trained.adapters, memory, hyper)
   mask = jax.tree.map(jnp.multiply, view.mask, kept)
-  adapters = lora.truncate(adapters, mask)
+  adapters = lora.truncate(trained.adapters, mask)
   tails = rules.tail_norms(adapters, rank_G, hyper.gamma)
+
   power_a, power_b = rules.scale_carriers
   updates = ClientUpdates(
     adapters=lora.rescale(adapters, 1 / ratio, rules.scale_carriers),
     mask=mask,
     scale=view.scale * ratio ** (power_a + power_b),
-    num_examples=jnp.where(sound, client.num_examples, 0),
+    num_examples=jnp.where(finite, client.num_examples, 0),
     norm=lora.delta_norms(adapters, view.scale),
   )
   memory = Memory(
@@ -179,21 +214,77 @@ def take_part(
     },
   )
   shared = jax.tree.map(lambda x: client.share * x, trained.change)
-  return shared, (updates, memory, rank_G, loss, tokens, sound)
+  return shared, Report(updates, memory, rank_G, loss, tokens, finite)
 
 
-def each(function: Callable, clients: PyTree, at_once: int) -> tuple:
+def train(
+  rules: Rules,
+  base: PyTree,
+  state: ServerState,
+  cohort: Cohort,
+  hyper: Hyperparameters,
+  reports_C: Array,
+) -> tuple[Report, Deltas, Array]:
+  """Runs the round of every client of a cohort, each for itself.
+
+  Args:
+    rules: the method's.
+    base: with what has been folded into it.
+    state: the server's.
+    cohort: its clients.
+    hyper: hyper-parameters.
+    reports_C: which of them will report.
+
+  Returns:
+    Their reports, [C, ...]; the weighted mean of their changes of the base, {} unless
+    that is trained; and each client's share in this mean, [C].
+  """
+  num_examples_C = jnp.where(reports_C, cohort.num_examples, 0)
+  share_C = _shares(rules, num_examples_C)
+  change, reports = each(
+    functools.partial(take_part, rules, base, state, hyper),
+    Client(
+      id=cohort.client_id,
+      num_examples=num_examples_C,
+      share=share_C,
+      memory=recall(state, cohort.client_id),
+      batches=cohort.batches,
+    ),
+    rules.clients_at_once,
+  )
+  return reports, *_renormalized(change, share_C, reports.finite)
+
+
+def _shares(rules: Rules, num_examples_C: Array) -> Array:
+  """Returns each client's aggregation weight for full fine-tuning deltas."""
+  alike = jnp.ones_like(num_examples_C)
+  weights = rules.weigh(
+    num_examples_C, {'base': alike[:, None, None]}, {'base': alike[:, None]}
+  )
+  return weights['base'][:, 0, 0]
+
+
+def _renormalized(
+  change: Deltas, share_C: Array, finite_C: Array
+) -> tuple[Deltas, Array]:
+  """Renormalizes a weighted mean after dropping clients that are not finite."""
+  left = (share_C * finite_C).sum()
+  more = jnp.where(finite_C.all() | (left == 0), 1.0, 1 / left)
+  return jax.tree.map(lambda x: x * more, change), share_C * finite_C * more
+
+
+def each(function: Callable, clients: PyTree, at_once: int | None) -> tuple:
   """Calls a function of one client for all, some at once, on a leading axis.
 
   Args:
     function: client -> (to be summed, to be stacked).
     clients: leaves [C, ...].
     at_once: how many are vmapped, a divisor of C; the others wait in a scan,
-      so that no more copies of a sum ever exist. 0 is all.
+      so that no more copies of a sum ever exist. None: all.
   """
   count = jax.tree.leaves(clients)[0].shape[0]
   at_once = at_once or count
-  # The clients of a chunk lie evenly over the axis, so over the devices too.
+  # Interleave the chunks, so that every chunk uses every device.
   chunks = jax.tree.map(
     lambda x: x.reshape(at_once, -1, *x.shape[1:]).swapaxes(0, 1), clients
   )

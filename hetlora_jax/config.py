@@ -1,288 +1,728 @@
-"""The border: a ConfigDict in, frozen dataclasses out, or an error at once.
+"""Every field of an experiment, declared once.
 
-No defaults live here; `configs/default.py` has every number.
+A ConfigDict or a file of one comes in, frozen sections go out, or a ConfigError that
+names the field at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
-import re
-import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
-from hetlora_jax import checks, files
-from hetlora_jax.checks import ConfigError
+from hetlora_jax import fields, files, lora, optimizers, ranks
+from hetlora_jax.data import partition
+from hetlora_jax.fields import ConfigError, field, flat, section
+from hetlora_jax.methods import registry, tail
+from hetlora_jax.methods.registry import METHODS, ROLES, Rule
+from hetlora_jax.models import decoder, shapes
 
-_record = dataclasses.dataclass(frozen=True, kw_only=True)
+SCALE_RULES = {'constant': 0.0, 'alpha_over_r': 1.0, 'alpha_over_sqrt_r': 0.5}
+WIRE_DTYPES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # bytes
 
 
-@_record
+@section
 class Federated:
-  num_rounds: int
-  clients_per_round: int
-  sampling: str
-  local_steps: int
-  local_batch: int
-  min_local_steps: int
-  dropout: float
-  r_min: int
-  r_max: int
-  gamma: float
-  tail_penalty: float
-  proximal: float
-  norm_bound: float
-  clients_at_once: int
-  rounds_per_call: int
+  """A round: who takes part, and what each does."""
+
+  num_rounds: int = field(
+    20, 'Rounds of federated training.', at_least=1, changeable=True
+  )
+  clients_per_round: int = field(
+    10, 'Clients sampled for a round, without replacement.', at_least=1
+  )
+  sampling: str = field(
+    'uniform',
+    "How clients are sampled: 'uniform', or 'by_size' of their data.",
+    choices=('uniform', 'by_size'),
+  )
+  local_steps: int = field(
+    5, 'Optimizer steps that a client takes in a round.', at_least=1
+  )
+  local_batch: int = field(8, 'Examples of a step.', at_least=1)
+  min_local_steps: int | None = field(
+    None,
+    'Fewest steps: each client takes a random number from here to local_steps. None: '
+    'all take local_steps.',
+    at_least=1,
+  )
+  dropout: float = field(
+    0.0,
+    'Chance that a client trains and never reports.',
+    at_least=0,
+    below=1,
+    traced='dropout',
+  )
+  r_min: int = field(
+    5, 'Smallest rank; no client prunes below it.', at_least=1, traced='r_min'
+  )
+  r_max: int = field(
+    50, 'Largest rank, and the number of rank slots of every adapter.', at_least=1
+  )
+  gamma: float = field(
+    0.99,
+    'Decay factor in (0, 1]: the tail is slots [gamma r, r). 1 never prunes.',
+    above=0,
+    at_most=1,
+    traced='gamma',
+  )
+  tail_penalty: float = field(
+    0.1,
+    "Lambda, the weight of ||B_tail|| ||A_tail|| in a client's loss.",
+    at_least=0,
+    traced='tail_penalty',
+  )
+  proximal: float = field(
+    0.01,
+    "Mu, the weight of ||theta - theta_received||^2 / 2 ('proximal').",
+    at_least=0,
+    traced='proximal',
+  )
+  norm_bound: float | None = field(
+    None,
+    'Longest change that a client may send, in L2 over all it trained. None: any.',
+    above=0,
+  )
+  clients_at_once: int | None = field(
+    None,
+    'Clients that a device trains at once, the memory dial. None: all of its own.',
+    at_least=1,
+    changeable=True,
+  )
+  rounds_per_call: int = field(
+    1,
+    'Rounds in one call of the compiled program; evaluations, checkpoints and Ctrl-C '
+    'wait for its end.',
+    at_least=1,
+    changeable=True,
+  )
 
 
-@_record
+@section
 class Ranks:
-  distribution: str
-  exponent: float
-  explicit: tuple[int, ...]
-  tiers: tuple[int, ...]
-  tier_fractions: tuple[float, ...]
-  data_correlation: float
+  """Which client has which rank."""
+
+  distribution: str = field(
+    'power_law',
+    "Who gets which rank: 'uniform', 'power_law', 'normal', 'explicit', 'tiers'.",
+    choices=ranks.DISTRIBUTIONS,
+    varies=True,
+  )
+  exponent: float = field(
+    1.0,
+    'Exponent of the power law p(r) ~ r**-exponent on [r_min, r_max].',
+    at_least=0,
+    varies=True,
+  )
+  explicit: tuple[int, ...] = field(
+    (5, 50),
+    "Ranks of client 0, 1, ..., repeated ('explicit').",
+    at_least=1,
+    varies=True,
+  )
+  tiers: tuple[int, ...] = field(
+    (5, 20, 50), "Ranks of the device tiers ('tiers').", at_least=1, varies=True
+  )
+  tier_fractions: tuple[float, ...] = field(
+    (0.6, 0.3, 0.1),
+    'Share of the clients in each tier; sums to 1.',
+    at_least=0,
+    at_most=1,
+    varies=True,
+  )
+  data_correlation: float = field(
+    0.0,
+    'Correlation of rank with the number of examples, in [-1, 1].',
+    at_least=-1,
+    at_most=1,
+    varies=True,
+  )
 
 
-@_record
+def _role(role: str, help: str) -> Any:
+  return field(None, f"{help} None: the method's.", choices=ROLES[role])
+
+
+@section
 class Methods:
-  distribution: str
-  objective: str
-  trainable: str
-  personal: str
-  pruning: str
-  weighting: str
-  aggregation: str
-  redistribution: str
-  cohort: str
-  energy: float
-  count_examples: str
-  tail_rounding: str
-  prune_scope: str
-  prune_against: str
-  keep_pruned_rank: bool
-  weight_scope: str
-  trim: float
+  """The method's rules, one by one, and their choices."""
+
+  distribution: str | None = _role('distribution', 'What a client is sent.')
+  objective: str | None = _role('objective', 'What a client minimises.')
+  trainable: str | None = _role(
+    'trainable', "Which factors a client trains, or the 'base' instead."
+  )
+  personal: str | None = _role(
+    'personal', "Which factors stay with the client: 'none', 'b' or 'both'."
+  )
+  pruning: str | None = _role('pruning', 'Which rank a client keeps after training.')
+  weighting: str | None = _role('weighting', 'How much each client counts.')
+  aggregation: str | None = _role(
+    'aggregation', "How the clients' adapters become one."
+  )
+  redistribution: str | None = _role(
+    'redistribution', "From the aggregate to the server's adapters."
+  )
+  cohort: str | None = _role(
+    'cohort', "Clients train 'separate', or on their 'pooled' data as one."
+  )
+  energy: float | None = field(
+    None,
+    'Share of squared singular values (or slots) that rules of that name keep. None: '
+    "the method's.",
+    above=0,
+    at_most=1,
+    traced='energy',
+  )
+  count_examples: str = field(
+    'dataset',
+    "Examples that weigh a client: of its 'dataset', or trained on in a 'round'.",
+    choices=('dataset', 'round'),
+  )
+  prune_scope: str = field(
+    'client',
+    "One rank for a 'client', or one for each 'matrix'.",
+    choices=('client', 'matrix'),
+  )
+  prune_against: str = field(
+    'received',
+    "A tail must become smaller than the one 'received' or 'last_trained'.",
+    choices=('received', 'last_trained'),
+  )
+  keep_pruned_rank: bool = field(True, 'Whether a pruned rank holds in later rounds.')
+  weight_scope: str = field(
+    'model',
+    "Norm weights over the whole 'model', a 'layer', or a 'matrix'.",
+    choices=('model', 'layer', 'matrix'),
+  )
+  trim: float = field(
+    0.1,
+    "Share of a slot's owners that 'trimmed_mean' cuts off at each end.",
+    at_least=0,
+    below=0.5,
+  )
 
 
-@_record
+@section
 class Faults:
-  malicious: float
-  malicious_scale: float
+  """Clients that do not do as they should."""
+
+  malicious: float = field(
+    0.0,
+    'Share of the clients that multiply the change they send.',
+    at_least=0,
+    at_most=1,
+  )
+  malicious_scale: float = field(
+    100.0, 'By what; inf makes it not finite, and they are left out.', finite=False
+  )
 
 
-@_record
+@section
 class LoraConfig:
-  targets: tuple[str, ...]
-  scale: float
-  scale_rule: str
-  fold_scale: bool
-  init: str
-  from_peft: str
+  """The adapters."""
+
+  targets: tuple[str, ...] = field(
+    ('q', 'v'), 'Adapted matrices: any of q, k, v, o, gate, up, down.'
+  )
+  scale: float = field(
+    2.0,
+    'LoRA scale (or alpha, under the other rules): delta W = scale A B.',
+    at_least=0,
+    traced='lora_scale',
+  )
+  scale_rule: str = field(
+    'constant',
+    "'constant', 'alpha_over_r' or 'alpha_over_sqrt_r'.",
+    choices=SCALE_RULES,
+  )
+  fold_scale: bool = field(
+    False, "Whether averaged factors take up sqrt(scale) of each client's scale."
+  )
+  init: str = field(
+    'gaussian',
+    "How A is drawn: 'gaussian' or 'kaiming_uniform'; B starts at zero.",
+    choices=lora.INITS,
+  )
+  from_peft: str | None = field(
+    None, 'PEFT folder with the adapters to start from, of any rank up to r_max.'
+  )
 
 
-@_record
+@section
 class ClientOptimizer:
-  name: str
-  learning_rate: float
-  full_learning_rate: float
-  weight_decay: float
+  """What a client steps with."""
+
+  name: str = field(
+    'adam',
+    "'adam', 'adamw' or 'sgd'; moments start afresh every round.",
+    choices=optimizers.CLIENT,
+  )
+  learning_rate: float = field(
+    1e-3,
+    'Learning rate of the clients.',
+    at_least=0,
+    traced='client_learning_rate',
+  )
+  full_learning_rate: float = field(
+    1e-5,
+    'Learning rate of clients that train the base (full fine-tuning).',
+    at_least=0,
+    traced='full_learning_rate',
+  )
+  weight_decay: float = field(0.0, "Decoupled weight decay ('adamw' only).", at_least=0)
 
 
-@_record
+@section
 class ServerOptimizer:
-  name: str
-  learning_rate: float
+  """What the server steps with."""
+
+  name: str = field(
+    'sgd',
+    "'sgd', 'momentum', 'adam' or 'yogi' on the pseudo-gradient.",
+    choices=optimizers.SERVER,
+  )
+  learning_rate: float = field(
+    1.0,
+    'Learning rate of the server; sgd at 1.0 takes the aggregate as it is.',
+    at_least=0,
+    traced='server_learning_rate',
+  )
 
 
-@_record
+@section
 class RandomModel:
-  seed: int
-  width: int
-  num_layers: int
-  num_heads: int
-  head_dim: int
-  mlp_width: int
-  vocab_size: int
+  """Shape of a model that is just 'random', of the Gemma 3 family."""
+
+  seed: int = field(0, 'Seed of its parameters.', at_least=0)
+  width: int = field(64, 'Width of the residual stream.', at_least=1)
+  num_layers: int = field(2, 'Number of layers.', at_least=1)
+  num_heads: int = field(4, 'Query heads; half as many key-value heads.', at_least=1)
+  head_dim: int = field(16, 'Width of a head.', at_least=1)
+  mlp_width: int = field(128, 'Hidden width of the MLP.', at_least=1)
+  vocab_size: int = field(
+    384, 'Vocabulary of the tokenizer that is trained on the data.', at_least=1
+  )
 
 
-@_record
+@section
 class Model:
-  source: str
-  dtype: str
-  remat: bool
-  random: RandomModel
+  """The base model."""
+
+  source: str = field(
+    'gemma3_270m',
+    "'gemma3_270m', 'smollm2_135m', a .gguf, a Hugging Face folder, 'random', or "
+    "'random:gemma3_1b': random weights in a published shape (models/shapes.py).",
+  )
+  dtype: str = field(
+    'auto',
+    "'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.",
+    choices=('auto', 'float32', 'bfloat16'),
+    changeable=True,
+  )
+  remat: bool = field(
+    False,
+    'Recompute all of a layer in the backward pass, products too: least memory.',
+  )
+  random: RandomModel = RandomModel()
 
 
-@_record
+@section
 class Data:
-  name: str
-  path: str
-  partition: str
-  partition_clients: int
-  partition_alpha: float
-  partition_seed: int
-  min_examples: int
-  num_people: int
-  copies: int
-  unseen_fraction: float
-  heldout_fraction: float
-  context_turns: int
-  row_tokens: int
-  tokens_per_example: int
-  targets_per_example: int
+  """Whose examples, and how many tokens of them."""
+
+  name: str = field(
+    'chitchat',
+    "Data set: 'chitchat', 'mail_subject', 'multi_session_chat', 'reddit_tldr', "
+    "'synthetic', or 'text_folder': your own data (docs/data.md).",
+  )
+  path: str | None = field(
+    None, 'File or folder of your data, or of a data set that you downloaded.'
+  )
+  partition: str = field(
+    partition.NATURAL,
+    "Who the clients are: 'natural' (who wrote it), or made by a rule from all "
+    "examples: 'iid', 'dirichlet', 'by_size', 'pathological'.",
+    choices=(partition.NATURAL, *partition.PARTITIONERS),
+  )
+  partition_clients: int = field(100, 'Clients that such a rule makes.', at_least=1)
+  partition_alpha: float = field(
+    1.0,
+    "Its number: of 'dirichlet' the concentration, of 'by_size' the exponent of the "
+    "power law, of 'pathological' the shards of one label that a client gets.",
+    above=0,
+  )
+  partition_seed: int = field(
+    0, 'Its seed, so that clients are the same for every `seed`.', at_least=0
+  )
+  min_examples: int = field(20, 'Clients with fewer examples are left out.', at_least=1)
+  num_people: int | None = field(
+    None, 'Clients that may be trained, the same for every seed. None: all.', at_least=1
+  )
+  copies: int = field(
+    1,
+    'Clients that each of them stands for, with the same examples, but ranks and draws '
+    'of their own: a population larger than the data set.',
+    at_least=1,
+  )
+  unseen_fraction: float = field(
+    0.2, 'Share of the people that is never trained on.', above=0, below=1
+  )
+  heldout_fraction: float = field(
+    0.2,
+    "Share of a client's examples, the latest, kept for evaluation.",
+    above=0,
+    below=1,
+  )
+  context_turns: int = field(
+    4, 'Turns of context before the target, at most 4.', at_least=1, at_most=4
+  )
+  row_tokens: int = field(256, 'Tokens of a packed row.', at_least=1)
+  tokens_per_example: int = field(
+    96,
+    'Room for tokens, times local_batch; longer contexts lose their start, texts that '
+    'are summed up their end.',
+    at_least=1,
+  )
+  targets_per_example: int = field(
+    32,
+    'Room for target tokens, times local_batch; longer targets lose their end.',
+    at_least=1,
+  )
 
 
-@_record
+@section
 class Eval:
-  every: int
-  num_people: int
-  examples_per_person: int
-  own_rank: bool
+  """When and on whom a run is evaluated."""
+
+  every: int | None = field(
+    10,
+    'Rounds between evaluations. None: at the start and the end only.',
+    at_least=1,
+    changeable=True,
+  )
+  num_people: int = field(
+    32,
+    'People evaluated, of those seen and of those unseen each.',
+    at_least=1,
+    changeable=True,
+  )
+  examples_per_person: int = field(4, 'Examples of each.', at_least=1, changeable=True)
+  own_rank: bool = field(
+    False,
+    'Also give seen people the adapter truncated to their own rank.',
+    changeable=True,
+  )
+  aggregation_error: bool | None = field(
+    None,
+    'Whether rounds measure what averaging factors loses of the mean product, which '
+    "is most of a pod's traffic. None: every round on one device, on several the "
+    'rounds that end with an evaluation.',
+    changeable=True,
+  )
 
 
-@_record
+@section
 class Checkpoint:
-  every: int
-  keep: int
-  keep_every: int
+  """When a run is saved, and what is kept."""
+
+  every: int = field(
+    10,
+    'Rounds between checkpoints; the last round is always saved.',
+    at_least=1,
+    changeable=True,
+  )
+  keep: int = field(2, 'Newest checkpoints kept.', at_least=1, changeable=True)
+  keep_every: int | None = field(
+    None,
+    'Checkpoints of rounds that it divides are kept for ever. None: none are.',
+    at_least=1,
+    changeable=True,
+  )
 
 
-@_record
+@section
 class Communication:
-  wire_dtype: str
+  """What is sent."""
+
+  wire_dtype: str = field(
+    'float32',
+    'Type of parameters on the wire: float32, bfloat16, float16 or int8.',
+    choices=WIRE_DTYPES,
+  )
 
 
-@_record
+@section
 class Mesh:
-  points_at_once: int
-  sweep: int
-  clients: int
-  model: int
+  """The devices."""
+
+  points_at_once: int | None = field(
+    1,
+    'Points of a sweep that a device trains at once, the others wait. 1 needs the '
+    'memory of one run and gives each point its very numbers. None: all of its own.',
+    at_least=1,
+    changeable=True,
+  )
+  sweep: int = field(
+    1,
+    'Devices along which the points of a sweep are spread.',
+    at_least=1,
+    changeable=True,
+  )
+  clients: int = field(
+    1, 'Devices along which clients are spread.', at_least=1, changeable=True
+  )
+  model: int = field(
+    1, 'Devices along which the base model is split.', at_least=1, changeable=True
+  )
+
+  @property
+  def devices(self) -> int:
+    """How many devices there are in all."""
+    return self.sweep * self.clients * self.model
 
 
-@_record
+@section
 class Config:
-  """A whole experiment; `to_dict` of it is `config.json`."""
+  """A whole experiment; `to_dict` of it is config.json."""
 
-  seed: int
-  method: str
-  federated: Federated
-  ranks: Ranks
-  methods: Methods
-  faults: Faults
-  lora: LoraConfig
-  client_optimizer: ClientOptimizer
-  server_optimizer: ServerOptimizer
-  model: Model
-  data: Data
-  eval: Eval
-  checkpoint: Checkpoint
-  communication: Communication
-  mesh: Mesh
+  seed: int = field(
+    0,
+    'Seed of everything random: clients, batches, ranks, initialisation.',
+    at_least=0,
+    traced='seed',
+  )
+  method: str = field(
+    'hetlora',
+    'Method, a row of hetlora_jax/methods/registry.py (--list_methods).',
+    choices=METHODS,
+  )
+  federated: Federated = Federated()
+  ranks: Ranks = Ranks()
+  methods: Methods = Methods()
+  faults: Faults = Faults()
+  lora: LoraConfig = LoraConfig()
+  client_optimizer: ClientOptimizer = ClientOptimizer()
+  server_optimizer: ServerOptimizer = ServerOptimizer()
+  model: Model = Model()
+  data: Data = Data()
+  eval: Eval = Eval()
+  checkpoint: Checkpoint = Checkpoint()
+  communication: Communication = Communication()
+  mesh: Mesh = Mesh()
+
+  def chosen(self, name: str) -> Any:
+    """Returns `methods.<name>`, or what the method says where that is None."""
+    value = getattr(self.methods, name)
+    return getattr(METHODS[self.method], name) if value is None else value
+
+  @property
+  def rules(self) -> dict[str, Rule]:
+    """The rule of every role."""
+    return {role: table[self.chosen(role)] for role, table in ROLES.items()}
+
+  @property
+  def traits(self) -> frozenset[str]:
+    """What the rules together are known for; see `registry.TRAITS`."""
+    return registry.traits_of(self.rules)
+
+  def replace(self, **values: Any) -> Config:
+    """Returns a checked copy with other values, by path: {'federated.gamma': 0.9}.
+
+    Raises:
+      ConfigError: a field does not exist, or a value cannot work.
+    """
+    for path in values:
+      if path not in FIELDS:
+        raise ConfigError(f'config.{path} does not exist{fields.remedy(path, FIELDS)}')
+    return resolve(fields.nested(flat(to_dict(self)) | values))
 
 
-def build(raw: ml_collections.ConfigDict) -> Config:
-  """Turns a ConfigDict into a Config of the right types, values unchecked."""
-  if not hasattr(raw, 'to_dict'):  # one of a file that is absent raises here
+FIELDS = fields.declared(Config)
+# Points of one compiled program may differ in these.
+VARIES = tuple(
+  path for path, f in FIELDS.items() if f.declaration.traced or f.declaration.varies
+)
+
+
+def default_config() -> ConfigDict:
+  """Returns every field at its default."""
+  return fields.config_dict_of(Config)
+
+
+def explain(config: Config) -> str:
+  """Returns every field with its meaning and value, as flags."""
+  return '\n'.join(
+    f'# {f.declaration.help}\n--config.{path}={fields.lookup(config, path)!r}'
+    for path, f in FIELDS.items()
+  )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+  """Returns plain nested dicts, as written to config.json."""
+  return dataclasses.asdict(config)
+
+
+def resolve(raw: Config | ConfigDict | Mapping) -> Config:
+  """Makes a checked Config of a ConfigDict or nested dicts; raises ConfigError."""
+  config = built(raw)
+  check(config)
+  return config
+
+
+def built(raw: Config | ConfigDict | Mapping) -> Config:
+  """Makes a Config of the right types, its values unchecked; raises ConfigError."""
+  if isinstance(raw, Config):
+    return raw
+  if hasattr(raw, 'to_dict'):  # that of a file that is absent raises here
+    raw = raw.to_dict()
+  if not isinstance(raw, Mapping):
     raise ConfigError(
       f'--config gives a {type(raw).__name__}: its get_config() must return a '
       'ConfigDict; start from configs/default.py.'
     )
-  return _build(Config, raw.to_dict(), '')
+  return fields.build(Config, raw)
 
 
-def resolve(raw: ml_collections.ConfigDict) -> Config:
-  """Turns a ConfigDict into a checked Config, or raises ConfigError."""
-  config = build(raw)
-  checks.check(config)
-  return config
+def of_folder(values: Mapping[str, Any]) -> Config:
+  """Makes a Config of a run's config.json, of this release or an earlier one.
 
+  What the run did not have yet is the default. Earlier releases wrote 0 or '' where
+  None means the default now.
 
-def to_dict(config: Config) -> dict[str, Any]:
-  """Returns plain nested dicts, as written to `config.json`."""
-  return dataclasses.asdict(config)
-
-
-def flat(tree: dict, prefix: str = '') -> dict[str, Any]:
-  """Joins the keys of nested dicts with dots.
-
-  >>> flat({'seed': 0, 'lora': {'scale': 2.0}})
-  {'seed': 0, 'lora.scale': 2.0}
+  Raises:
+    ConfigError: it had something that this release cannot do.
   """
-  out = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      out.update(flat(value, f'{prefix}{name}.'))
-    else:
-      out[prefix + name] = value
-  return out
-
-
-def _build(cls, values: dict, prefix: str):
-  hints = typing.get_type_hints(cls)
-  if not isinstance(values, dict):
+  old = flat(values)
+  if old.pop('methods.tail_rounding', 'floor') != 'floor':
     raise ConfigError(
-      f'config.{prefix.rstrip(".")}={files.short(repr(values))} is no section: '
-      'start from configs/default.py, which has every field.'
+      f'methods.tail_rounding: {fields.GONE["methods.tail_rounding"]}, and repeat the '
+      'run.'
     )
-  for name in values:
-    if name not in hints:
-      close = difflib.get_close_matches(name, hints, 1, 0)
+  for path, value in old.items():
+    f = FIELDS.get(path)
+    if f and f.optional and f.type is not bool and value in (0, ''):
+      old[path] = None
+  return resolve(fields.nested(flat(to_dict(Config())) | old))
+
+
+def check(config: Config) -> None:
+  """Raises ConfigError at the first value, or combination, that cannot work."""
+  fields.check(config)
+  for path, ok, remedy in _conditions(config):
+    if not ok:
+      value = fields.lookup(config, path)
       raise ConfigError(
-        f'config.{prefix}{name} does not exist; did you mean config.{prefix}{close[0]}?'
+        f'config.{path}={files.short(repr(value))} is impossible: {remedy}.'
       )
-  missing = sorted(set(hints) - set(values))
-  if missing:
-    raise ConfigError(f'config.{prefix}{missing[0]} is missing: start from '
-                      'configs/default.py, which has every field.')  # fmt: skip
-  return cls(**{n: _typed(hints[n], values[n], f'{prefix}{n}') for n in hints})
+  for rule, why in registry.conflicts(config.rules):
+    raise ConfigError(
+      f'config.methods.{rule.role}={rule.name!r} does not fit the other rules of '
+      f'{config.method!r}: {why}.'
+    )
+  if 'tail' in config.traits:
+    f = config.federated
+    try:
+      tail.check(range(f.r_min, f.r_max + 1), f.gamma)
+    except ValueError as error:
+      raise ConfigError(f'config.{error}') from error
 
 
-def _typed(hint, value, name: str):
-  """Checks one value's type; an int may stand for a float."""
-  if dataclasses.is_dataclass(hint):
-    return _build(hint, value, f'{name}.')
-  if typing.get_origin(hint) is tuple:
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return tuple(_typed(typing.get_args(hint)[0], v, name) for v in values)
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  small = isinstance(value, float) or (is_number and abs(value) < 2**63)
-  if hint is float and is_number and small:
-    return float(value)
-  is_whole = is_number and (isinstance(value, int) or value.is_integer())
-  if hint is int and is_whole:
-    return int(value)
-  if hint in (str, bool) and isinstance(value, hint):
-    return value
-  raise ConfigError(
-    f'config.{name}={files.short(repr(value))} is of type '
-    f'{type(value).__name__}: give '
-    f'{"an" if hint is int else "a"} {hint.__name__}.'
+_Condition = tuple[str, bool, str]  # field, whether it holds, what would
+
+
+def _conditions(c: Config) -> Iterator[_Condition]:
+  yield from _of_rounds(c)
+  yield from _of_ranks(c)
+  yield from _of_model(c)
+  yield from _of_data(c)
+
+
+def _of_rounds(c: Config) -> Iterator[_Condition]:
+  f = c.federated
+  yield (
+    'federated.r_min',
+    f.r_min <= f.r_max,
+    f'it exceeds federated.r_max={f.r_max}; lower it or raise r_max',
+  )
+  for path in ('federated.num_rounds', 'eval.every', 'checkpoint.every'):
+    yield (
+      path,
+      (fields.lookup(c, path) or 0) % f.rounds_per_call == 0,
+      f'it is no multiple of federated.rounds_per_call={f.rounds_per_call}',
+    )
+  yield (
+    'federated.min_local_steps',
+    (f.min_local_steps or 0) <= f.local_steps,
+    f'it exceeds federated.local_steps={f.local_steps}',
   )
 
 
-def glosses() -> dict[str, str]:
-  """Returns field -> the comment above it in configs/default.py."""
-  from configs import default
+def _of_ranks(c: Config) -> Iterator[_Condition]:
+  f, r = c.federated, c.ranks
+  for name in ('explicit', 'tiers'):
+    values = getattr(r, name)
+    yield (
+      f'ranks.{name}',
+      r.distribution != name or 0 < max(values, default=0) <= f.r_max,
+      f'every rank must be in 1..federated.r_max={f.r_max}',
+    )
+  fits = len(r.tier_fractions) == len(r.tiers)
+  yield (
+    'ranks.tier_fractions',
+    r.distribution != 'tiers' or (fits and abs(sum(r.tier_fractions) - 1) < 1e-6),
+    'give one for each of ranks.tiers, summing to 1',
+  )
 
-  section, out, comment = {'c': ''}, {}, ''
-  for line in inspect.getsource(default.get_config).splitlines():
-    line = line.strip()
-    names = re.match(r'([\w.]+) =', line)
-    path = re.search(r'(?:= |^)(\w+)\.(\w+) = ', line)
-    if line.startswith('# '):
-      comment = f'{comment} {line[2:]}'.strip()
-    elif names and path:
-      full = section[path[1]] + path[2]
-      if 'ConfigDict' in line:
-        section[names[1]] = f'{full}.'
-      else:
-        out[full] = comment
-      comment = ''
-  return out
+
+def _of_model(c: Config) -> Iterator[_Condition]:
+  yield (
+    'lora.targets',
+    bool(c.lora.targets) and set(c.lora.targets) <= set(decoder.TARGETS),
+    f'name one or more of {", ".join(decoder.TARGETS)}',
+  )
+  yield (
+    'lora.from_peft',
+    not c.lora.from_peft or 'base' not in c.traits,
+    'full fine-tuning has no adapters; merge it and give that as model.source',
+  )
+  yield (
+    'lora.scale',
+    not c.lora.from_peft or c.lora.scale > 0,
+    'at scale 0 no adapter can be that of lora.from_peft',
+  )
+  kind, colon, shape = c.model.source.partition(':')
+  drawn = kind == 'random' and bool(colon)
+  yield (
+    'model.source',
+    not drawn or shape in shapes.SHAPES,
+    f'published shapes are {", ".join(shapes.SHAPES)}; or give just "random"',
+  )
+  if drawn:
+    most = shapes.SHAPES[shape].vocab_size
+    yield (
+      'model.random.vocab_size',
+      c.model.random.vocab_size <= most,
+      f'{shape} has a vocabulary of {most}, and the tokenizer cannot have more',
+    )
+
+
+def _of_data(c: Config) -> Iterator[_Condition]:
+  d = c.data
+  yield (
+    'data.partition_alpha',
+    d.partition != 'pathological' or d.partition_alpha.is_integer(),
+    "of 'pathological' it is a whole number of shards",
+  )
+  yield (
+    'data.targets_per_example',
+    d.targets_per_example < d.tokens_per_example,
+    f'it must be below data.tokens_per_example={d.tokens_per_example}',
+  )
+  yield (
+    'data.row_tokens',
+    d.row_tokens >= d.tokens_per_example,
+    f'a row must hold data.tokens_per_example={d.tokens_per_example}',
+  )

@@ -1,19 +1,16 @@
-"""What a person at the terminal sees of a run, and how they stop it."""
+"""What a person at the terminal sees of a run, and whether they want it to stop."""
 
 import concurrent.futures
 import contextlib
 import os
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 import tqdm
 
-from hetlora_jax import metrics
+from hetlora_jax.types import Row
 
 
 def say(text: str) -> None:
@@ -25,43 +22,27 @@ def say(text: str) -> None:
 
 
 SAVED = 75  # exit code: stopped after a saved round, try again (EX_TEMPFAIL)
-INTERRUPTED = 130  # exit code: stopped without saving, as shells report Ctrl-C
+_requests: list[int] = []  # signals by which somebody asked the run to stop
 
 
-class PassSignals:
-  """Passes Ctrl-C and SIGTERM on to processes, which end by themselves."""
-
-  def __init__(self):
-    self.processes: list[subprocess.Popen] = []
-    self.received = None
-
-  def __enter__(self):
-    self._before = {
-      number: signal.signal(number, self._pass)
-      for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
-
-  def _pass(self, number, frame):
-    del frame
-    self.received = number
-    for process in self.processes:
-      process.send_signal(number)
-
-  def __exit__(self, *exc):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
+def request_stop(number: int) -> None:
+  """Asks a run in this process to stop after its round; see launch/signals.py."""
+  _requests.append(number)
 
 
-def end_with_parent() -> None:
-  """Ends this process at once when the one that holds its stdin has ended."""
+def forget_requests() -> None:
+  """Lets the next run in this process go on."""
+  _requests.clear()
 
-  def wait():
-    while os.read(0, 1):
-      pass
-    os._exit(INTERRUPTED)
 
-  threading.Thread(target=wait, daemon=True).start()
+def stopping() -> bool:
+  """Tells whether somebody asked the run to stop."""
+  return bool(_requests)
+
+
+# Entered while rounds run: what notices that somebody asks. A library leaves signals
+# alone; launchers put `launch.signals.stop_after_the_round` here.
+guard: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 @contextlib.contextmanager
@@ -84,32 +65,6 @@ def not_left_alone() -> Iterator[None]:
     os._exit(SAVED)
 
 
-class StopSignal:
-  """Notes Ctrl-C and SIGTERM; a second one ends the process at once.
-
-  Checkpoints appear whole or not at all, so nothing is left to clean up.
-  """
-
-  def __enter__(self):
-    self.received = None
-    self._before = {
-      number: signal.signal(number, self._note)
-      for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
-
-  def _note(self, number, frame):
-    del frame
-    if self.received:
-      os._exit(128 + number)
-    self.received = number
-    print('\nStopping after this round; once more to stop now.', flush=True)
-
-  def __exit__(self, *exc):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-
 @contextlib.contextmanager
 def background() -> Iterator[Callable]:
   """Yields a way to call a function so that signals are noticed meanwhile.
@@ -121,7 +76,7 @@ def background() -> Iterator[Callable]:
     yield lambda function, *args: pool.submit(function, *args).result()
 
 
-def _span(rows: list[metrics.Row], name: str, digits: int) -> str:
+def _span(rows: list[Row], name: str, digits: int) -> str:
   """Renders the value of one run, or the least and most of several."""
   least, most = (f(r[name] for r in rows) for f in (min, max))
   texts = dict.fromkeys(f'{value:.{digits}f}' for value in (least, most))
@@ -141,7 +96,7 @@ class Progress:
     )
     self._last, self._perplexity = last, {}
 
-  def update(self, rows: list[metrics.Row]) -> None:
+  def update(self, rows: list[Row]) -> None:
     """Shows a round of one run, or of several that run together."""
     row = rows[0]
     for who in ('seen', 'unseen'):

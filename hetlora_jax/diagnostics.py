@@ -1,5 +1,7 @@
 """What every method logs: measured within the round, put into rows after."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +27,16 @@ def measure(state: ServerState, weights: Masks, share_C: Array, scale: Array) ->
     'rank_histogram': jnp.bincount(state.memory.rank.ravel(), length=slots + 1),
     'weight': jax.tree.map(lambda w: w.mean((1, 2)), weights) or {'base': share_C},
   }
+
+
+def if_asked(asked: Array | bool, compute: Callable[[], Array]) -> Array:
+  """Computes a number [] only if it is asked for; it is NaN otherwise.
+
+  `asked` must be the same for all that is vmapped, or both branches are computed.
+  """
+  if isinstance(asked, bool):
+    return compute() if asked else jnp.float32(jnp.nan)
+  return jax.lax.cond(asked, compute, lambda: jnp.float32(jnp.nan))
 
 
 def rank_classes(r_min: int, r_max: int) -> list[tuple[int, int]]:
@@ -59,20 +71,21 @@ def row(out: dict, r_min: int) -> dict:
   """Returns the diagnostics of a finished round, for people.
 
   Args:
-    out: the metrics of `federated_round`, in numpy.
+    out: the metrics of `federated_round`, in numpy; without `aggregation_error` if
+      that was not measured.
     r_min: smallest rank of the population.
 
   Returns:
     rank/{mean,min,max}, rank/histogram (people of rank 0..R), energy/slots
     (shares), energy/effective_slots, weight/clients (of those that reported),
-    weight/effective_clients, aggregation/error, and loss and weight by class of
+    weight/effective_clients, aggregation/error if it was measured, and loss and weight by class of
     rank.
   """
   histogram, energy = out['rank_histogram'], np.asarray(out['slot_energy'])
   held = np.flatnonzero(histogram)
   mean = (histogram * np.arange(len(histogram))).sum() / histogram.sum()
   weight_C = np.mean(list(out['weight'].values()), axis=0)
-  total = energy.sum()
+  total, error = energy.sum(), out.get('aggregation_error')
   shares = energy / total if total > 0 else energy
   return {
     'rank/mean': float(mean),
@@ -83,6 +96,6 @@ def row(out: dict, r_min: int) -> dict:
     'energy/effective_slots': _effective(energy),
     'weight/clients': [float(w) for w in weight_C[out['reports']]],
     'weight/effective_clients': _effective(weight_C),
-    'aggregation/error': float(out['aggregation_error']),
+    **({} if error is None else {'aggregation/error': float(error)}),
     **_by_class(out, r_min),
   }

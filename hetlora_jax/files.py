@@ -116,3 +116,24 @@ def _nested(value: Any) -> int:
         inner += x.values() if isinstance(x, dict) else x
     level, depth = [x for x in inner if isinstance(x, (dict, list))], depth + 1
   return depth
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads JSON objects, one a line, that we wrote; a torn line ends them.
+
+  A file that is absent has none.
+  """
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes a whole file or none."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(json.dumps(content, indent=2) + '\n')
+  os.replace(temporary, path)

@@ -1,8 +1,8 @@
-"""Perplexity a target token, of people seen in training and of others."""
+"""Losses on held-out examples, of people seen in training and of others."""
 
 import jax
 
-from hetlora_jax import client, lora, prng, sharding
+from hetlora_jax import client, lora, sharding
 from hetlora_jax.types import Array, Cohort, Hyperparameters, Rules, ServerState
 
 # That a device evaluates at once. One after the other would read the whole model
@@ -38,11 +38,7 @@ def losses(
   def one_person(person: Cohort):
     adapters, scale = server
     if own:
-      memory = jax.tree.map(
-        lambda x: x.at[person.client_id].get(mode='clip'), state.memory
-      )
-      key = prng.stream(hyper.seed, 'client', state.round, person.client_id)
-      view, _ = client.receive(rules, server, memory, hyper, key)
+      view, _ = client.sent_to(rules, state, hyper, person.client_id)
       adapters, scale = view.adapters, view.scale
     batch = jax.tree.map(lambda x: x[0], person.batches)
     return (), rules.loss(base, adapters, scale, batch)
@@ -54,17 +50,3 @@ def losses(
 def people_at_once(people: int, devices: int) -> int:
   """Returns how many are evaluated at once; to a multiple of it sets are filled."""
   return sharding.chunks(people, PEOPLE_AT_ONCE, devices)[0]
-
-
-def make_evaluate(rules: Rules, mesh, own: bool, points_at_once: int = 1):
-  """Returns (base, state, cohort, hyper) -> losses and token counts, jitted.
-
-  State and hyper-parameters are of K points, and so are the results: [K, E].
-  """
-
-  def evaluate(base, state, cohort, hyper):
-    at_once = people_at_once(len(cohort.client_id), mesh.shape['clients'])
-    return losses(rules, own, at_once, base, state, cohort, hyper)
-
-  points = sharding.each_point(mesh, evaluate, (None, 0, None, 0), points_at_once)
-  return jax.jit(points, out_shardings=sharding.replicated(mesh))

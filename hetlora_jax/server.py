@@ -6,6 +6,7 @@ import optax
 
 from hetlora_jax import lora
 from hetlora_jax.types import (
+  Adapters,
   Array,
   Deltas,
   Hyperparameters,
@@ -52,16 +53,21 @@ def step(
   state: ServerState,
   server: Server,
   hyper: Hyperparameters,
-  target: Trained,
+  aggregate: Adapters | Deltas,
+  base_change: Deltas,
   owned: Masks,
   anybody: Array,
 ) -> tuple[Trained, optax.OptState]:
-  """Steps along the pseudo-gradient, from what the server has to the target.
+  """Steps along the pseudo-gradient, from what the server has to the aggregate.
 
   Factors, slots and, in a round without reports, everything that nobody
   trained and sent keep their values and moments.
   """
   now = parameters(rules, server, state.residual)
+  target = Trained(aggregate, {})
+  if base_change:
+    moved_base = jax.tree.map(jnp.add, state.residual, base_change)
+    target = target._replace(change=moved_base)
   live = _live(rules, state.round, target, owned, anybody)
   gradient = jax.tree.map(lambda n, t, m: (n - t) * m, now, target, live)
   optimizer = rules.server_optimizer(hyper.server_learning_rate)

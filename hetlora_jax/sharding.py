@@ -8,7 +8,7 @@ everywhere within its point. XLA inserts all collectives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,7 +17,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hetlora_jax.types import PyTree
 
 AXES = ('sweep', 'clients', 'model')
-_SHARDY = jax.config.jax_use_shardy_partitioner
 
 # Which axis of a base parameter is split over `model`: words, heads or hidden
 # units. Stacked layers come first in all but the embeddings. Keys and values
@@ -69,8 +68,12 @@ def make_mesh(
         'mesh: make config.mesh.model times a part of config.mesh.clients the '
         'number of devices of a process, or the other way round.'
       )
-  # Shardy of jax 0.12 aborts where all three axes divide (WORKSPACE_NOTES).
-  jax.config.update('jax_use_shardy_partitioner', _SHARDY and 1 in sizes)
+  if 1 not in sizes and jax.config.jax_use_shardy_partitioner:
+    # That partitioner of jax 0.12 aborts where all three axes divide.
+    raise ValueError(
+      f"{asked} divides all three axes, which needs XLA's older partitioner: call "
+      "jax.config.update('jax_use_shardy_partitioner', False) first, as launchers do."
+    )
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -150,53 +153,12 @@ def place_own(tree: PyTree, sharding: NamedSharding, shape: Sequence[int]):
   return jax.tree.map(put, tree)
 
 
-def each_point(
-  mesh: Mesh, function: Callable, in_axes: Sequence, at_once: int
-) -> Callable:
-  """Maps a function over points: spread over `sweep`, vmapped on a device.
-
-  Points need nothing of each other, so that axis is cut by hand (`shard_map`)
-  and what follows is compiled for one device's points; the other axes are
-  left to XLA.
-
-  Args:
-    mesh: the devices.
-    function: of one point.
-    in_axes: 0 for each argument that every point has its own of, else None.
-    at_once: how many points a device vmaps, the others wait; 0 is all of its
-      own.
-  """
-
-  def own_points(*args):
-    owned = [x for x, axis in zip(args, in_axes, strict=True) if axis == 0]
-
-    def one(owned):
-      rest = iter(owned)
-      return function(
-        *[next(rest) if axis == 0 else x for x, axis in zip(args, in_axes, strict=True)]
-      )
-
-    count = jax.tree.leaves(owned)[0].shape[0]
-    return jax.lax.map(one, owned, batch_size=min(at_once or count, count))
-
-  return jax.shard_map(
-    own_points,
-    mesh=mesh,
-    in_specs=tuple(
-      PartitionSpec('sweep') if a == 0 else PartitionSpec() for a in in_axes
-    ),
-    out_specs=PartitionSpec('sweep'),
-    axis_names={'sweep'},
-    check_vma=False,
-  )
-
-
-def chunks(clients: int, at_once: int, devices: int) -> tuple[int, int]:
+def chunks(clients: int, at_once: int | None, devices: int) -> tuple[int, int]:
   """Divides clients into chunks that all devices work on.
 
   Args:
     clients: of a round, or an evaluation.
-    at_once: how many a device trains at a time; 0 is all of its own.
+    at_once: how many a device trains at a time; None: all of its own.
     devices: along `clients`.
 
   Returns:

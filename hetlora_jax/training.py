@@ -6,25 +6,32 @@ import contextlib
 import os
 import pathlib
 import re
+import runpy
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from hetlora_jax import (
   build,
   checkpoint,
+  config,
   console,
+  curves,
   experiment,
-  metrics,
-  results,
-  workdirs,
+  files,
+  points,
+  rows,
+  tracking,
 )
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError, to_dict
-from hetlora_jax.experiment import Experiment
-from hetlora_jax.types import ServerState
+from hetlora_jax.data.people import People
+from hetlora_jax.points import Points
+from hetlora_jax.run import Run, anywhere
+from hetlora_jax.types import Row, ServerState
 
 
 class Interrupted(Exception):
@@ -52,7 +59,7 @@ def parse_branch(text: str) -> Branch:
   if not found:
     raise ConfigError(f'--branch_from={text} must be DIR@ROUND, e.g. runs/tiny@10.')
   branch = Branch(pathlib.Path(found[1]), int(found[2]))
-  saved = checkpoint.steps(branch.workdir / 'checkpoints')
+  saved = Run(branch.workdir).steps()
   if branch.round not in saved:
     raise ConfigError(
       f'--branch_from={text}: {branch.workdir} has saved '
@@ -61,88 +68,112 @@ def parse_branch(text: str) -> Branch:
   return branch
 
 
-def run(
-  config: Config,
-  workdir: pathlib.Path,
+def load_config(source: Config | ConfigDict | str | os.PathLike) -> Config:
+  """Resolves a configuration, or that of a file: 'configs/tiny.py', 'FILE.py:NAME'.
+
+  A file has a function get_config, which gets NAME if there is one.
+  """
+  if not isinstance(source, (str, os.PathLike)):
+    return config.resolve(source)
+  path, colon, name = str(source).partition(':')
+  if not pathlib.Path(path).is_file():
+    raise ConfigError(f'the configuration {path} is no file: name one, or pass it.')
+  get_config = runpy.run_path(path).get('get_config')
+  if not get_config:
+    raise ConfigError(f'{path} has no get_config(): start from configs/default.py.')
+  return config.resolve(get_config(name) if colon else get_config())
+
+
+def train(
+  config: Config | ConfigDict | str | os.PathLike,
+  workdir: str | os.PathLike,
+  on_round: Callable[[Row], Any] | None = None,
+  *,
+  model: BaseModel | None = None,
+  crowd: People | None = None,
+  branch: Branch | None = None,
   command: str = '',
-  branch: Branch | None = None,
-  model: BaseModel | None = None,
-) -> dict:
-  """Runs or continues an experiment and returns its summary; see `run_points`."""
-  return run_points([Point(config, workdir, command)], branch, model)[0]
-
-
-def run_points(
-  points: Sequence[Point],
-  branch: Branch | None = None,
-  model: BaseModel | None = None,
-) -> list[dict]:
-  """Runs or continues points in one program and returns their summaries.
+) -> Run:
+  """Runs an experiment, or continues it, and returns the run.
 
   Args:
-    points: differ in `experiment.VARIES` alone. Each workdir gets config.json,
-      metrics.jsonl, tensorboard/, checkpoints/, summary.json and curves.png;
-      an earlier run in it is continued, all of them from the newest round that
-      all have saved. Of several processes the first alone writes.
+    config: a configuration, resolved or not, or the path of a file of one; see
+      `load_config`.
+    workdir: the folder of the run; see `train_points`.
+    on_round: called with every row as soon as it is written.
+    model: a base model of your own (`base_model.own`).
+    crowd: clients and examples of your own.
+    branch: a saved state to start from.
+    command: a line that repeats this call, for summary.json.
 
+  Raises:
+    ConfigError: the run cannot be; nothing has been written.
+    Interrupted: somebody asked to stop (`console.guard`); the state has been saved.
+  """
+  point = Point(load_config(config), pathlib.Path(workdir), command)
+  return train_points([point], on_round, model=model, crowd=crowd, branch=branch)[0]
+
+
+def train_points(
+  chosen: Sequence[Point],
+  on_round: Callable[[Row], Any] | None = None,
+  *,
+  model: BaseModel | None = None,
+  crowd: People | None = None,
+  branch: Branch | None = None,
+) -> list[Run]:
+  """Runs or continues points in one program.
+
+  Args:
+    chosen: differ in `config.VARIES` alone. Each workdir gets config.json,
+      metrics.jsonl, tensorboard/, checkpoints/, summary.json and curves.png; an
+      earlier run in it is continued, all of them from the newest round that all have
+      saved. Of several processes the first alone writes.
+    on_round: called with every row of every point.
+    model: see `train`.
+    crowd: see `train`.
     branch: what to start from if nothing was saved in the workdirs.
-    model: your own, instead of what the configurations name.
 
   Raises:
     ConfigError: a point cannot run; nothing has been written.
-    Interrupted: Ctrl-C or SIGTERM; the states have been saved.
+    Interrupted: see `train`.
   """
-  for point in points:
-    workdirs.check(point.config, point.workdir)
-    workdirs.check_free(point.workdir)
-  started, c = time.time(), points[0].config
+  runs = [Run(point.workdir, model) for point in chosen]
+  for run, point in zip(runs, chosen, strict=True):
+    run.check(point.config)
+    run.check_free()
+  started, c = time.time(), chosen[0].config
   console.say(
     f'Loading {c.model.source} and {c.data.name}; the first time takes a while.'
   )
-  x = experiment.prepare(*[p.config for p in points], model=model)
-  console.say(_introduction(x, len(points)))
-  folders = [p.workdir / 'checkpoints' for p in points]
-  begun = any(checkpoint.steps(folder) for folder in folders)
-  branched = _branched(x, branch) if branch and not begun else None
-  writes = jax.process_index() == 0
-  with _on_disk(points), contextlib.ExitStack() as stack:
-    for point in points:
-      stack.enter_context(workdirs.held(point.workdir))
-    checkpoints = checkpoint.Checkpoints(folders, x.base_identity, c.checkpoint)
+  x = points.prepare(*[p.config for p in chosen], model=model, crowd=crowd)
+  console.say(_introduction(x, len(chosen)))
+  branched = branch and not any(run.steps() for run in runs)
+  start = _branched(x, branch) if branched else None
+  with _on_disk(runs), contextlib.ExitStack() as stack:
+    for run in runs:
+      stack.enter_context(run.locked())
+    checkpoints = checkpoint.Checkpoints(
+      [run.checkpoints for run in runs], x.identity, c.checkpoint
+    )
     stack.callback(checkpoints.close)
-    state, first = _start(x, checkpoints, branched)
-    for point in points if writes else ():
-      metrics.write_json(point.workdir / 'config.json', to_dict(point.config))
-    # Rows up to the restored round were written before its checkpoint.
-    writers = [
-      metrics.Writer(p.workdir, first + 1 if first else 0, writes) for p in points
-    ]
-    for writer in writers:
-      stack.callback(writer.close)
+    state, first = _start(x, checkpoints, start)
+    record = stack.enter_context(Record(x, runs, chosen, first, on_round))
     stack.enter_context(console.not_left_alone())
-    stack.enter_context(_in_memory(x.config))
-    _run_rounds(x, state, first, writers, checkpoints)
-  seconds = (time.time() - started) / len(points)
-  summaries = []
-  for point, writer in zip(points, writers, strict=True):
-    summary = results.summarise(x, writer.rows, seconds, point.command)
-    summary['points_together'] = len(points)
-    summaries.append(summary)
-    if writes:
-      metrics.write_json(point.workdir / 'summary.json', summary)
-      title = f'{c.method}: {c.model.source} on {c.data.name}'
-      metrics.plot(writer.rows, point.workdir / 'curves.png', title)
-  return summaries
+    stack.enter_context(_in_memory(c))
+    _run_rounds(x, state, first, record, checkpoints)
+    record.finish((time.time() - started) / len(runs))
+  return runs
 
 
 @contextlib.contextmanager
-def _on_disk(points: Sequence[Point]) -> Iterator[None]:
+def _on_disk(runs: Sequence[Run]) -> Iterator[None]:
   """Says what to do when a disk is full or cannot be written to."""
   try:
     yield
   except OSError as error:
     raise OSError(
-      f'{error} (--workdir={points[0].workdir}). What has been saved is kept: '
+      f'{error} (--workdir={runs[0].folder}). What has been saved is kept: '
       'make room or mend the disk, and run the same line to go on.'
     ) from error
 
@@ -157,40 +188,40 @@ def _in_memory(c: Config) -> contextlib.AbstractContextManager[None]:
   )
 
 
-def evaluate_checkpoint(
-  config: Config, workdir: pathlib.Path, model: BaseModel | None = None
-) -> metrics.Row:
-  """Evaluates the newest undamaged checkpoint of a run."""
-  folder = workdir / 'checkpoints'
-  if not checkpoint.steps(folder):
-    raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
-  workdirs.check(config, workdir)
-  x = experiment.prepare(config, model=model)
-  like = experiment.shape_of_one(x)
-  first, state = checkpoint.newest(workdir, x.base_identity, like)
+def evaluate(run: Run, c: Config | None = None) -> Row:
+  """Evaluates the newest undamaged checkpoint of a run.
+
+  Args:
+    run: the run.
+    c: its configuration with another section `eval`; None: its own.
+  """
+  run.check_saved()
+  run.check(c or run.config)
+  x = run.prepare(c)
+  done, state = run.newest(x)
   with experiment.in_memory('lower eval.examples_per_person.'):
-    found = experiment.evaluate(x, experiment.join(x, [state]))
-  return {'round': first, **results.evaluation_row(found, 0)}
+    found = points.evaluate(x, points.join(x, [state]))
+  return {'round': done, **rows.evaluation_row(found[0])}
 
 
-def _introduction(x: Experiment, points: int) -> str:
-  rank_N, d = x.initial_rank, x.description
+def _introduction(x: Points, count: int) -> str:
+  rank_N, d = x.initial_rank, experiment.describe(x.experiment)
   they = f'of rank {rank_N.min()} to {rank_N.max()} (mean {rank_N.mean():.1f})'
   if not rank_N.any():
-    they = f'who train all {d["base_parameters"]:,} parameters'
-  together = f'{points} points together: ' if points > 1 else ''
+    they = f'that train all {d["base_parameters"]:,} parameters'
+  together = f'{count} points together: ' if count > 1 else ''
   return (
     f'{together}{x.config.method} on {x.config.data.name}: '
-    f'{d["training_people"]} people {they}, '
-    f'{d["unseen_people"]} more never trained on; {d["model"]} in {d["dtype"]} '
-    f'on {x.mesh.size} {jax.default_backend()} device(s). The first evaluation '
-    'and round include compiling.'
+    f'{d["training_people"]} clients {they}, '
+    f'{d["unseen_people"]} people never trained on; {d["model"]} in {d["dtype"]} '
+    f'on {x.experiment.mesh.size} {jax.default_backend()} device(s). The first '
+    'evaluation and round include compiling.'
   )
 
 
-def _start(x: Experiment, checkpoints, branched) -> tuple[ServerState, int]:
+def _start(x: Points, checkpoints, branched) -> tuple[ServerState, int]:
   """Returns the state to go on from, and how many rounds it has done."""
-  found = checkpoints.restore_newest(experiment.shape_of_one(x))
+  found = checkpoints.restore_newest(points.shape_of_one(x))
   if branched and not found:
     found = branched
     checkpoints.save(*found)  # a start of its own, should it be interrupted
@@ -204,7 +235,7 @@ def _start(x: Experiment, checkpoints, branched) -> tuple[ServerState, int]:
       'done: give a divisor.'
     )
   console.say(f'Continuing after round {step}{_exactness()}.')
-  return experiment.join(x, states), step
+  return points.join(x, states), step
 
 
 def _exactness() -> str:
@@ -215,87 +246,142 @@ def _exactness() -> str:
   return f'; to the bit as an unbroken run only if both have XLA_FLAGS={flag}'
 
 
-def _branched(x: Experiment, branch: Branch) -> tuple[int, list[ServerState]]:
+def _branched(x: Points, branch: Branch) -> tuple[int, list[ServerState]]:
   """Returns the round and the states to branch from."""
-  other = checkpoint.Checkpoints([branch.workdir / 'checkpoints'], x.base_identity)
-  states = other.restore(branch.round, experiment.shape_of_one(x))
+  other = checkpoint.Checkpoints([Run(branch.workdir).checkpoints], x.identity)
+  states = other.restore(branch.round, points.shape_of_one(x))
   other.close()
-  return branch.round, states * len(x.points)
+  return branch.round, states * len(x.configs)
 
 
-def _rows(x: Experiment, out: dict, done: int, seconds: float, waited: float):
-  """Yields each round of a call as rows, one a point.
+class Record:
+  """Everything that is written of the runs of a program, and shown."""
 
-  Times are a round's and a point's share of the call's.
-  """
-  rounds, points = x.config.federated.rounds_per_call, len(x.points)
-  share = 1 / (rounds * points)
-  for i in range(rounds):
-    yield [
-      results.round_row(
-        x, config, done - rounds + i + 1,
-        jax.tree.map(lambda leaf: leaf[i, k], out),  # noqa: B023
-        seconds * share, waited * share,
-      )
-      for k, config in enumerate(x.points)
-    ]  # fmt: skip
+  def __init__(
+    self,
+    x: Points,
+    runs: Sequence[Run],
+    chosen: Sequence[Point],
+    first: int,
+    on_round: Callable[[Row], Any] | None,
+  ):
+    """Opens the folders, of which the first process alone writes.
+
+    Args:
+      x: the runs together, those that fill up a mesh included.
+      runs: those that are written.
+      chosen: their configurations and commands.
+      first: rounds done; rows up to there were written before its checkpoint.
+      on_round: called with every row.
+    """
+    self._x, self._runs, self._chosen = x, runs, chosen
+    self._on_round = on_round or (lambda row: None)
+    self._writes = jax.process_index() == 0
+    for point in chosen if self._writes else ():
+      files.write_json(point.workdir / 'config.json', to_dict(point.config))
+    self._writers = [
+      tracking.Writer(run.folder, first + 1 if first else 0, self._writes)
+      for run in runs
+    ]
+    last = x.config.federated.num_rounds
+    self._progress = console.Progress(min(first, last), last)
+
+  def __enter__(self) -> Record:
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self._progress.close()
+    for writer in self._writers:
+      writer.close()
+
+  @property
+  def evaluated(self) -> bool:
+    """Whether all have been evaluated once."""
+    return all(any('eval/seen/loss' in r for r in w.rows) for w in self._writers)
+
+  def evaluation(self, state: ServerState, done: int) -> list[Row]:
+    """Evaluates all, writes people.json and returns the parts of their rows."""
+    x, found = self._x, points.evaluate(self._x, state)
+    for writer, rank_N, of_run in zip(
+      self._writers, x.initial_rank, found, strict=False
+    ):
+      told = rows.people(x.experiment, rank_N, of_run)
+      writer.write_people({'round': done, **told})
+    return [rows.evaluation_row(of_run) for of_run in found]
+
+  def round(
+    self, found: Sequence[dict], done: int, seconds: float, waited: float
+  ) -> list[Row]:
+    """Returns the rows of a finished round; times are those of one run."""
+    out = [
+      rows.round_row(self._x.experiment, c, done, of_run, seconds, waited)
+      for c, of_run in zip(self._x.configs, found, strict=True)
+    ]
+    for row, writer in zip(out, self._writers, strict=False):
+      rows.cumulate(row, writer.rows)
+    return out
+
+  def write(self, of_runs: Sequence[Row]) -> None:
+    """Writes and shows the rows of a round."""
+    for row, writer in zip(of_runs, self._writers, strict=False):
+      writer.write(row)
+      self._on_round(row)
+    self._progress.update(list(of_runs[: len(self._writers)]))
+
+  def sync(self) -> None:
+    """Makes sure that the rows outlive the machine, before a checkpoint does."""
+    for writer in self._writers:
+      writer.sync()
+
+  def finish(self, seconds: float) -> None:
+    """Writes summary.json and curves.png."""
+    c = self._x.config
+    for run, point, writer in zip(self._runs, self._chosen, self._writers, strict=True):
+      summary = rows.summarise(self._x.experiment, writer.rows, seconds, point.command)
+      summary['points_together'] = len(self._runs)
+      if self._writes:
+        files.write_json(run.folder / 'summary.json', summary)
+        title = f'{c.method}: {c.model.source} on {c.data.name}'
+        curves.plot(writer.rows, title).savefig(run.folder / 'curves.png', dpi=110)
 
 
-def _write(rows, writers, progress) -> None:
-  for row, writer in zip(rows, writers, strict=False):
-    writer.write(row)
-  progress.update(rows[: len(writers)])
+def _run_rounds(
+  x: Points, state: ServerState, first: int, record: Record, checkpoints
+) -> None:
+  """Runs the rounds that remain, a call of the compiled program at a time."""
+  c, done = x.config, first
+  last, every, each = c.federated.num_rounds, c.eval.every, c.federated.rounds_per_call
 
+  def call(state, cohorts, done):
+    return jax.block_until_ready(points.call(x, state, cohorts, done))
 
-def _evaluate(x: Experiment, state, round: int, writers) -> list[metrics.Row]:
-  """Evaluates all points, writes people.json and returns the rows' part."""
-  found = experiment.evaluate(x, state)
-  for k, writer in enumerate(writers):
-    writer.write_people({'round': round, **results.people(x, found, k)})
-  return [results.evaluation_row(found, k) for k in range(len(x.points))]
-
-
-def _evaluated(writer: metrics.Writer) -> bool:
-  return any('eval/seen/loss' in row for row in writer.rows)
-
-
-def _run_rounds(x: Experiment, state, first: int, writers, checkpoints) -> None:
-  """Runs the rounds that remain, a call at a time."""
-  c = x.config
-  last, every = c.federated.num_rounds, c.eval.every
-  progress = console.Progress(min(first, last), last)
-
-  def call(state, cohorts):
-    return jax.block_until_ready(x.run_rounds(x.base, state, cohorts, x.hyper))
-
-  with console.StopSignal() as stop, console.background() as in_background:
-    if not all(map(_evaluated, writers)):
-      found = _evaluate(x, state, first, writers)
-      _write([{'round': first, **row} for row in found], writers, progress)
+  with console.guard(), console.background() as in_background:
+    if not record.evaluated:
+      found = record.evaluation(state, first)
+      record.write([{'round': first, **row} for row in found])
     free = time.perf_counter()  # when the devices had last finished
-    done = first
-    for cohorts in experiment.cohorts_ahead(x, first, last):
-      done += c.federated.rounds_per_call
+    for cohorts in points.cohorts_ahead(x, first, last):
+      # The rounds of a call, while the next call's cohorts are built.
+      done += each
       start = time.perf_counter()
-      state, out = in_background(call, state, cohorts)
+      state, out = in_background(call, state, cohorts, done)
       waited, free = start - free, time.perf_counter()
-      rounds = _rows(x, jax.device_get(out), done, free - start, waited)
-      for rows in rounds:
-        for row, writer in zip(rows, writers, strict=False):
-          results.cumulate(row, writer.rows)
-        ends_call = rows[0]['round'] == done
-        if ends_call and (done == last or (every and done % every == 0)):
-          found = _evaluate(x, state, done, writers)
-          for row, losses in zip(rows, found, strict=True):
+
+      # Their rows; the last one has the evaluation, if it is due.
+      share = 1 / (each * len(x.configs))  # of a round and a run in the times
+      for i, found in enumerate(points.by_round(x, out, done)):
+        now = done - each + i + 1
+        of_runs = record.round(found, now, (free - start) * share, waited * share)
+        if now == done and (done == last or (every and done % every == 0)):
+          for row, losses in zip(of_runs, record.evaluation(state, done), strict=True):
             row |= losses
           free = time.perf_counter()
-        _write(rows, writers, progress)
-      stopping = workdirs.anywhere(stop.received)
+        record.write(of_runs)
+
+      # A checkpoint, of rows that are safe on the disk; and whether to stop.
+      stopping = anywhere(console.stopping())
       if done == last or done % c.checkpoint.every == 0 or stopping:
-        for writer in writers:
-          writer.sync()
-        checkpoints.save(done, experiment.split(x, state))
+        record.sync()
+        checkpoints.save(done, points.split(x, state))
       if stopping and done < last:
-        progress.close()
         raise Interrupted(f'Stopped after round {done} of {last}.')
-  progress.close()

@@ -18,6 +18,7 @@ import optax
 
 Array = jax.Array
 PyTree = Any
+Row = dict[str, Any]  # a line of metrics.jsonl, or of a summary
 
 
 class Lora(NamedTuple):
@@ -64,21 +65,31 @@ class Cohort:
   batches: Batch  # leaves [C, S, ...]
 
 
-@_pytree
+@jax.tree_util.register_pytree_with_keys_class
 class Hyperparameters:
-  """What a sweep may vary without recompiling: scalars, all of them arrays."""
+  """What a sweep may vary without recompiling: scalars, all of them arrays.
 
-  seed: Array  # uint32
-  client_learning_rate: Array
-  full_learning_rate: Array  # the clients', when they train the base
-  server_learning_rate: Array
-  dropout: Array  # chance that a client trains and never reports
-  tail_penalty: Array  # lambda of HetLoRA
-  gamma: Array  # decay factor of self-pruning, in (0, 1]
-  r_min: Array  # int32, no client prunes below it
-  proximal: Array  # mu of FedProx
-  energy: Array  # share of the squared singular values that is kept
-  lora_scale: Array
+  One for each field of a configuration that is declared with `traced=NAME`:
+  `hyper.gamma`, `hyper.client_learning_rate`, ... (hetlora_jax/config.py).
+  """
+
+  def __init__(self, **scalars: Array):
+    vars(self).update(scalars)
+
+  def __getattr__(self, name: str) -> Array:  # only of what is absent
+    raise AttributeError(f'no field is declared with traced={name!r}')
+
+  def replace(self, **scalars: Array) -> Hyperparameters:
+    """Returns a copy with other values."""
+    return Hyperparameters(**vars(self) | scalars)
+
+  def tree_flatten_with_keys(self):
+    names = tuple(sorted(vars(self)))
+    return [(jax.tree_util.GetAttrKey(n), vars(self)[n]) for n in names], names
+
+  @classmethod
+  def tree_unflatten(cls, names, scalars):
+    return cls(**dict(zip(names, scalars, strict=True)))
 
 
 class View(NamedTuple):
@@ -177,6 +188,6 @@ class Rules:
   weigh: Callable  # (num_examples [C], masks, norms) -> weights
   product_space: bool  # whether `aggregate` returns Deltas
   aggregate: Callable  # (updates, weights, server) -> Adapters or Deltas
-  redistribute: Callable  # (aggregate, error, server, hyper) -> Redistributed
+  redistribute: Callable  # (aggregate, error(), server, hyper) -> Redistributed
   server_optimizer: Callable  # (learning rate) -> GradientTransformation
   clients_at_once: int  # the memory dial; 0 is all of them

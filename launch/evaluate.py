@@ -12,6 +12,7 @@ from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
 from hetlora_jax import console, training
+from hetlora_jax.run import Run
 from hetlora_jax.tools import completions, scores
 from launch import flags
 
@@ -20,7 +21,7 @@ GENERATE = absl_flags.DEFINE_enum(
   'generate', None, completions.SEARCHES, 'Complete held-out prompts, and how.'
 )
 EXAMPLES = absl_flags.DEFINE_integer(
-  'examples_per_person', 0, 'Examples of each; 0: config.eval.', 0
+  'examples_per_person', None, 'Examples of each; by default config.eval.', 1
 )
 OWN_RANK = absl_flags.DEFINE_bool(
   'own_rank', False, 'Give seen people the adapter cut to their own rank.'
@@ -30,7 +31,7 @@ ALPHA = absl_flags.DEFINE_float(
   'alpha', _D.alpha, 'Beams are ranked by log p / length**alpha.'
 )
 MAX_TOKENS = absl_flags.DEFINE_integer(
-  'max_tokens', _D.max_tokens, 'Of a completion; 0: data.targets_per_example.'
+  'max_tokens', _D.max_tokens, 'Of a completion; by default data.targets_per_example.'
 )
 SHOTS = absl_flags.DEFINE_integer(
   'shots', _D.shots, 'Examples of other people put before each prompt.'
@@ -68,9 +69,9 @@ def evaluate(config: config_lib.Config, workdir: pathlib.Path) -> None:
   )
   config = dataclasses.replace(config, eval=e)
   if not GENERATE.value:
-    print(json.dumps(training.evaluate_checkpoint(config, workdir)))
+    print(json.dumps(training.evaluate(Run(workdir), config)))
     return
-  found = completions.run(config, workdir, choice)
+  found = completions.run(Run(workdir), choice, config)
   console.say(
     f'\n{scores.table(found)}\n\nResults are in {workdir}/evaluation.json '
     'and generations.jsonl'

@@ -10,6 +10,7 @@ import pathlib
 from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
+from hetlora_jax.run import Run
 from hetlora_jax.tools import export
 from launch import errors, flags
 
@@ -34,18 +35,20 @@ CLIENT = absl_flags.DEFINE_string(
 )
 
 
-def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
+def write(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Writes --out and prints what it is."""
   if not OUT.value:
     errors.fail('--out is missing: name a folder to make')
+  run = Run(workdir)
+  run.check(config)
   choice = export.Choice(FORMAT.value, DTYPE.value, RANK.value, CLIENT.value)
-  about = export.run(config, workdir, pathlib.Path(OUT.value), choice)
+  about = export.run(run, pathlib.Path(OUT.value), choice)
   print(json.dumps(about))
 
 
 def main() -> None:
   """Starts the program, hetlora-export too."""
-  flags.run(run, config_of_run=True)
+  flags.run(write, config_of_run=True)
 
 
 if __name__ == '__main__':

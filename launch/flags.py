@@ -4,6 +4,7 @@ Precedence: configs/default.py, then the --config file, then --config.X=... on
 the command line (or in a --flagfile).
 """
 
+import importlib
 import pathlib
 import shlex
 import sys
@@ -13,13 +14,13 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from configs import default
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, training, workdirs
+from hetlora_jax import console, training
 from hetlora_jax.formats import sources
 from hetlora_jax.methods import registry
+from hetlora_jax.run import Run
 from hetlora_jax.tools import dryrun
-from launch import errors
+from launch import errors, signals
 from launch import program as program_lib
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -30,6 +31,11 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run; an earlier run in it is continued.'
+)
+IMPORT = flags.DEFINE_list(
+  'import',
+  [],
+  'Modules of yours to import first, which register rules (docs/methods.md).',
 )
 PRINT_CONFIG = flags.DEFINE_bool(
   'print_config', False, 'Print every field, its value and meaning, and exit.'
@@ -67,15 +73,6 @@ PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def explain(config: config_lib.Config) -> str:
-  """Returns every field with its value and meaning."""
-  values = config_lib.flat(config_lib.to_dict(config))
-  lines = []
-  for name, gloss in config_lib.glosses().items():
-    lines += [f'# {gloss}', f'--config.{name}={values[name]!r}']
-  return '\n'.join(lines)
-
-
 def command() -> str:
   """Returns the line that repeats this call."""
   return shlex.join([*program_lib.words(), *sys.argv[1:]])
@@ -111,12 +108,16 @@ def _join_processes() -> None:
     )
 
 
-def _choose_devices(mesh, needed: bool) -> None:
+def _choose_devices(raw, needed: bool) -> None:
   """Decides on devices before checking the config starts jax."""
+  mesh = config_lib.built(raw).mesh
+  if min(mesh.sweep, mesh.clients, mesh.model) > 1:
+    # Shardy of jax 0.12 aborts where all three axes divide (docs/log.md).
+    jax.config.update('jax_use_shardy_partitioner', False)
   if DRY_RUN.value or not needed:
     jax.config.update('jax_platforms', 'cpu')
   if DRY_RUN.value:
-    count = max(1, mesh.sweep * mesh.clients * mesh.model)
+    count = max(1, mesh.devices)
     jax.config.update('jax_num_cpu_devices', count)
   elif DISTRIBUTED.value and needed:
     _join_processes()
@@ -157,13 +158,15 @@ def run(
     if CONFIG.value is None and not of_run:
       errors.fail('--config is missing: try --config=configs/tiny.py')
     try:
+      for module in IMPORT.value:
+        importlib.import_module(module)
       raw = CONFIG.value
       if of_run:
-        raw = workdirs.config_of(pathlib.Path(WORKDIR.value))
-      _choose_devices(config_lib.build(raw).mesh, needs_devices())
+        raw = Run(WORKDIR.value).config
+      _choose_devices(raw, needs_devices())
       config = config_lib.resolve(raw)
       if PRINT_CONFIG.value:
-        print(explain(config))
+        print(config_lib.explain(config))
         return
       if DRY_RUN.value:
         dry_run(config)
@@ -171,8 +174,9 @@ def run(
       if not WORKDIR.value:
         errors.fail('--workdir is missing: name a folder for the results')
       _keep_programs()
+      console.guard = signals.stop_after_the_round
       program(config, pathlib.Path(WORKDIR.value))
-    except (config_lib.ConfigError, ValueError, OSError) as error:
+    except (config_lib.ConfigError, ImportError, ValueError, OSError) as error:
       if VERBOSE.value:
         raise
       errors.fail(error)
@@ -188,10 +192,10 @@ def run(
       sys.exit(console.SAVED)
     except KeyboardInterrupt:
       print('\nStopped before the first round; there was nothing to save.')
-      sys.exit(console.INTERRUPTED)
+      sys.exit(signals.INTERRUPTED)
 
   if '--helpfull' in sys.argv:
-    fields = explain(config_lib.resolve(default.get_config()))
+    fields = config_lib.explain(config_lib.Config())
     program_module = sys.modules[program.__module__]
     about = f'{program_module.__doc__}\nFields and defaults:\n{fields}\n'
     program_module.__doc__ = about

@@ -15,9 +15,9 @@ import sys
 from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, processes, training
+from hetlora_jax import console, training
 from hetlora_jax.tools import sweep
-from launch import flags
+from launch import flags, processes, signals
 
 SWEEP = absl_flags.DEFINE_string(
   'sweep', None, 'Points to run, FILE:NAME, e.g. configs/ablations.py:gamma.'
@@ -102,7 +102,7 @@ def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
         f'{len(programs)}, counted from 0.'
       )
     if processes.CHILD in os.environ:
-      console.end_with_parent()
+      signals.end_with_parent()
     sweep.run_program(programs[GROUP.value])
     return
   unfinished = {

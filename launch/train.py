@@ -2,10 +2,11 @@
 
 import pathlib
 
+import jax
 from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, results, training
+from hetlora_jax import console, rows, training
 from launch import flags
 
 BRANCH_FROM = absl_flags.DEFINE_string(
@@ -19,8 +20,9 @@ BRANCH_FROM = absl_flags.DEFINE_string(
 def train(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Runs or continues the experiment and prints perplexity before and after."""
   branch = BRANCH_FROM.value and training.parse_branch(BRANCH_FROM.value)
-  summary = training.run(config, workdir, flags.command(), branch or None)
-  console.say(f'\n{results.table(summary)}\n\nResults are in {workdir}/')
+  run = training.train(config, workdir, branch=branch or None, command=flags.command())
+  if jax.process_index() == 0:
+    console.say(f'\n{rows.table(run.summary)}\n\nResults are in {workdir}/')
 
 
 def main() -> None:

@@ -77,3 +77,9 @@ def test_checkpoints_belong_to_the_parameters():
 def test_a_target_that_is_no_matrix_is_named(target):
   with pytest.raises(ConfigError, match=f"target='{target}'.*these are: .*gate"):
     base_model.own(_params(), _apply, ('q', target), Words())
+
+
+def test_a_name_that_is_there_twice_is_refused():
+  params = {'enc': {'q': np.ones((1, 2, 3))}, 'dec': {'q': np.ones((1, 2, 3))}}
+  with pytest.raises(ConfigError, match="two parameters 'q'"):
+    base_model.own(params, _apply, ('q',), Words())

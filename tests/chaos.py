@@ -26,7 +26,7 @@ from absl import logging
 from tensorboard.backend.event_processing import event_accumulator
 
 from configs import tiny
-from hetlora_jax import checkpoint, config, experiment, metrics
+from hetlora_jax import checkpoint, config, files, points
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROUNDS = 8
@@ -84,7 +84,7 @@ def _saving(workdir: pathlib.Path) -> bool:
 
 def _rounds_done(workdir: pathlib.Path) -> int:
   """Returns how many rounds metrics.jsonl has; -1 before the first evaluation."""
-  rows = metrics.read_rows(workdir / 'metrics.jsonl')
+  rows = files.read_rows(workdir / 'metrics.jsonl')
   return rows[-1]['round'] if rows else -1
 
 
@@ -133,16 +133,16 @@ def strike(running, workdir, kind, seconds, dice) -> str | None:
   return found
 
 
-def _state_of(workdir: pathlib.Path, x: experiment.Experiment):
+def _state_of(workdir: pathlib.Path, x: points.Points):
   """Returns the last checkpoint as numpy."""
-  reader = checkpoint.Checkpoints([workdir / 'checkpoints'], x.base_identity)
-  (state,) = reader.restore(ROUNDS, experiment.shape_of_one(x))
+  reader = checkpoint.Checkpoints([workdir / 'checkpoints'], x.identity)
+  (state,) = reader.restore(ROUNDS, points.shape_of_one(x))
   reader.close()
   return jax.device_get(state)
 
 
 def _timeless(workdir: pathlib.Path) -> list[dict]:
-  rows = metrics.read_rows(workdir / 'metrics.jsonl')
+  rows = files.read_rows(workdir / 'metrics.jsonl')
   return [
     {k: v for k, v in r.items() if not k.startswith(('time/', 'memory/'))} for r in rows
   ]
@@ -159,7 +159,7 @@ def _events(workdir: pathlib.Path) -> dict[str, list]:
   }
 
 
-def differences(workdir, unbroken, x: experiment.Experiment) -> list[str]:
+def differences(workdir, unbroken, x: points.Points) -> list[str]:
   """Returns what of a run does not equal the unbroken one to the bit."""
   one, other = _state_of(workdir, x), _state_of(unbroken, x)
   found = [
@@ -187,10 +187,10 @@ def _unbroken(folder: pathlib.Path, processes: int, fields: dict) -> tuple:
   return workdir, time.monotonic() - begun
 
 
-def _built(fields: dict) -> experiment.Experiment:
+def _built(fields: dict) -> points.Points:
   raw = tiny.get_config()
   raw.update_from_flattened_dict(fields)
-  return experiment.prepare(config.resolve(raw))
+  return points.prepare(config.resolve(raw))
 
 
 def main(trials: int = 30, seed: int = 0, **fields) -> bool:

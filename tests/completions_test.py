@@ -10,9 +10,10 @@ import pytest
 from experiment_test import ROOT, small_config
 from rouge_score import rouge_scorer
 
-from hetlora_jax import experiment, training
+from hetlora_jax import points, training
 from hetlora_jax.config import ConfigError
 from hetlora_jax.data.people import Example
+from hetlora_jax.run import Run
 from hetlora_jax.tools import bootstrap, completions
 from hetlora_jax.tools.completions import Choice
 
@@ -32,7 +33,7 @@ def _config(**overrides):
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('completions')
   c = _config(client_optimizer__learning_rate=0.05)
-  training.run(c, folder)
+  training.train(c, folder)
   return folder
 
 
@@ -45,7 +46,7 @@ def _read(workdir):
 @pytest.fixture(scope='module')
 def evaluated(workdir):
   c = _config(client_optimizer__learning_rate=0.05, eval__own_rank=True)
-  completions.run(c, workdir, Choice(max_tokens=8))
+  completions.run(Run(workdir), Choice(max_tokens=8), c)
   return c, *_read(workdir)
 
 
@@ -92,35 +93,35 @@ def test_rouge_equals_the_package_called_by_hand(evaluated):
 
 def test_losses_are_those_of_the_evaluation_in_training(evaluated, workdir):
   c, _, found = evaluated
-  x = experiment.prepare(c)
-  _, state = completions._state(x, workdir, Choice())
-  want = experiment.evaluate(x, experiment.join(x, [state]))
+  x = Run(workdir).prepare(c)
+  _, state = Run(workdir).newest(x)
+  (want,) = points.evaluate(x, points.join(x, [state]))
   for name, set_name in (('seen', 'seen_own'), ('unseen', 'unseen')):
     people = found[name]['people']
-    assert [p['tokens'] for p in people] == want[set_name].tokens_KE[0].tolist()
+    assert [p['tokens'] for p in people] == want[set_name].tokens_E.tolist()
     np.testing.assert_allclose(
-      [p['loss_sum'] for p in people], want[set_name].loss_KE[0], rtol=1e-4
+      [p['loss_sum'] for p in people], want[set_name].loss_E, rtol=1e-4
     )
-    loss = want[set_name].loss_KE.sum() / want[set_name].tokens_KE.sum()
+    loss = want[set_name].loss_E.sum() / want[set_name].tokens_E.sum()
     assert found[name]['loss']['value'] == pytest.approx(loss, rel=1e-4)
     got = found[name]['perplexity']
     assert got['value'] == pytest.approx(np.exp(loss), rel=1e-3)
     assert got['low'] <= got['value'] <= got['high']
-  assert not np.allclose(want['seen'].loss_KE, want['seen_own'].loss_KE)
+  assert not np.allclose(want['seen'].loss_E, want['seen_own'].loss_E)
 
 
 def test_the_untouched_model_with_examples_of_others(tmp_path):
   c, folder = _config(), tmp_path / 'floor'
   for shots in (0, 2):
-    completions.run(c, folder, Choice(untouched=True, shots=shots))
+    completions.run(Run(folder), Choice(untouched=True, shots=shots), c)
     lines, found = _read(folder)
     if not shots:
       plain = lines
-  x = experiment.prepare(c)
-  want = experiment.evaluate(x, x.initial_state)
+  x = points.prepare(c)
+  (want,) = points.evaluate(x, x.initial_state)
   np.testing.assert_allclose(
     sum(line['loss_sum'] for line in plain if line['kind'] == 'unseen'),
-    want['unseen'].loss_KE.sum(),
+    want['unseen'].loss_E.sum(),
     rtol=1e-4,
   )
   for line, bare in zip(lines, plain, strict=True):
@@ -131,7 +132,7 @@ def test_the_untouched_model_with_examples_of_others(tmp_path):
 
 
 def test_shots_are_of_other_people_and_cut_first():
-  x = experiment.prepare(_config(data__copies=2))
+  x = points.prepare(_config(data__copies=2)).experiment
   name = x.people.client_ids[0]
   rng = np.random.default_rng(0)
   others = sum(other != name for other in x.people.client_ids)
@@ -150,7 +151,7 @@ def test_shots_are_of_other_people_and_cut_first():
 
 def test_a_beam_search_and_what_cannot_be(workdir):
   c = _config(client_optimizer__learning_rate=0.05)
-  found = completions.run(c, workdir, Choice('beam', 2, max_tokens=4))
+  found = completions.run(Run(workdir), Choice('beam', 2, max_tokens=4), c)
   assert found['settings']['search'] == 'beam'
   before = _read(workdir)
   for choice, message in (
@@ -159,12 +160,14 @@ def test_a_beam_search_and_what_cannot_be(workdir):
     (Choice(shots=-1), '--shots=-1'),
   ):
     with pytest.raises(ConfigError, match=message):
-      completions.run(c, workdir, choice)
+      completions.run(Run(workdir), choice, c)
   with pytest.raises(ConfigError, match='--untouched'):
-    completions.run(c, workdir / 'nowhere', Choice())
+    completions.run(Run(workdir / 'nowhere'), Choice(), c)
   own = dataclasses.replace(c.eval, own_rank=True)
   with pytest.raises(ConfigError, match='no ranks'):
-    completions.run(dataclasses.replace(c, eval=own), workdir, Choice(untouched=True))
+    completions.run(
+      Run(workdir), Choice(untouched=True), dataclasses.replace(c, eval=own)
+    )
   assert _read(workdir) == before
 
 

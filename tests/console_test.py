@@ -7,6 +7,7 @@ import threading
 import time
 
 from hetlora_jax import console
+from launch import signals
 
 
 def _one_long_step():
@@ -14,28 +15,33 @@ def _one_long_step():
   hashlib.pbkdf2_hmac('sha256', b'password', b'salt', 6_000_000)
 
 
-def test_a_signal_is_noticed_during_a_long_step():
+def test_a_signal_is_noticed_during_a_long_step(capsys):
   noticed = []
 
-  class Stop(console.StopSignal):
-    def _note(self, number, frame):
-      noticed.append(time.monotonic())
-      super()._note(number, frame)
+  def watch():
+    while not console.stopping():
+      time.sleep(0.01)
+    noticed.append(time.monotonic())
 
   kill = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-  with Stop() as stop, console.background() as in_background:
+  watcher = threading.Thread(target=watch)
+  with signals.stop_after_the_round(), console.background() as in_background:
     start = time.monotonic()
+    watcher.start()
     kill.start()
     in_background(_one_long_step)
     end = time.monotonic()
-  kill.join()
-  assert stop.received == signal.SIGINT
+    watcher.join()
+    assert console.stopping()
+  assert 'Stopping after this round' in capsys.readouterr().out
   assert end - start > 1  # else the step is too short to tell
   assert noticed[0] - start < (end - start) / 2
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_put_back_and_requests_forgotten():
   before = signal.getsignal(signal.SIGINT)
-  with console.StopSignal():
+  with signals.stop_after_the_round():
     assert signal.getsignal(signal.SIGINT) != before
+    console.request_stop(signal.SIGTERM)
   assert signal.getsignal(signal.SIGINT) == before
+  assert not console.stopping()

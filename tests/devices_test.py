@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from experiment_test import small_config
 
-from hetlora_jax import config, experiment, results, sharding
+from hetlora_jax import config, points, rows, sharding
 from hetlora_jax.tools import hlo
 
 METHODS = ('hetlora', 'flexlora', 'flora', 'full_finetuning')
@@ -29,14 +29,14 @@ def many_rounds(method, mesh=(1, 1, 1), **overrides):
   return small_config(method=method, **(fields | overrides))
 
 
-def after_a_call(*points):
+def after_a_call(*configs):
   """Returns the state, metrics and losses after one call, in numpy."""
-  x = experiment.prepare(*points)
-  cohorts = experiment.make_cohorts(x, 0)
-  state, out = x.run_rounds(x.base, x.initial_state, cohorts, x.hyper)
-  found = experiment.evaluate(x, state)
-  rows = [results.evaluation_row(found, k) for k in range(len(points))]
-  return jax.device_get((state, out)), rows
+  x = points.prepare(*configs)
+  cohorts = points.make_cohorts(x, 0)
+  state, out = points.call(x, x.initial_state, cohorts)
+  found = points.evaluate(x, state)
+  losses = [rows.evaluation_row(of_point) for of_point in found]
+  return jax.device_get((state, out)), losses
 
 
 @functools.cache
@@ -64,16 +64,16 @@ def test_every_mesh_agrees_with_one_device(mesh, method):
   assert losses[0] == pytest.approx(want_losses[0], rel=1e-5)
   assert out['reports'].sum() == 3 * 6  # padding clients do not report
   if method == 'hetlora':
-    start = experiment.prepare(many_rounds(method)).initial_rank
+    start = points.prepare(many_rounds(method)).initial_rank
     assert (state.memory.rank[..., 0] < start).any()
 
 
 def test_points_on_their_own_devices_agree_with_each_alone():
-  points = [
+  configs = [
     many_rounds('hetlora', (2, 2, 2), seed=s, federated__tail_penalty=p)
     for s, p in ((0, 5.0), (0, 0.0), (1, 5.0))
   ]
-  (state, _), losses = after_a_call(*points)
+  (state, _), losses = after_a_call(*configs)
   (want, _), want_losses = _alone('hetlora')
   first = jax.tree.map(lambda x: x[:1], state)
   assert_agree(first, want)
@@ -87,9 +87,10 @@ def test_points_on_their_own_devices_agree_with_each_alone():
 
 def _gathers(mesh, method, **overrides):
   """Returns the experiment, its compiled rounds' text and their gathers."""
-  x = experiment.prepare(many_rounds(method, mesh, **overrides))
-  cohorts = experiment.make_cohorts(x, 0)
-  program = x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper)
+  x = points.prepare(many_rounds(method, mesh, **overrides))
+  cohorts = points.make_cohorts(x, 0)
+  asked = points.measured(x.config, 0)
+  program = x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper, asked)
   text = program.compile().as_text()
   found = hlo.collectives(text)
   assert any(c.kind == 'all-reduce' for c in found)  # it does say something
@@ -103,7 +104,7 @@ def test_nothing_of_a_clients_training_is_gathered(method):
   reported = 6 * 8 * 3
   for c in gathers:
     assert all(np.prod(shape) <= reported for shape in c.shape), c
-  assert reported < x.dims['q'][1] * x.config.federated.r_max * 8
+  assert reported < x.experiment.model.dims['q'][1] * x.config.federated.r_max * 8
 
 
 def _dims(shape):
@@ -138,7 +139,7 @@ def test_no_matrix_of_the_base_is_gathered(method):
 
 def test_heads_are_not_shared_by_devices():
   with pytest.raises(config.ConfigError, match='mesh.model=8 .* 4 heads'):
-    experiment.prepare(many_rounds('hetlora', (1, 1, 8)))
+    points.prepare(many_rounds('hetlora', (1, 1, 8)))
 
 
 def test_too_few_devices_are_named():

@@ -11,7 +11,7 @@ import jax
 import pytest
 from devices_test import many_rounds
 
-from hetlora_jax import config, experiment
+from hetlora_jax import config, points
 from hetlora_jax.tools import dryrun
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,8 +24,8 @@ def test_bytes_match_the_compilers_and_the_real_runs(method):
   # A scalar that the method does not use is no argument of the program.
   unused = sum(report.arguments.values()) - report.argument
   assert 0 <= unused <= 4 * 13
-  x = experiment.prepare(c)
-  cohorts = experiment.make_cohorts(x, 0)
+  x = points.prepare(c)
+  cohorts = points.make_cohorts(x, 0)
   memory = (
     x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper)
     .compile()
@@ -36,7 +36,7 @@ def test_bytes_match_the_compilers_and_the_real_runs(method):
   per_word = 2 * c.model.random.width // 2 * 4
   trained = 2 if method == 'full_finetuning' else 1  # their changes are state
   assert report.argument - memory.argument_size_in_bytes == trained * words * per_word
-  assert report.population == len(x.people.client_ids) == 27
+  assert report.population == len(x.experiment.people.client_ids) == 27
   assert report.clients == cohorts.client_id.shape[-1] == 8
   assert report.flops > 0 and report.moved['all-reduce'] > 0
 

@@ -20,13 +20,16 @@ from hetlora_jax import (
   checkpoint,
   config,
   experiment,
+  files,
   heldout,
-  metrics,
-  results,
+  points,
+  rows,
+  tracking,
   training,
 )
 from hetlora_jax.data import builders, people
 from hetlora_jax.models import shapes
+from hetlora_jax.run import Run
 from hetlora_jax.tools import completions, dryrun
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -61,9 +64,9 @@ def small_config(**overrides):
 
 def newest_state(c, workdir):
   """Returns the newest checkpoint as numpy."""
-  x = experiment.prepare(c)
-  checkpoints = checkpoint.Checkpoints([workdir / 'checkpoints'], x.base_identity)
-  found = checkpoints.restore_newest(experiment.shape_of_one(x))
+  x = points.prepare(c)
+  checkpoints = checkpoint.Checkpoints([workdir / 'checkpoints'], x.identity)
+  found = checkpoints.restore_newest(points.shape_of_one(x))
   checkpoints.close()
   assert found
   return jax.device_get(found[1][0])
@@ -71,7 +74,7 @@ def newest_state(c, workdir):
 
 def _cohort(c):
   """Returns the cohort of round 0."""
-  cohorts = experiment.make_cohorts(experiment.prepare(c), 0)
+  cohorts = points.make_cohorts(points.prepare(c), 0)
   return jax.tree.map(lambda x: np.asarray(x[0, 0]), cohorts)
 
 
@@ -79,19 +82,19 @@ def timeless(workdir):
   """Returns the lines of metrics.jsonl without what a clock says."""
   return [
     {k: v for k, v in row.items() if not k.startswith('time/')}
-    for row in metrics.read_rows(workdir / 'metrics.jsonl')
+    for row in files.read_rows(workdir / 'metrics.jsonl')
   ]
 
 
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('unbroken')
-  training.run(small_config(), workdir)
+  training.train(small_config(), workdir)
   return workdir
 
 
 def test_a_run_leaves_what_it_promises(unbroken):
-  rows = metrics.read_rows(unbroken / 'metrics.jsonl')
+  rows = files.read_rows(unbroken / 'metrics.jsonl')
   assert [row['round'] for row in rows] == [0, 1, 2, 3, 4]
   for row in rows[1:]:
     for name in (
@@ -126,34 +129,34 @@ def test_random_weights_in_a_published_shape(monkeypatch):
   )
   monkeypatch.setitem(shapes.SHAPES, 'pocket', pocket)
   c = small_config(model__source='random:pocket')
-  x = experiment.prepare(c)
+  x = points.prepare(c)
   assert x.base['embed'].shape == (611, 16)
   assert x.base['layers']['q'].shape[0] == 3
   assert x.base['embed'].std() > 0
   told = dryrun.compile_for([c], 'h100')
   leaves = jax.tree.leaves(x.base)
   assert told.parameters == sum(leaf.size for leaf in leaves)
-  _, out = x.run_rounds(x.base, x.initial_state, experiment.make_cohorts(x, 0), x.hyper)
+  _, out = points.call(x, x.initial_state, points.make_cohorts(x, 0))
   assert np.isfinite(out['loss_sum']).all() and (out['tokens'] > 0).all()
 
 
 def test_own_people_take_the_place_of_a_data_set():
   c = small_config()
-  theirs = experiment.prepare(c).people
+  theirs = points.prepare(c).experiment.people
   first = dataclasses.replace(theirs, read=lambda row: theirs.read(0))
-  cohort = experiment.make_cohorts(experiment.prepare(c, crowd=first), 0)
+  cohort = points.make_cohorts(points.prepare(c, crowd=first), 0)
   assert len(np.unique(cohort.batches.target[cohort.batches.weight > 0])) <= (
     theirs.read(0).num_target
   )
   nobody = people.Group(ids=('a',), first=np.array([0]), count=np.array([1]))
   few = dataclasses.replace(theirs, groups=theirs.groups | {'train': nobody})
-  with pytest.raises(config.ConfigError, match='exceeds the 1 people that'):
-    experiment.prepare(c, crowd=few)
+  with pytest.raises(config.ConfigError, match='exceeds the 1 clients that'):
+    points.prepare(c, crowd=few)
 
 
 def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
-  training.run(small_config(federated__num_rounds=2), tmp_path)
-  training.run(small_config(), tmp_path)
+  training.train(small_config(federated__num_rounds=2), tmp_path)
+  training.train(small_config(), tmp_path)
   jax.tree.map(
     np.testing.assert_array_equal,
     newest_state(small_config(), tmp_path),
@@ -175,14 +178,14 @@ def test_every_kind_of_state_continues_to_the_bit(method, tmp_path):
   short = small_config(
     method=method, server_optimizer__name='momentum', federated__num_rounds=2
   )
-  training.run(c, tmp_path / 'whole')
-  training.run(short, tmp_path / 'broken')
-  training.run(c, tmp_path / 'broken')
+  training.train(c, tmp_path / 'whole')
+  training.train(short, tmp_path / 'broken')
+  training.train(c, tmp_path / 'broken')
   one, other = (newest_state(c, tmp_path / name) for name in ('whole', 'broken'))
   jax.tree.map(np.testing.assert_array_equal, one, other)
   assert timeless(tmp_path / 'whole') == timeless(tmp_path / 'broken')
   if method == 'fedsa_lora':  # who never took part has a B of zero
-    rows = metrics.read_rows(tmp_path / 'whole' / 'metrics.jsonl')
+    rows = files.read_rows(tmp_path / 'whole' / 'metrics.jsonl')
     losses = [r['eval/unseen/loss'] for r in rows if 'eval/unseen/loss' in r]
     assert losses == pytest.approx([losses[0]] * len(losses))
 
@@ -244,11 +247,11 @@ def test_what_does_not_fit_in_memory_names_the_dials(unbroken, tmp_path, monkeyp
   monkeypatch.setattr(completions, '_answer', fill_memory)
   full = 'RESOURCE_EXHAUSTED.*: lower '
   with pytest.raises(config.ConfigError, match=f'{full}eval.examples_per_person'):
-    training.evaluate_checkpoint(small_config(), unbroken)
+    training.evaluate(Run(unbroken), small_config())
   with pytest.raises(config.ConfigError, match=f'{full}--max_tokens'):
-    completions.run(small_config(), unbroken, completions.Choice())
+    completions.run(Run(unbroken), completions.Choice(), small_config())
   with pytest.raises(config.ConfigError) as caught:
-    training.run(small_config(federated__clients_at_once=2), tmp_path)
+    training.train(small_config(federated__clients_at_once=2), tmp_path)
   assert re.search(
     r'RESOURCE_EXHAUSTED.*: 2 clients .* lower that, federated\.clients_at_once',
     str(caught.value),
@@ -273,7 +276,7 @@ def test_a_model_that_does_not_fit_in_memory_names_the_dials(
 ):
   monkeypatch.setattr(module, name, fill)
   with pytest.raises(config.ConfigError, match='out of memory .*model.source'):
-    training.run(small_config(), tmp_path)
+    training.train(small_config(), tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -300,7 +303,7 @@ def test_a_second_ctrl_c_stops_within_the_round(tmp_path):
     rest = process.stdout.read()
   assert process.returncode == 130
   assert line.startswith('Stopping') and 'round' not in rest
-  rows = metrics.read_rows(tmp_path / 'metrics.jsonl')
+  rows = files.read_rows(tmp_path / 'metrics.jsonl')
   assert [row['round'] for row in rows] == [0]
 
 
@@ -310,8 +313,8 @@ def test_a_run_on_a_mesh_equals_a_run_on_one_device(tmp_path):
     'client_optimizer__name': 'sgd', 'client_optimizer__learning_rate': 0.05
   }  # fmt: skip
   spread = small_config(mesh__clients=4, mesh__model=2, **sgd)
-  training.run(small_config(**sgd), tmp_path / 'one')
-  training.run(spread, tmp_path / 'eight')
+  training.train(small_config(**sgd), tmp_path / 'one')
+  training.train(spread, tmp_path / 'eight')
   one = newest_state(small_config(**sgd), tmp_path / 'one')
   eight = newest_state(spread, tmp_path / 'eight')
   np.testing.assert_array_equal(one.memory.rank, eight.memory.rank)
@@ -326,30 +329,30 @@ def test_lost_metrics_and_damaged_config(unbroken, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(unbroken, workdir)
   (workdir / 'metrics.jsonl').unlink()
-  summary = training.run(small_config(), workdir)
+  summary = training.train(small_config(), workdir).summary
   assert summary['first']['round'] == summary['last']['round'] == 4
   (workdir / 'config.json').write_text('{"seed": 0, "fed')
-  with pytest.raises(config.ConfigError, match='config.json is damaged'):
-    training.run(small_config(), workdir)
+  with pytest.raises(config.ConfigError, match='config.json is not valid JSON'):
+    training.train(small_config(), workdir)
 
 
 def test_another_configuration_is_refused(unbroken):
   with pytest.raises(config.ConfigError, match='seed=0, not 3'):
-    training.run(small_config(seed=3), unbroken)
+    training.train(small_config(seed=3), unbroken)
   with pytest.raises(config.ConfigError, match='is a file'):
-    training.run(small_config(), unbroken / 'config.json')
+    training.train(small_config(), unbroken / 'config.json')
 
 
 def test_evaluation_of_a_checkpoint_equals_the_runs_last(unbroken):
-  got = training.evaluate_checkpoint(small_config(), unbroken)
-  last = metrics.read_rows(unbroken / 'metrics.jsonl')[-1]
+  got = training.evaluate(Run(unbroken), small_config())
+  last = files.read_rows(unbroken / 'metrics.jsonl')[-1]
   assert got == {k: last[k] for k in got}
   with pytest.raises(config.ConfigError, match='train first'):
-    training.evaluate_checkpoint(small_config(), unbroken / 'nowhere')
+    training.evaluate(Run(unbroken / 'nowhere'), small_config())
 
 
 def test_two_seeds_differ_in_everything_random():
-  a, b = (experiment.prepare(small_config(seed=s)) for s in (0, 1))
+  a, b = (points.prepare(small_config(seed=s)) for s in (0, 1))
   first, second = _cohort(a.config), _cohort(b.config)
   assert not np.array_equal(first.client_id, second.client_id)
   assert not np.array_equal(a.initial_state.memory.rank, b.initial_state.memory.rank)
@@ -361,8 +364,8 @@ def test_two_seeds_differ_in_everything_random():
 
 
 def test_own_rank_is_evaluated_on_request():
-  x = experiment.prepare(small_config(eval__own_rank=True))
-  row = results.evaluation_row(experiment.evaluate(x, x.initial_state), 0)
+  x = points.prepare(small_config(eval__own_rank=True))
+  row = rows.evaluation_row(points.evaluate(x, x.initial_state)[0])
   # B is zero at the start, so every truncation is the base itself.
   assert row['eval/seen_own/loss'] == pytest.approx(row['eval/seen/loss'])
 
@@ -370,22 +373,22 @@ def test_own_rank_is_evaluated_on_request():
 def test_people_evaluated_at_once_keep_their_order(monkeypatch):
   def evaluated(at_once):
     monkeypatch.setattr(heldout, 'PEOPLE_AT_ONCE', at_once)
-    x = experiment.prepare(small_config(eval__own_rank=True, eval__num_people=7))
-    return experiment.evaluate(x, x.initial_state)
+    x = points.prepare(small_config(eval__own_rank=True, eval__num_people=7))
+    return points.evaluate(x, x.initial_state)[0]
 
   one, several = evaluated(1), evaluated(5)
   assert one.keys() == several.keys()
-  for name, (loss_KE, tokens_KE) in one.items():
-    people = loss_KE.shape[1]  # the others fill up
-    assert len(np.unique(loss_KE)) > 2  # else any order would do
-    np.testing.assert_array_equal(several[name].tokens_KE[:, :people], tokens_KE)
-    np.testing.assert_allclose(several[name].loss_KE[:, :people], loss_KE, rtol=1e-5)
+  for name, (loss_E, tokens_E) in one.items():
+    people = len(loss_E)  # the others fill up
+    assert len(np.unique(loss_E)) > 2  # else any order would do
+    np.testing.assert_array_equal(several[name].tokens_E[:people], tokens_E)
+    np.testing.assert_allclose(several[name].loss_E[:people], loss_E, rtol=1e-5)
 
 
 def test_people_json_tells_everybodys_part_of_the_last_evaluation(unbroken):
   told = json.loads((unbroken / 'people.json').read_text())
   last = json.loads((unbroken / 'summary.json').read_text())['last']
-  x = experiment.prepare(small_config())
+  x = points.prepare(small_config())
   assert told['round'] == last['round']
   for name, kind in (('seen', 'heldout'), ('unseen', 'unseen')):
     cohort = x.evaluation[name]
@@ -393,7 +396,7 @@ def test_people_json_tells_everybodys_part_of_the_last_evaluation(unbroken):
     assert [p['tokens'] for p in told[name]] == tokens_E.tolist()
     loss = sum(p['loss_sum'] for p in told[name]) / tokens_E.sum()
     assert loss == pytest.approx(last[f'eval/{name}/loss'], rel=1e-6)
-    ids = x.people.groups[kind].ids
+    ids = x.experiment.people.groups[kind].ids
     assert [p['client'] in ids for p in told[name]] == [True] * len(tokens_E)
   ranks = [x.initial_rank[0][int(i)] for i in x.evaluation['seen'].client_id]
   assert [p['rank'] for p in told['seen']] == ranks
@@ -402,8 +405,8 @@ def test_people_json_tells_everybodys_part_of_the_last_evaluation(unbroken):
 
 def test_tiny_beats_the_unigram_entropy_of_its_data(tmp_path):
   c = config.resolve(tiny.get_config())
-  x = experiment.prepare(c)
-  summary = training.run(c, tmp_path)
+  x = points.prepare(c)
+  summary = training.train(c, tmp_path).summary
   for name, cohort in x.evaluation.items():
     batches = cohort.batches
     targets = np.asarray(batches.target)[np.asarray(batches.weight) > 0]
@@ -416,8 +419,8 @@ def test_tiny_beats_the_unigram_entropy_of_its_data(tmp_path):
 def test_torn_lines_end_the_metrics(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"round": 0}\n{"round": 1}\n{"rou')
-  assert [r['round'] for r in metrics.read_rows(path)] == [0, 1]
-  writer = metrics.Writer(tmp_path, 1)
+  assert [r['round'] for r in files.read_rows(path)] == [0, 1]
+  writer = tracking.Writer(tmp_path, 1)
   writer.write({'round': 1, 'x': 2.0})
   writer.close()
   assert path.read_text() == '{"round": 0}\n{"round": 1, "x": 2.0}\n'
@@ -427,4 +430,4 @@ def test_torn_lines_end_the_metrics(tmp_path):
 def test_metrics_that_are_no_rows_are_named(line, tmp_path):
   (tmp_path / 'metrics.jsonl').write_text(f'{line}\n')
   with pytest.raises(ValueError, match='metrics.jsonl is damaged .*: delete'):
-    metrics.Writer(tmp_path, 1)
+    tracking.Writer(tmp_path, 1)

@@ -16,11 +16,20 @@ import pytest
 import safetensors.numpy
 
 from configs import tiny
-from hetlora_jax import build, checkpoint, config, experiment, formats, lora, metrics
+from hetlora_jax import (
+  build,
+  checkpoint,
+  config,
+  files,
+  formats,
+  lora,
+  points,
+)
 from hetlora_jax.config import ConfigError
 from hetlora_jax.formats import hf_writer, peft
 from hetlora_jax.models import decoder, readout
 from hetlora_jax.models.tokenizer import Tokenizer
+from hetlora_jax.run import Run
 from hetlora_jax.tools import export
 from hetlora_jax.types import Lora
 
@@ -61,7 +70,7 @@ def _random(rng, x, slots):
 def _trained(x, seed=0):
   """Returns a state with something everywhere, as if after training."""
   rng = np.random.default_rng(seed)
-  state = jax.device_get(x.take_point(x.initial_state, 0))
+  state = jax.device_get(x.take(x.initial_state, 0))
   adapters = {t: _random(rng, f, SLOTS - 1) for t, f in sorted(state.adapters.items())}
   residual = {
     name: (0.1 * rng.normal(size=leaf.shape)).astype(np.float32)
@@ -90,18 +99,18 @@ def _low_rank(rng, shape):
 
 def _save(workdir, x, state):
   """Writes a run's folder that ended in a state."""
-  where = jax.tree.map(lambda leaf: leaf.sharding, x.take_point(x.initial_state, 0))
+  where = jax.tree.map(lambda leaf: leaf.sharding, x.take(x.initial_state, 0))
   folder = checkpoint.Checkpoints(
-    [workdir / 'checkpoints'], x.base_identity, x.config.checkpoint
+    [workdir / 'checkpoints'], x.identity, x.config.checkpoint
   )
   folder.save(3, [jax.device_put(state, where)])
   folder.close()
-  metrics.write_json(workdir / 'config.json', config.to_dict(x.config))
+  files.write_json(workdir / 'config.json', config.to_dict(x.config))
 
 
 def _run(workdir, **overrides):
   """Returns an experiment and the state that it ended in."""
-  x = experiment.prepare(_config(**overrides))
+  x = points.prepare(_config(**overrides))
   state = _trained(x)
   _save(workdir, x, state)
   return x, state
@@ -109,7 +118,7 @@ def _run(workdir, **overrides):
 
 def _export(x, tmp_path, format='peft', **choice):
   out = tmp_path / f'out_{format}_{len(list(tmp_path.iterdir()))}'
-  about = export.run(x.config, tmp_path / 'run', out, export.Choice(format, **choice))
+  about = export.run(Run(tmp_path / 'run'), out, export.Choice(format, **choice))
   return out, about
 
 
@@ -126,7 +135,7 @@ def _args(ids):
 
 def _ours(x, state, adapters=None, scale=None):
   """Returns log p of what the run computes, [T, V]."""
-  shape = decoder.DecoderConfig(**x.base_identity['shape'])
+  shape = decoder.DecoderConfig(**x.identity['shape'])
   base = lora.fold(x.base, state.residual)
   adapters = state.adapters if adapters is None else adapters
   scale = x.config.lora.scale if scale is None else scale
@@ -143,7 +152,7 @@ def _read(folder, x, slots=SLOTS, scale=None):
   """Reads a PEFT folder: adapters in so many slots, at the run's scale."""
   like = {
     t: Lora(np.zeros((n, d_in, slots)), np.zeros((n, slots, d_out)))
-    for t, (n, d_in, d_out) in x.dims.items()
+    for t, (n, d_in, d_out) in x.experiment.model.dims.items()
   }
   found = peft.read(folder, like, scale or float(np.float32(x.config.lora.scale)))
   return {t: padded.adapter for t, padded in found.items()}
@@ -184,8 +193,8 @@ def test_what_is_exported_is_what_peft_saved(tmp_path):
     model__source=str(GOLDEN / 'tiny_gemma3'), lora__targets=TARGETS['gemma3'],
     lora__scale=2.0, lora__from_peft=str(source),
   )  # fmt: skip
-  x = experiment.prepare(c)
-  _save(tmp_path / 'run', x, x.take_point(x.initial_state, 0))
+  x = points.prepare(c)
+  _save(tmp_path / 'run', x, x.take(x.initial_state, 0))
   out, _ = _export(x, tmp_path)
   got, want = (safetensors.numpy.load_file(f / peft.WEIGHTS) for f in (out, source))
   assert got.keys() == want.keys()
@@ -208,13 +217,13 @@ def test_a_round_trip_is_exact(tmp_path):
   x, state = _run(tmp_path / 'run')
   out, about = _export(x, tmp_path)
   assert (about['rank_min'], about['rank_max']) < (7, 8)
-  started = experiment.prepare(
+  started = points.prepare(
     dataclasses.replace(
       x.config, lora=dataclasses.replace(x.config.lora, from_peft=str(out))
     )
   )
-  start = started.take_point(started.initial_state, 0).adapters
-  drawn = x.take_point(x.initial_state, 0).adapters
+  start = started.take(started.initial_state, 0).adapters
+  drawn = x.take(x.initial_state, 0).adapters
   for t, adapter in state.adapters.items():
     live = adapter.b.any(-1)
     assert not live.all()
@@ -238,10 +247,10 @@ def test_scales_are_folded_where_they_differ(tmp_path, rule):
 def test_methods_that_empty_adapters_start_from_a_residual(tmp_path):
   x, state = _run(tmp_path / 'run')
   out, _ = _export(x, tmp_path)
-  dims = {t: np.zeros(d, np.float32) for t, d in x.dims.items()}
+  dims = {t: np.zeros(d, np.float32) for t, d in x.experiment.model.dims.items()}
   c = _config(method='flora', lora__from_peft=str(out))
-  rules = build.make_rules(c, x.rules.loss)
-  start = build.init_state(c, x.dims, dims, np.array([2, 3]), rules)
+  rules = build.make_rules(c, x.experiment.rules.loss)
+  start = build.init_state(c, x.experiment.model.dims, dims, np.array([2, 3]), rules)
   for t, want in lora.deltas(state.adapters, 1.7).items():
     np.testing.assert_allclose(start.residual[t], want, atol=1e-6)
     assert not start.adapters[t].b.any()
@@ -271,7 +280,7 @@ def test_a_person_gets_what_a_round_would_send(tmp_path, method):
   if method == 'fedsa_lora':
     with pytest.raises(ConfigError, match='leaves b with the people'):
       _export(x, tmp_path)
-  out, _ = _export(x, tmp_path, client=x.people.client_ids[who])
+  out, _ = _export(x, tmp_path, client=x.experiment.people.client_ids[who])
   got = lora.deltas(_read(out, x), 1.7)
   mask = np.arange(SLOTS) < int(state.memory.rank[who, 0])
   for t, adapter in state.adapters.items():
@@ -313,10 +322,10 @@ def test_a_merged_model_computes_what_the_run_does(tmp_path, source, method):
   ))).max() > 0.1  # fmt: skip
   again = formats.load(out, dtype=np.float32, cached=False)
   assert about['parameters'] == sum(p.size for p in jax.tree.leaves(x.base))
-  shape = decoder.DecoderConfig(**x.base_identity['shape'])
+  shape = decoder.DecoderConfig(**x.identity['shape'])
   assert again.config == shape
   text = 'hello  there,\nmy friend!'
-  model = export.base_model.load(x.config, x.mesh)
+  model = x.experiment.model
   assert again.tokenizer.encode(text) == model.tokenizer.encode(text)
   fast = Tokenizer.from_folder(
     _only(out, 'tokenizer.json', 'tokenizer_config.json', 'config.json')
@@ -354,7 +363,7 @@ def test_a_base_is_exported_as_the_run_has_it(tmp_path):
 def test_all_or_nothing_is_written(tmp_path, monkeypatch):
   x, _ = _run(tmp_path / 'run')
   (tmp_path / 'out').mkdir()
-  attempt = functools.partial(export.run, x.config, tmp_path / 'run', tmp_path / 'out')
+  attempt = functools.partial(export.run, Run(tmp_path / 'run'), tmp_path / 'out')
 
   def fails(folder, *args):
     (folder / 'some').write_text('')
@@ -381,9 +390,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     (export.Choice('merged', rank=2, client='x'), 'one of them'),
   ):
     with pytest.raises(ConfigError, match=message):
-      export.run(x.config, tmp_path / 'run', tmp_path / 'out', choice)
+      export.run(Run(tmp_path / 'run'), tmp_path / 'out', choice)
   with pytest.raises(ConfigError, match='no checkpoints'):
-    export.run(x.config, tmp_path, tmp_path / 'out', export.Choice('merged'))
+    export.run(Run(tmp_path), tmp_path / 'out', export.Choice('merged'))
   with pytest.raises(ConfigError, match='none of the .* people'):
     export._number(x, 'nobody')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['run']
@@ -508,7 +517,7 @@ def test_folders_agree_with_peft_and_transformers(tmp_path, source, method):
     tmp_path / 'run', method=method, model__source=place,
     lora__targets=('q', 'k', 'v', 'o', 'gate', 'up', 'down'),
   )  # fmt: skip
-  shape = decoder.DecoderConfig(**x.base_identity['shape'])
+  shape = decoder.DecoderConfig(**x.identity['shape'])
   base = lora.fold(x.base, state.residual)
 
   def ours(ids):

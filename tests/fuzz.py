@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from hetlora_jax.run import Run
+
 ROOT = pathlib.Path(__file__).parent.parent
 SECONDS = 10  # a case may take
 MEMORY = 1 << 30  # bytes a case may ask for, beyond what is mapped when it starts
@@ -626,16 +628,16 @@ def read_sweep(folder: pathlib.Path) -> list:
 
 def make_run(name: str):
   def make(folder: pathlib.Path) -> pathlib.Path:
-    from hetlora_jax import config, metrics
+    from hetlora_jax import config
 
     row = {'round': 30, 'eval/seen/loss': 1.0, 'eval/unseen/loss': 1.0}
     (folder / 'a').mkdir()
-    metrics.write_json(folder / 'a/config.json', config.to_dict(_config()))
+    files.write_json(folder / 'a/config.json', config.to_dict(_config()))
     summary = {
       'last': row, 'comm/up_bytes': 1, 'comm/down_bytes': 1,
       'train/parameters': 1, 'aggregation/error': 0.0, 'time/this_call_s': 1.0,
     }  # fmt: skip
-    metrics.write_json(folder / 'a/summary.json', summary)
+    files.write_json(folder / 'a/summary.json', summary)
     traffic = {'comm/total_up_bytes': 1, 'comm/total_down_bytes': 1}
     rows = [row | {'round': 0}, row | {'round': 30, 'train/loss': 1} | traffic]
     path = folder / 'a/metrics.jsonl'
@@ -648,13 +650,12 @@ def make_run(name: str):
 def _run(folder: pathlib.Path):
   from hetlora_jax.tools import sweep
 
-  return sweep.Run('a', {}, _config(), folder / 'a', 'train')
+  return sweep.Job('a', {}, _config(), folder / 'a', 'train')
 
 
 def read_run(folder: pathlib.Path) -> None:
-  from hetlora_jax import workdirs
 
-  workdirs.check(_config(), folder / 'a')
+  Run(folder / 'a').check(_config())
 
 
 def read_summary(folder: pathlib.Path) -> str:

@@ -5,7 +5,7 @@ import pathlib
 import sys
 import tempfile
 
-from hetlora_jax import config, metrics, training
+from hetlora_jax import config, rows, training
 from tests import experiment_test
 
 PATH = pathlib.Path(__file__).parent / 'golden' / 'tiny.json'
@@ -18,14 +18,14 @@ def golden_config() -> config.Config:
   )
 
 
-def golden_rows() -> list[metrics.Row]:
+def golden_rows() -> list[rows.Row]:
   """Returns what a run must always log, times left out."""
   with tempfile.TemporaryDirectory() as workdir:
-    training.run(golden_config(), pathlib.Path(workdir))
+    training.train(golden_config(), pathlib.Path(workdir))
     return [_flat(row) for row in experiment_test.timeless(pathlib.Path(workdir))]
 
 
-def _flat(row: metrics.Row) -> metrics.Row:
+def _flat(row: rows.Row) -> rows.Row:
   """Gives every entry of a list a name of its own."""
   out = {}
   for name, value in row.items():

@@ -11,7 +11,6 @@ import quadratic
 
 from hetlora_jax import client, config, lora
 from hetlora_jax.methods import aggregation, redistribution, registry
-from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.types import ClientUpdates, Lora, Server
 
 RANKS = [2, 9, 5, 7, 3, 9, 6, 2, 4, 8, 5]
@@ -51,8 +50,7 @@ def assert_same(a, b):
 
 def global_part(run, state):
   """Returns what an SVD's freedom of sign and order cannot change."""
-  names = rule_names(run.config)
-  if names['aggregation'] in aggregation.PRODUCT_SPACE:
+  if run.rules.product_space:
     return state.residual, lora.deltas(state.adapters, run.server_scale)
   return state.residual, state.adapters
 
@@ -96,7 +94,7 @@ def test_padding_changes_nothing(method):
 def test_a_client_that_drops_out_is_as_if_it_had_not_been_there(method):
   run, base, state, rng = warmed_up(method)
   cohort = quadratic.make_cohort(rng)
-  hyper = dataclasses.replace(run.hyper, dropout=np.float32(0.5))
+  hyper = run.hyper.replace(dropout=np.float32(0.5))
   lossy, out = run.round(base, state, cohort, hyper)
   reports = np.asarray(out['reports'])
   assert 0 < reports.sum() < 4
@@ -123,8 +121,7 @@ def test_weights_by_size_are_shares_of_the_examples(method):
 def test_one_client_alone_is_taken_as_it_is(method):
   """K = 1 is the identity: the global model becomes the client's own."""
   run, base, state, rng = warmed_up(method)
-  names = rule_names(run.config)
-  # Person 1 has rank R, so that nothing is truncated.
+  # Client 1 has rank R, so that nothing is truncated.
   cohort = quadratic.make_cohort(rng, (0, 18, 0, 0), clients=[1] * 4)
   after, out = run.step(base, state, cohort)
   assert int(out['rank'][1, 0]) in (9, 6, 0)  # HetLoRA may prune
@@ -132,7 +129,7 @@ def test_one_client_alone_is_taken_as_it_is(method):
   assert len(weights)
   np.testing.assert_allclose(weights, [[0, 1, 0, 0]] * len(weights), atol=1e-6)
   assert float(out['aggregation_error']) < 1e-5
-  if names['personal'] != 'none':
+  if run.rules.personal:
     return
   one = jax.tree.map(lambda x: x[1:2], cohort)
   alone, _ = run.round(base, state, one, run.hyper)
@@ -177,9 +174,9 @@ def become(method, updates, server, **overrides):
   run = make_run(method, **overrides)
   rules, hyper = run.rules, run.hyper
   weights = rules.weigh(updates.num_examples, updates.mask, updates.norm)
-  error, _ = aggregation.averaging_error(updates, weights, server)
+  error = functools.partial(aggregation.averaging_error, updates, weights, server)
   got = rules.redistribute(
-    rules.aggregate(updates, weights, server), error, server, hyper
+    rules.aggregate(updates, weights, server), lambda: error()[0], server, hyper
   )
   return got, {
     t: x + got.fold.get(t, 0)
@@ -236,23 +233,25 @@ def test_flora_with_a_cut_keeps_only_the_strongest_directions():
       assert_close(delta[t][layer], (u[:, :rank] * sigma[:rank]) @ v[:rank])
 
 
-@pytest.mark.parametrize('split', redistribution.SPLITS)
+SPLITS = {'svd_balanced': 0.5, 'svd_a': 1.0, 'svd_b': 0.0}
+
+
+@pytest.mark.parametrize('split', SPLITS)
 def test_svd_is_the_best_approximation_whatever_the_split(split):
   slots = 2
   rng = np.random.default_rng(0)
   delta = {'q': jnp.float32(rng.normal(size=(2, 7, 5)))}
   before = Lora(jnp.ones((2, 7, slots)), jnp.ones((2, slots, 5)))
-  got = redistribution.svd(
-    delta, {}, Server({'q': before}, SERVER_SCALE), None,
-    power_a=redistribution.SPLITS[split],
-  )  # fmt: skip
+  rule = registry.ROLES['redistribution'][split]
+  got = rule.function(delta, dict, Server({'q': before}, SERVER_SCALE), None)
+  assert rule.power_a(True) == rule.power_a(False) == SPLITS[split]
   a, b = got.adapters['q']
   for layer in range(2):
     u, sigma, v = np.linalg.svd(np.asarray(delta['q'][layer], float), False)
     best = (u[:, :slots] * sigma[:slots]) @ v[:slots]
     assert_close(SERVER_SCALE * a[layer] @ b[layer], best)
     share = sigma[:slots] / SERVER_SCALE
-    power = redistribution.SPLITS[split]
+    power = SPLITS[split]
     np.testing.assert_allclose(np.linalg.norm(a[layer], axis=0), share**power, 1e-5)
     # Signs are fixed, so that a run can be repeated elsewhere.
     place = np.abs(a[layer]).argmax(0)
@@ -379,14 +378,13 @@ def test_a_client_of_another_scale_receives_the_same_product(overrides):
     **overrides,
   )  # fmt: skip
   server = client.global_adapters(run.rules, state, run.hyper)
-  memory = jax.tree.map(lambda x: x[2], state.memory)  # rank 5
-  view, _ = client.receive(run.rules, server, memory, run.hyper, jax.random.key(0))
+  view, _ = client.sent_to(run.rules, state, run.hyper, 2)  # rank 5
   assert float(view.scale) == pytest.approx(quadratic.SCALE / 5)
   assert float(server.scale) == pytest.approx(quadratic.SCALE / 9)
   sent = lora.deltas(view.adapters, view.scale)
   first_five = lora.truncate(server.adapters, view.mask)
   assert_close(sent, lora.deltas(first_five, server.scale))
-  still = dataclasses.replace(run.hyper, client_learning_rate=np.float32(0))
+  still = run.hyper.replace(client_learning_rate=np.float32(0))
   alone = quadratic.make_cohort(rng, (0, 18, 0, 0), clients=[2] * 4)
   after, _ = run.round(base, state, alone, still)
   assert_close(total(run, base, after), total(run, base, state), 1e-4)
@@ -456,13 +454,16 @@ def test_a_clients_own_factors_never_reach_the_server():
     assert who.tolist() == [0, 2, 4, 7]
 
 
-def test_a_new_rule_is_one_function_and_one_row(monkeypatch):
+def test_a_new_rule_is_one_function_and_one_declaration():
+  @registry.rule('aggregation')
   def first(updates, weights, server):
     """Takes the first client's factors."""
     return jax.tree.map(lambda x: x[0], updates.adapters)
 
-  monkeypatch.setitem(aggregation.TABLE, 'first', first)
-  run = quadratic.make_run(RANKS, methods__aggregation='first')
+  try:
+    run = quadratic.make_run(RANKS, methods__aggregation='first')
+  finally:
+    del registry.ROLES['aggregation']['first']
   rng = np.random.default_rng(0)
   state, _ = run.step(quadratic.make_base(rng), run.state, quadratic.make_cohort(rng))
   assert bool(jnp.isfinite(state.adapters['q'].a).all())

@@ -5,7 +5,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from hetlora_jax import files, metrics
+from hetlora_jax import files, tracking
 
 ROW = {
   'round': 1,
@@ -31,7 +31,7 @@ def _board(workdir):
 
 
 def _write(workdir, *rows):
-  writer = metrics.Writer(workdir, 0)
+  writer = tracking.Writer(workdir, 0)
   for row in rows:
     writer.write(row)
   writer.close()
@@ -62,22 +62,22 @@ def test_lists_without_a_histogram_do_not_end_a_run(tmp_path):
 
 
 def test_samples_are_texts_when_a_run_goes_on_and_when_it_has_ended(tmp_path):
-  lines = [json.dumps(_sample(i)) for i in range(metrics.MOST_SAMPLES + 3)]
+  lines = [json.dumps(_sample(i)) for i in range(tracking.MOST_SAMPLES + 3)]
   _write(tmp_path, ROW)
   (tmp_path / 'generations.jsonl').write_text('\n'.join([*lines, '{"torn']))
-  metrics.show_samples(tmp_path, 1)
+  tracking.show_samples(tmp_path, 1)
   for _ in range(2):
     board = _board(tmp_path)
-    assert len(board.Tags()['tensors']) == metrics.MOST_SAMPLES
+    assert len(board.Tags()['tensors']) == tracking.MOST_SAMPLES
     (event,) = board.Tensors('sample_0/seen_0/text_summary')
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 1 and all(x.startswith('    ') for x in text.split('\n'))
     assert 'generated: half ?' in text
-    metrics.Writer(tmp_path, 2).close()  # events are made anew
+    tracking.Writer(tmp_path, 2).close()  # events are made anew
   assert board.Scalars('train/loss')[0].step == 1
 
 
 def test_damaged_samples_are_named(tmp_path):
   (tmp_path / 'generations.jsonl').write_bytes(b'\xff\n')
   with pytest.raises(files.Damaged, match='generations.jsonl is damaged'):
-    metrics.show_samples(tmp_path, 1)
+    tracking.show_samples(tmp_path, 1)

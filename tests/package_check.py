@@ -30,7 +30,7 @@ IN_SDIST = (
   'tests/rounds_test.py',
 )
 TINY = '--config=configs/tiny.py'
-SHORT = ('--config.federated.num_rounds=2', '--config.eval.every=0')
+SHORT = ('--config.federated.num_rounds=2', '--config.eval.every=None')
 
 
 def programs(report: str) -> list[tuple[str, ...]]:

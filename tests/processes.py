@@ -18,7 +18,7 @@ def main() -> None:
   jax.distributed.initialize(f'127.0.0.1:{port}', int(count), int(process))
   for method in methods:
     config = devices_test.many_rounds(method, (1, int(count), 2))
-    training.run(config, pathlib.Path(folder, method))
+    training.train(config, pathlib.Path(folder, method))
 
 
 if __name__ == '__main__':

@@ -13,7 +13,8 @@ import pytest
 from devices_test import METHODS, assert_agree, many_rounds
 from experiment_test import SMALL, newest_state
 
-from hetlora_jax import experiment, metrics, training, workdirs
+from hetlora_jax import experiment, files, points, training
+from hetlora_jax.run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -50,10 +51,10 @@ def _check(folder, method):
   """Compares a run's checkpoint and rows with one process and one device."""
   one = many_rounds(method)
   alone = folder / 'alone' / method
-  training.run(one, alone)
+  training.train(one, alone)
   assert_agree(newest_state(one, folder / method), newest_state(one, alone))
   rows, want = (
-    metrics.read_rows(place / 'metrics.jsonl') for place in (folder / method, alone)
+    files.read_rows(place / 'metrics.jsonl') for place in (folder / method, alone)
   )
   assert [r['round'] for r in rows] == [0, 1, 2, 3]
   assert [set(row) for row in rows] == [set(row) for row in want]
@@ -84,7 +85,7 @@ def test_processes_agree_with_one(count, tmp_path):
   # One process goes on where several stopped.
   longer = many_rounds('flora', federated__num_rounds=6)
   for place in (tmp_path, tmp_path / 'alone'):
-    training.run(longer, place / 'flora')
+    training.train(longer, place / 'flora')
   assert_agree(
     newest_state(longer, tmp_path / 'flora'),
     newest_state(longer, tmp_path / 'alone/flora'),
@@ -101,7 +102,7 @@ def _two_in_a_long_run(workdir):
       '-m', 'launch.train', '--config=configs/tiny.py', *given,
       '--config.federated.num_rounds=5000', f'--workdir={workdir}',
       '--config.checkpoint.every=5000', '--config.mesh.clients=4',
-      '--config.eval.every=0', '--distributed', f'--process_id={i}',
+      '--config.eval.every=None', '--distributed', f'--process_id={i}',
       f'--coordinator_address=127.0.0.1:{port}', '--num_processes=2',
     ],
     2,
@@ -122,7 +123,7 @@ def test_one_processs_ctrl_c_stops_all_and_saves(tmp_path):
 
 
 def test_all_processes_are_told_that_a_folder_is_in_use(tmp_path):
-  with workdirs.held(tmp_path):
+  with Run(tmp_path).locked():
     port, given = _free_port(), [f'--config.{k}={v}' for k, v in SMALL.items()]
     processes = _start(
       lambda i: [
@@ -147,20 +148,20 @@ def test_a_process_that_loses_another_ends_and_says_so(tmp_path):
 
 
 def test_each_process_builds_its_own_clients_alone(monkeypatch):
-  x = experiment.prepare(many_rounds('hetlora', (1, 4, 2)))
-  whole = experiment.make_cohorts(x, 0)
+  x = points.prepare(many_rounds('hetlora', (1, 4, 2)))
+  whole = points.make_cohorts(x, 0)
   built = []
-  original = experiment._cohort
+  original = experiment.make_cohort
 
   def spy(x, seed, i, only):
     built.append(only)
     return original(x, seed, i, only)
 
-  monkeypatch.setattr(experiment, '_cohort', spy)
+  monkeypatch.setattr(experiment, 'make_cohort', spy)
   part = (slice(0, 3), slice(0, 1), slice(2, 4))
-  monkeypatch.setattr(experiment.sharding, 'own_part', lambda *_: part)
-  monkeypatch.setattr(experiment.sharding, 'place_own', lambda own, *_: own)
-  own = experiment.make_cohorts(x, 0)
+  monkeypatch.setattr(points.sharding, 'own_part', lambda *_: part)
+  monkeypatch.setattr(points.sharding, 'place_own', lambda own, *_: own)
+  own = points.make_cohorts(x, 0)
   assert built == [slice(2, 4)] * 3
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)[:, :, 2:4]),

@@ -14,7 +14,6 @@ import numpy as np
 
 from configs import default
 from hetlora_jax import build, config, rounds
-from hetlora_jax.methods import registry
 from hetlora_jax.types import Cohort
 
 DIMS = {'q': (2, 7, 5), 'v': (2, 7, 3)}
@@ -93,7 +92,7 @@ def make_run(rank_N=None, **overrides):
   """
   c = make_config(**overrides)
   rules = build.make_rules(c, loss)
-  homogeneous = registry.rule_names(c)['distribution'] == 'full'
+  homogeneous = c.rules['distribution'].name == 'full'
   if rank_N is None or homogeneous:
     rank_N = build.draw_ranks(c, np.arange(1, POPULATION + 1))
   hyper = build.make_hyperparameters(c)

@@ -8,7 +8,6 @@ import quadratic
 
 from hetlora_jax import prng, ranks
 from hetlora_jax.methods import objective, registry
-from hetlora_jax.methods.registry import rule_names
 
 # Person 5, of the highest rank, never takes part.
 RANKS = [2, 4, 5, 7, 3, 9, 6, 2, 4, 8, 5]
@@ -96,7 +95,7 @@ def _assert_agree(run, base, state, want):
   for t, residual in state.residual.items():
     for layer in range(len(residual)):
       _close(residual[layer], want.residual[t, layer])
-  if rule_names(run.config)['distribution'] != 'full':
+  if run.config.rules['distribution'].name != 'full':
     assert state.memory.rank[:, 0].tolist() == list(want.rank)
   for who, own in want.personal.items():
     for (t, layer), (a, b) in own.items():

@@ -14,7 +14,7 @@ import sys
 import pytest
 from experiment_test import small_config
 
-from hetlora_jax import config, files, metrics
+from hetlora_jax import config, files
 from hetlora_jax.tools import report, sweep
 from hetlora_jax.tools.report import charts, markup, runs
 
@@ -161,7 +161,7 @@ def test_the_summary_has_the_numbers_of_summary_json(swept, page):
 
 def test_the_curves_have_the_numbers_of_metrics_jsonl(swept, page):
   curves = _section(page, 'curves')
-  rows = metrics.read_rows(swept / 'fedit' / 'metrics.jsonl')
+  rows = files.read_rows(swept / 'fedit' / 'metrics.jsonl')
   want = [
     ['method=fedit', str(r['round']),
      *[f'{r[f"eval/{who}/loss"]:.4f}' for who in ('seen', 'unseen')]]
@@ -178,7 +178,7 @@ def test_the_curves_have_the_numbers_of_metrics_jsonl(swept, page):
 
 
 def test_ranks_and_energy_are_told_in_words(swept, page):
-  row = metrics.read_rows(swept / 'fedit' / 'metrics.jsonl')[-1]
+  row = files.read_rows(swept / 'fedit' / 'metrics.jsonl')[-1]
   text = _section(page, 'ranks').text
   assert f'→ {row["rank/mean"]:.3g};' in text
   assert f'largest {row["rank/max"]} → {row["rank/max"]}' in text

@@ -26,7 +26,7 @@ from experiment_test import (
 )
 from tensorboard.backend.event_processing import event_accumulator
 
-from hetlora_jax import checkpoint, config, experiment, metrics, training
+from hetlora_jax import checkpoint, config, files, points, training
 
 # tensorstore's futures outlive the event loop of a read that failed.
 pytestmark = pytest.mark.filterwarnings(
@@ -38,13 +38,13 @@ pytestmark = pytest.mark.filterwarnings(
 def done(tmp_path_factory):
   """A run that has kept its checkpoints 2, 3 and 4."""
   workdir = tmp_path_factory.mktemp('done')
-  training.run(small_config(checkpoint__keep=3), workdir)
+  training.train(small_config(checkpoint__keep=3), workdir)
   return workdir
 
 
 @pytest.fixture(scope='module')
 def built():
-  return experiment.prepare(small_config())
+  return points.prepare(small_config())
 
 
 def _copy(done, tmp_path) -> pathlib.Path:
@@ -54,9 +54,9 @@ def _copy(done, tmp_path) -> pathlib.Path:
 
 
 def _restore(workdir, x, base=None):
-  reader = checkpoint.Checkpoints([workdir / 'checkpoints'], base or x.base_identity)
+  reader = checkpoint.Checkpoints([workdir / 'checkpoints'], base or x.identity)
   try:
-    return reader.restore_newest(experiment.shape_of_one(x))
+    return reader.restore_newest(points.shape_of_one(x))
   finally:
     reader.close()
 
@@ -101,8 +101,8 @@ def test_no_damage_to_any_file_is_taken_for_the_state(done, built, tmp_path):
 
 
 def _state_at(workdir, x, step):
-  reader = checkpoint.Checkpoints([workdir / 'checkpoints'], x.base_identity)
-  (state,) = reader.restore(step, experiment.shape_of_one(x))
+  reader = checkpoint.Checkpoints([workdir / 'checkpoints'], x.identity)
+  (state,) = reader.restore(step, points.shape_of_one(x))
   reader.close()
   return state
 
@@ -116,7 +116,7 @@ def _damage_arrays(workdir, step):
 def test_a_damaged_newest_checkpoint_is_named_and_made_again(done, tmp_path, capsys):
   workdir = _copy(done, tmp_path)
   _damage_arrays(workdir, 4)
-  training.run(small_config(checkpoint__keep=3), workdir)
+  training.train(small_config(checkpoint__keep=3), workdir)
   out = capsys.readouterr().out
   assert f'Warning: {workdir}/checkpoints/4 is damaged' in out
   assert 'Continuing after round 3.' in out
@@ -134,7 +134,7 @@ def test_full_memory_is_no_damage(fill, done, tmp_path, monkeypatch):
   workdir = _copy(done, tmp_path)
   monkeypatch.setattr(ocp.CheckpointManager, 'restore', lambda *_, **__: fill())
   with pytest.raises(config.ConfigError, match='4 cannot be read, out of mem'):
-    training.run(small_config(), workdir)
+    training.train(small_config(), workdir)
   assert checkpoint.steps(workdir / 'checkpoints') == {2, 3, 4}
 
 
@@ -144,7 +144,7 @@ def test_with_no_undamaged_checkpoint_nothing_is_run(done, tmp_path):
     _damage_arrays(workdir, step)
   rows = (workdir / 'metrics.jsonl').read_text()
   with pytest.raises(config.ConfigError, match='no checkpoint is undamaged'):
-    training.run(small_config(), workdir)
+    training.train(small_config(), workdir)
   assert checkpoint.steps(workdir / 'checkpoints') == {2, 3, 4}
   assert (workdir / 'metrics.jsonl').read_text() == rows
 
@@ -152,20 +152,20 @@ def test_with_no_undamaged_checkpoint_nothing_is_run(done, tmp_path):
 def test_a_wrong_number_is_noticed_even_if_the_file_is_well_formed(
   done, built, tmp_path, monkeypatch
 ):
-  like = experiment.shape_of_one(built)
+  like = points.shape_of_one(built)
   state = _state_at(done, built, 4)
   rank = state.memory.rank
   changed = jax.device_put(rank.at[3, 0].add(1), rank.sharding)
   before = checkpoint.sums(state)
   monkeypatch.setattr(checkpoint, 'sums', lambda _: before)
   other = checkpoint.Checkpoints(
-    [tmp_path / 'c'], built.base_identity, small_config().checkpoint
+    [tmp_path / 'c'], built.identity, small_config().checkpoint
   )
   memory = dataclasses.replace(state.memory, rank=changed)
   other.save(4, [dataclasses.replace(state, memory=memory)])
   other.close()
   monkeypatch.undo()
-  reader = checkpoint.Checkpoints([tmp_path / 'c'], built.base_identity)
+  reader = checkpoint.Checkpoints([tmp_path / 'c'], built.identity)
   with pytest.raises(checkpoint.Damaged, match='checksum of .*memory.*rank'):
     reader.restore(4, like)
   reader.close()
@@ -192,14 +192,14 @@ def test_every_flipped_bit_changes_the_sum(leaf):
 
 
 def test_another_base_model_is_refused(done, built):
-  base = built.base_identity | {'sha256': 'random-1'}
+  base = built.identity | {'sha256': 'random-1'}
   with pytest.raises(
     config.ConfigError, match="its sha256 is 'random-0', this one's 'random-1'"
   ):
     _restore(done, built, base)
-  deeper = built.base_identity['shape'] | {'num_layers': 2}
+  deeper = built.identity['shape'] | {'num_layers': 2}
   with pytest.raises(config.ConfigError, match=r'shape\.num_layers is 1'):
-    _restore(done, built, built.base_identity | {'shape': deeper})
+    _restore(done, built, built.identity | {'shape': deeper})
 
 
 def test_every_field_that_differs_is_named_with_both_values(done):
@@ -208,7 +208,7 @@ def test_every_field_that_differs_is_named_with_both_values(done):
     client_optimizer__name='sgd',
   )  # fmt: skip
   with pytest.raises(config.ConfigError) as error:
-    training.run(other, done)
+    training.train(other, done)
   said, old, new = (
     str(error.value),
     *(config.flat(config.to_dict(c)) for c in (small_config(), other)),
@@ -225,10 +225,10 @@ def test_a_field_that_a_run_did_not_have_yet_counts_as_its_default(done, tmp_pat
   old = json.loads(path.read_text())
   del old['model']['remat'], old['lora']['scale']
   path.write_text(json.dumps(old))
-  training.run(small_config(), workdir)
+  training.train(small_config(), workdir)
   path.write_text(json.dumps(old))
   with pytest.raises(config.ConfigError, match=r'lora.scale=2.0, not 3.0'):
-    training.run(small_config(lora__scale=3.0), workdir)
+    training.train(small_config(lora__scale=3.0), workdir)
 
 
 LAYOUTS = {
@@ -244,8 +244,8 @@ def test_a_run_goes_on_on_another_layout(layouts, tmp_path):
   # The state of full fine-tuning is split over `model`.
   method = 'full_finetuning' if first[2] * then[2] > 1 else 'flora'
   begun = many_rounds(method, first)
-  training.run(begun, tmp_path / 'a')
-  moved = _restore(tmp_path / 'a', experiment.prepare(many_rounds(method, then)))
+  training.train(begun, tmp_path / 'a')
+  moved = _restore(tmp_path / 'a', points.prepare(many_rounds(method, then)))
   assert moved
   jax.tree.map(
     np.testing.assert_array_equal,
@@ -253,8 +253,8 @@ def test_a_run_goes_on_on_another_layout(layouts, tmp_path):
     newest_state(begun, tmp_path / 'a'),
   )
   longer = many_rounds(method, then, federated__num_rounds=6)
-  training.run(longer, tmp_path / 'a')
-  training.run(many_rounds(method, federated__num_rounds=6), tmp_path / 'b')
+  training.train(longer, tmp_path / 'a')
+  training.train(many_rounds(method, federated__num_rounds=6), tmp_path / 'b')
   assert_agree(*(newest_state(longer, tmp_path / n) for n in 'ab'))
 
 
@@ -275,14 +275,14 @@ def test_points_go_on_alone_and_runs_together(tmp_path):
     [tmp_path / f'{way}_{s}' for s in (0, 1)] for way in ('apart', 'joined', 'alone')
   )
   spread = [_with(c, {'mesh__sweep': 2}) for c in half]
-  training.run_points(list(map(training.Point, spread, apart)))
+  training.train_points(list(map(training.Point, spread, apart)))
   for run, point in zip(whole, apart, strict=True):
-    training.run(run, point)
+    training.train(run, point)
   for run, point in zip(half, joined, strict=True):
-    training.run(run, point)
-  training.run_points(list(map(training.Point, whole, joined)))
+    training.train(run, point)
+  training.train_points(list(map(training.Point, whole, joined)))
   for i, run in enumerate(whole):
-    training.run(run, alone[i])
+    training.train(run, alone[i])
     want = newest_state(run, alone[i])
     # XLA compiles other programs for two points or devices: other roundings.
     assert_agree(newest_state(run, joined[i]), want)
@@ -297,11 +297,11 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(done, tmp_path):
     os.truncate(events, events.stat().st_size // 2)
   with (workdir / 'metrics.jsonl').open('a') as file:
     file.write('{"round": 5, "train/lo')
-  training.run(small_config(), workdir)
+  training.train(small_config(), workdir)
   assert timeless(workdir) == timeless(done)
   board = event_accumulator.EventAccumulator(str(workdir / 'tensorboard'))
   board.Reload()
-  rows = metrics.read_rows(workdir / 'metrics.jsonl')
+  rows = files.read_rows(workdir / 'metrics.jsonl')
   for name in ('train/loss', 'eval/seen/loss'):
     events = [(e.step, e.value) for e in board.Scalars(name)]
     want = [(r['round'], np.float32(r[name])) for r in rows if name in r]
@@ -315,19 +315,19 @@ def test_a_second_run_in_a_folder_is_told_who_is_in_it(done, tmp_path):
     with pytest.raises(
       config.ConfigError, match=rf'in use by process {os.getpid()} on '
     ):
-      training.run(small_config(), workdir)
-  training.run(small_config(), workdir)  # let go of by its end
+      training.train(small_config(), workdir)
+  training.train(small_config(), workdir)  # let go of by its end
 
 
 def test_a_branch_starts_from_an_old_state_on_purpose(done, tmp_path):
   branch = training.parse_branch(f'{done}@2')
   c = small_config(lora__scale=3.0)
-  summary = training.run(c, tmp_path / 'new', branch=branch)
+  summary = training.train(c, tmp_path / 'new', branch=branch).summary
   assert summary['first']['round'] == 2 and summary['last']['round'] == 4
-  rounds = [r['round'] for r in metrics.read_rows(tmp_path / 'new/metrics.jsonl')]
+  rounds = [r['round'] for r in files.read_rows(tmp_path / 'new/metrics.jsonl')]
   assert rounds == [2, 3, 4]
   # The same configuration from there is the same run.
-  training.run(small_config(), tmp_path / 'same', branch=branch)
+  training.train(small_config(), tmp_path / 'same', branch=branch)
   jax.tree.map(
     np.testing.assert_array_equal,
     newest_state(small_config(), tmp_path / 'same'),
@@ -341,12 +341,12 @@ def test_a_branch_starts_from_an_old_state_on_purpose(done, tmp_path):
     with pytest.raises(config.ConfigError, match=why):
       training.parse_branch(text)
   with pytest.raises(config.ConfigError, match='does not fit.*adapters'):
-    training.run(small_config(federated__r_max=9), tmp_path / 'wide', branch=branch)
+    training.train(small_config(federated__r_max=9), tmp_path / 'wide', branch=branch)
   assert not (tmp_path / 'wide').exists()
 
 
 def test_every_nth_checkpoint_is_kept(tmp_path):
-  training.run(small_config(checkpoint__keep=1, checkpoint__keep_every=2), tmp_path)
+  training.train(small_config(checkpoint__keep=1, checkpoint__keep_every=2), tmp_path)
   assert checkpoint.steps(tmp_path / 'checkpoints') == {2, 4}
 
 

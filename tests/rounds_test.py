@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import quadratic
 
-from hetlora_jax import lora, sharding
+from hetlora_jax import lora, points, sharding
 from hetlora_jax.methods import tail
 
 RANKS = [2, 9, 5, 7, 3, 9, 6, 2, 4, 8, 5]
@@ -65,15 +65,13 @@ def test_one_compilation_for_20_rounds():
 
 
 def test_donated_state_is_gone():
-  from hetlora_jax import build
-
   run = quadratic.make_run(RANKS)
   mesh, one = sharding.make_mesh(), lambda tree: quadratic.stack([tree])
-  step = build.make_rounds(run.rules, mesh, one(run.state))
+  step = points.make_rounds(run.rules, mesh, one(run.state))
   state = sharding.place(one(run.state), sharding.over_points(mesh))
   rng = np.random.default_rng(0)
   cohort = one(one(quadratic.make_cohort(rng)))
-  step(quadratic.make_base(rng), state, cohort, one(run.hyper))
+  step(quadratic.make_base(rng), state, cohort, one(run.hyper), np.array([True]))
   assert state.memory.rank.is_deleted()
 
 
@@ -130,8 +128,6 @@ def test_chunks_of_clients_change_nothing(chunk):
 
 
 def test_many_rounds_of_many_points_equal_each_alone():
-  from hetlora_jax import build
-
   runs = [
     quadratic.make_run(RANKS, seed=seed, federated__tail_penalty=penalty)
     for seed, penalty in ((0, 8.0), (1, 8.0), (1, 0.0))
@@ -141,10 +137,10 @@ def test_many_rounds_of_many_points_equal_each_alone():
   cohorts = [[quadratic.make_cohort(rng) for _ in runs] for _ in range(4)]
   stack = quadratic.stack
   state = stack([run.state for run in runs])
-  step = build.make_rounds(runs[0].rules, sharding.make_mesh(), state)
+  step = points.make_rounds(runs[0].rules, sharding.make_mesh(), state)
   together, out = step(
     base, state, stack([stack(row) for row in cohorts]),
-    stack([run.hyper for run in runs]),
+    stack([run.hyper for run in runs]), np.full(4, True),
   )  # fmt: skip
   assert out['rank'].shape[:3] == (4, 3, quadratic.CLIENTS)
   for k, run in enumerate(runs):
@@ -161,7 +157,6 @@ OPEN_CHOICES = [
   {'methods__weight_scope': 'matrix'},
   {'methods__prune_against': 'last_trained'},
   {'methods__keep_pruned_rank': False},
-  {'methods__tail_rounding': 'nearest'},
   {'methods__weighting': 'uniform'},
   {'methods__weighting': 'size'},
   {'methods__objective': 'task', 'methods__pruning': 'none'},
@@ -215,28 +210,49 @@ def test_sent_adapters_are_exactly_of_the_rank():
 
 
 @pytest.mark.parametrize(
-  'rank, gamma, rounding, kept',
+  'rank, gamma, kept',
   [
-    (20, 0.95, 'floor', 19),
-    (10, 0.9, 'floor', 9),
-    (50, 0.99, 'floor', 49),
-    (5, 0.99, 'floor', 4),
-    (40, 0.99, 'nearest', 40),
-    (7, 1.0, 'floor', 7),
+    (20, 0.95, 19),
+    (10, 0.9, 9),
+    (50, 0.99, 49),
+    (5, 0.99, 4),
+    (7, 1.0, 7),
   ],
 )
-def test_kept_rank(rank, gamma, rounding, kept):
-  got = tail.kept_rank(jnp.array([rank]), jnp.float32(gamma), rounding)
+def test_kept_rank(rank, gamma, kept):
+  got = tail.kept_rank(jnp.array([rank]), jnp.float32(gamma))
   assert int(got[0]) == kept
 
 
 def test_kept_rank_is_the_exact_floor():
   rank = np.arange(1, 201)
   for percent in range(1, 101):
-    got = tail.kept_rank(jnp.asarray(rank), jnp.float32(percent / 100), 'floor')
+    got = tail.kept_rank(jnp.asarray(rank), jnp.float32(percent / 100))
     np.testing.assert_array_equal(got, percent * rank // 100)
 
 
 def test_empty_tails_are_refused():
   with pytest.raises(ValueError, match='empty tail'):
-    quadratic.make_config(federated__gamma=0.99, methods__tail_rounding='nearest')
+    quadratic.make_config(federated__gamma=0.999999)
+
+
+def test_the_error_of_averaging_is_measured_where_it_is_asked_for():
+  run = quadratic.make_run(RANKS)
+  state = quadratic.stack([run.state])
+  rng = np.random.default_rng(1)
+  base = quadratic.make_base(rng)
+  cohorts = quadratic.stack(
+    [quadratic.stack([quadratic.make_cohort(rng)]) for _ in range(4)]
+  )
+  asked = np.array([False, True, False, True])
+  found = {}
+  for measure in (None, True, False):
+    step = points.make_rounds(run.rules, sharding.make_mesh(), state, 1, measure)
+    copy = jax.tree.map(jnp.array, state)
+    after, out = step(base, copy, cohorts, quadratic.stack([run.hyper]), asked)
+    found[measure] = np.asarray(out['aggregation_error'])[:, 0], after
+  assert np.isnan(found[None][0]).tolist() == (~asked).tolist()
+  assert np.isnan(found[False][0]).all() and np.isfinite(found[True][0]).all()
+  np.testing.assert_allclose(found[None][0][asked], found[True][0][asked], 1e-5)
+  for measure in (None, False):  # it changes nothing else
+    _assert_close(found[measure][1], found[True][1], 1e-6)

@@ -1,5 +1,6 @@
 """Ranks, norms, weights and bytes against plain formulas."""
 
+import dataclasses
 import types
 
 import jax
@@ -75,10 +76,10 @@ def _inputs():
   return num_examples, masks, norms
 
 
-@pytest.mark.parametrize('scope', weighting.SCOPES)
+@pytest.mark.parametrize('scope', ['model', 'layer', 'matrix'])
 def test_norm_weights_by_hand(scope):
   num_examples, masks, norms = _inputs()
-  got = weighting.norm(num_examples, masks, norms, scope=scope)
+  got = weighting.norm(num_examples, masks, norms, weight_scope=scope)
   q, v = (np.asarray(norms[t], np.float64) for t in 'qv')
   for layer in range(2):
     chosen = {
@@ -90,13 +91,15 @@ def test_norm_weights_by_hand(scope):
     np.testing.assert_allclose(got['q'][:, layer, 0], want / want.sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize('rule', weighting.TABLE)
+@pytest.mark.parametrize('rule', registry.ROLES['weighting'])
 def test_weights_sum_to_one_over_those_present(rule):
   num_examples, masks, norms = _inputs()
   for scale in (1, 0):  # with all norms zero, nobody is preferred
     scaled = {t: scale * x for t, x in norms.items()}
-    kind = {'scope': 'model'} if rule == 'norm' else {}
-    got = weighting.TABLE[rule](num_examples, masks, scaled, **kind)
+    kind = {'weight_scope': 'model'} if rule == 'norm' else {}
+    got = registry.ROLES['weighting'][rule].function(
+      num_examples, masks, scaled, **kind
+    )
     for t, weight in got.items():
       assert weight.shape == masks[t].shape
       np.testing.assert_allclose(weight.sum(0), 1, 1e-6)
@@ -139,8 +142,9 @@ def test_size_weights_are_proportional_to_examples():
   ],
 )
 def test_bytes_follow_the_papers_formulas(method, round, up, down, trained):
-  rules = registry.METHODS[method]._asdict()
-  rank = np.array([[9], [9]] if rules['distribution'] == 'full' else [[3], [5]])
+  rules = registry.rules_of(method)
+  whole = 'all slots' in registry.traits_of(rules)
+  rank = np.array([[9], [9]] if whole else [[3], [5]])
   one = {t: np.ones(2, int) for t in DIMS}
   folded = one if method in ('florist', 'fedmomentum') else {}
   got = traffic.of_round(
@@ -151,7 +155,7 @@ def test_bytes_follow_the_papers_formulas(method, round, up, down, trained):
 
 
 def test_who_drops_out_receives_and_trains_but_sends_nothing():
-  rules = registry.METHODS['hetlora']._asdict()
+  rules = registry.rules_of('hetlora')
   rank = np.array([[3], [5]])
   got = traffic.of_round(
     rules, DIMS, 1000, round=0, r_max=9, sent_CG=rank, kept_CG=rank[1:] - 1,
@@ -167,14 +171,14 @@ def test_ranks_of_single_matrices_are_counted_in_order():
 
 def test_stacks_are_sent_as_factors_while_they_are_small():
   dims = {'q': (1, 70, 50)}
-  rules = registry.METHODS['flora']._asdict()
+  rules = registry.rules_of('flora')
   rank = np.array([[3], [5]])
   got = traffic.of_round(
     rules, dims, 0, round=0, r_max=9, sent_CG=rank, kept_CG=rank, fold_rank={}
   )
   assert got.down == 2 * 120 * 8
   residual = traffic.of_round(
-    registry.METHODS['fedex']._asdict(), dims, 0, round=0, r_max=9,
+    registry.rules_of('fedex'), dims, 0, round=0, r_max=9,
     sent_CG=rank, kept_CG=rank, fold_rank={},
   )  # fmt: skip
   assert residual.down == 120 * 8 + 2 * 120 * 3  # (K - 1) r of the smaller
@@ -287,3 +291,44 @@ def test_every_method_names_rules_that_exist():
     for role, table in registry.ROLES.items():
       assert getattr(row, role) in table
     assert 'arXiv' in row.citation
+
+
+def test_a_rule_that_does_not_state_what_it_sends_makes_bytes_unknown():
+  rules = registry.rules_of('flora')
+  rank = np.array([[3], [5]])
+  about = {'round': 0, 'r_max': 9, 'sent_CG': rank, 'kept_CG': rank, 'fold_rank': {}}
+  for role, unknown in (
+    ('redistribution', (8 * 44, 8 * 44, None)),
+    ('distribution', (8 * 44, 8 * 44, None)),
+    ('trainable', (None, None, None)),
+  ):
+    silent = dataclasses.replace(rules[role], name='mine', traffic=None)
+    got = traffic.of_round(rules | {role: silent}, DIMS, 1000, **about)
+    assert got == unknown
+  # The same rule under another name states the same.
+  renamed = dataclasses.replace(rules['redistribution'], name='mine')
+  got = traffic.of_round(rules | {'redistribution': renamed}, DIMS, 1000, **about)
+  assert got == traffic.of_round(rules, DIMS, 1000, **about)
+
+
+def test_a_declaration_with_an_unknown_trait_role_or_space_is_refused():
+  for facts, message in (
+    ({'role': 'agregation'}, "role='agregation' is unknown"),
+    ({'role': 'pruning', 'traits': ['prefx']}, 'prefx'),
+    ({'role': 'pruning', 'needs': {'prefx': 'why'}}, 'prefx'),
+    ({'role': 'aggregation', 'space': 'log'}, "space='log' is unknown"),
+    ({'role': 'pruning', 'name': 'norm_tail'}, 'declared already'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      registry.declare(**{'name': 'mine', 'function': len} | facts)
+
+
+def test_what_a_rule_needs_and_excludes_is_told_with_what_would_fit():
+  rules = registry.rules_of('hetlora')
+  assert not list(registry.conflicts(rules))
+  base = rules | {'trainable': registry.ROLES['trainable']['base']}
+  told = dict((rule.role, why) for rule, why in registry.conflicts(base))
+  assert told['trainable'].startswith("not with objective 'tail_penalty'")
+  product = rules | {'aggregation': registry.ROLES['aggregation']['product']}
+  ((rule, why),) = registry.conflicts(product)
+  assert rule.name == 'keep' and "redistribution 'svd_balanced'" in why

@@ -13,7 +13,15 @@ import pytest
 from experiment_test import SMALL, small_config, timeless
 
 from configs import ablations
-from hetlora_jax import build, config, console, experiment, metrics, training
+from hetlora_jax import (
+  build,
+  config,
+  console,
+  fields,
+  files,
+  points,
+  training,
+)
 from hetlora_jax.tools import sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -94,11 +102,11 @@ def test_points_of_one_program_get_the_numbers_of_their_own_runs(together, tmp_p
   runs, results = together
   assert [r['points_together'] for r in results] == [4] * 4
   for run, result in list(zip(runs, results, strict=True))[1:3]:
-    alone = training.run(run.config, tmp_path / run.name)
+    alone = training.train(run.config, tmp_path / run.name)
     for place in (tmp_path / run.name, run.workdir):
       assert (place / 'checkpoints' / '4').is_dir()
       assert (place / 'curves.png').exists()
-    assert result['last'] == pytest.approx(alone['last'], rel=1e-5)
+    assert result['last'] == pytest.approx(alone.summary['last'], rel=1e-5)
     rows, want = timeless(run.workdir), timeless(tmp_path / run.name)
     for row, other in zip(rows, want, strict=True):
       assert row.get('rank/histogram') == other.get('rank/histogram')
@@ -111,15 +119,15 @@ def test_points_of_one_program_get_the_numbers_of_their_own_runs(together, tmp_p
 
 
 def test_a_grid_is_one_compilation(tmp_path, monkeypatch):
-  prepared, prepare = [], experiment.prepare
+  prepared, prepare = [], points.prepare
 
-  def remember(*points, **rest):
-    prepared.append(prepare(*points, **rest))
+  def remember(*configs, **rest):
+    prepared.append(prepare(*configs, **rest))
     return prepared[-1]
 
-  monkeypatch.setattr(experiment, 'prepare', remember)
+  monkeypatch.setattr(points, 'prepare', remember)
   _run_all(_grid(tmp_path))
-  assert [len(x.points) for x in prepared] == [4]
+  assert [len(x.configs) for x in prepared] == [4]
   assert prepared[0].run_rounds._cache_size() == 1
 
 
@@ -166,10 +174,10 @@ def test_programs_hold_as_many_points_as_asked(tmp_path):
   assert (sizes(0), sizes(3), sizes(1)) == ([4], [3, 1], [1] * 4)
 
 
-@pytest.mark.parametrize('field', experiment.VARIES)
+@pytest.mark.parametrize('field', config.VARIES)
 def test_every_varying_field_is_data_to_the_program(field):
   c = small_config()
-  value = config.flat(config.to_dict(c))[field]
+  value = fields.lookup(c, field)
   other = {
     'seed': 7, 'federated.r_min': 1, 'methods.energy': 0.5,
     'federated.dropout': 0.25, 'federated.gamma': 0.9,
@@ -178,12 +186,12 @@ def test_every_varying_field_is_data_to_the_program(field):
     'ranks.data_correlation': 0.5,
   }.get(field, 2 * value if isinstance(value, float) else None)  # fmt: skip
   assert other is not None and other != value
-  changed = sweep.with_fields(c, {field: other})
-  assert experiment.program_of(changed) == experiment.program_of(c)
+  changed = c.replace(**{field: other})
+  assert points.program_of(changed) == points.program_of(c)
   if field.startswith('ranks.'):
     return  # seen in everybody's rank, which is part of the state
   before, after = (build.make_hyperparameters(p) for p in (c, changed))
-  assert before != after
+  assert vars(before) != vars(after)
 
 
 def test_other_fields_are_the_programs_own():
@@ -194,8 +202,8 @@ def test_other_fields_are_the_programs_own():
     ('federated.local_batch', 3),
     ('server_optimizer.name', 'adam'),
   ):
-    changed = sweep.with_fields(c, {field: value})
-    assert experiment.program_of(changed) != experiment.program_of(c)
+    changed = c.replace(**{field: value})
+    assert points.program_of(changed) != points.program_of(c)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +263,7 @@ def test_commands_are_printed_one_a_program(tmp_path):
 
 def test_bytes_add_up_over_the_rounds(swept):
   workdir, _, results = swept
-  rows = metrics.read_rows(workdir / results[1]['name'] / 'metrics.jsonl')
+  rows = files.read_rows(workdir / results[1]['name'] / 'metrics.jsonl')
   assert rows[-1]['comm/total_up_bytes'] == results[1]['comm/up_bytes']
   assert results[1]['comm/up_bytes'] == sum(r.get('comm/up_bytes', 0) for r in rows)
 
@@ -263,11 +271,11 @@ def test_bytes_add_up_over_the_rounds(swept):
 @pytest.mark.parametrize('name', ablations.SWEEPS)
 def test_every_point_of_the_papers_sweeps_resolves(name):
   c = small_config(federated__local_steps=20)
-  points = sweep.load(f'configs/ablations.py:{name}')
-  names = {sweep.name_of(point) for point in points}
-  assert len(names) == len(points) >= 2
-  for point in points:
-    sweep.with_fields(c, point)
+  found = sweep.load(f'configs/ablations.py:{name}')
+  names = {sweep.name_of(point) for point in found}
+  assert len(names) == len(found) >= 2
+  for point in found:
+    c.replace(**point)
 
 
 @pytest.mark.parametrize('spec', ['configs/ablations.py', 'x.py:a', 'configs/ablations.py:gama'])  # fmt: skip

@@ -22,7 +22,7 @@ from absl import flags
 
 from benchmarks import machine
 from configs import tiny
-from hetlora_jax import config, experiment
+from hetlora_jax import config, points
 from hetlora_jax.methods import registry
 from hetlora_jax.types import ServerState
 
@@ -51,7 +51,7 @@ _FIELDS = {
   'model.random.num_layers': 2,
   'model.random.width': 32,
   'eval.num_people': 2,
-  'eval.every': 0,
+  'eval.every': None,
   'checkpoint.every': 2,
 }
 PRECISION = flags.DEFINE_enum(
@@ -82,10 +82,8 @@ def run(method: str, dtype: str) -> dict[str, np.ndarray]:
   raw = tiny.get_config()
   raw.update_from_flattened_dict(_FIELDS | {'method': method, 'model.dtype': dtype})
   c = config.resolve(raw)
-  x = experiment.prepare(c)
-  state, out = x.run_rounds(
-    x.base, x.initial_state, experiment.make_cohorts(x, 0), x.hyper
-  )
+  x = points.prepare(c)
+  state, out = x.run_rounds(x.base, x.initial_state, points.make_cohorts(x, 0), x.hyper)
   state, out = jax.device_get((state, out))
   one = jax.tree.map(lambda leaf: leaf[0], state)
   return changes(one, c.lora.scale) | {

@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 from benchmarks import machine
-from hetlora_jax import metrics
+from hetlora_jax import files
 
 DETERMINISTIC = '--xla_gpu_deterministic_ops=true'
 _SETTINGS = {'as it is': '', 'deterministic': DETERMINISTIC}  # flags of XLA
@@ -26,7 +26,7 @@ _FIELDS = (
   'federated.clients_per_round=4', 'federated.clients_at_once=2',
   'federated.local_steps=2', 'federated.r_max=8',
   'server_optimizer.name=adam', 'server_optimizer.learning_rate=0.01',
-  'model.random.num_layers=1', 'eval.num_people=2', 'eval.every=0',
+  'model.random.num_layers=1', 'eval.num_people=2', 'eval.every=None',
   'checkpoint.every=2',
 )  # fmt: skip
 _STRETCHES = {'once': (_ROUNDS,), 'halves': (_ROUNDS // 2, _ROUNDS)}
@@ -50,7 +50,7 @@ def _train(folder: pathlib.Path, method: str, setting: str) -> None:
 def _ends(workdir: pathlib.Path) -> tuple[dict, list[float]]:
   """Returns the sums of all bits of a run's last state, and its losses."""
   about = workdir / 'checkpoints' / str(_ROUNDS) / 'about' / 'metadata'
-  rows = metrics.read_rows(workdir / 'metrics.jsonl')
+  rows = files.read_rows(workdir / 'metrics.jsonl')
   losses = [row['train/loss'] for row in rows if 'train/loss' in row]
   return machine.read(about)['sums'], losses
 

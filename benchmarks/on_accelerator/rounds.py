@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import chats, machine, profiling
-from hetlora_jax import experiment
+from hetlora_jax import points
 from hetlora_jax.models import shapes
 from hetlora_jax.tools import dryrun, flops
 
@@ -56,9 +56,9 @@ def product_rate() -> float:
   return 2 * size**3 / min(times)
 
 
-def counted(x: experiment.Experiment) -> flops.Work:
+def counted(x: points.Points) -> flops.Work:
   """Counts what the first cohort holds."""
-  cohorts = jax.device_get(experiment.make_cohorts(x, 0))
+  cohorts = jax.device_get(points.make_cohorts(x, 0))
   cohort = jax.tree.map(lambda leaf: leaf[0, 0], cohorts)
   return flops.held(cohort, x.initial_rank[0])
 
@@ -75,7 +75,7 @@ class Round:
   def compile(self) -> None:
     """Compiles, alone or beside others."""
     x, start = self.x, time.perf_counter()
-    cohorts = experiment.make_cohorts(x, 0)
+    cohorts = points.make_cohorts(x, 0)
     lowered = x.run_rounds.lower(x.base, self._state, cohorts, x.hyper)
     self.program = lowered.compile()
     self.compile_s = time.perf_counter() - start
@@ -88,16 +88,16 @@ class Round:
   def time(self) -> dict[str, float]:
     """Times rounds: on the device alone, of the host, and both as they run."""
     x, each = self.x, self.x.config.federated.rounds_per_call
-    cohorts = experiment.make_cohorts(x, 0)
+    cohorts = points.make_cohorts(x, 0)
     once = min(machine.seconds(self.run, cohorts) for _ in range(2))
     count = 2 if machine.smoke() else max(_FEWEST, int(_SECONDS / once / 3))
     device = [machine.seconds(self.run, cohorts) for _ in range(count)]
     start = time.perf_counter()
     for i in range(2):
-      experiment.make_cohorts(x, i * each)
+      points.make_cohorts(x, i * each)
     host_s = (time.perf_counter() - start) / 2
     start, targets = time.perf_counter(), 0
-    for cohorts in experiment.cohorts_ahead(x, 0, count * each):
+    for cohorts in points.cohorts_ahead(x, 0, count * each):
       targets += jax.device_get(self.run(cohorts)['tokens']).sum()
     seconds, calls = time.perf_counter() - start, each * len(x.points)
     return {
@@ -109,7 +109,7 @@ class Round:
 
   def kernels(self) -> list[dict]:
     """Returns the kernels that take the most of a call, which must be warm."""
-    cohorts = experiment.make_cohorts(self.x, 0)
+    cohorts = points.make_cohorts(self.x, 0)
     run = lambda: self.run(cohorts)  # noqa: E731
     return profiling.top(self.program, run, _KERNELS)
 
@@ -124,7 +124,9 @@ class Round:
       'temporary_mb': memory.temp_size_in_bytes / 1e6,
     }
     if self.shape:
-      needed = flops.needed(shapes.SHAPES[self.shape], self.x.dims, self.work)
+      needed = flops.needed(
+        shapes.SHAPES[self.shape], self.x.experiment.model.dims, self.work
+      )
       rate = sum(needed.values()) / times['device_s']
       row['flops_per_s'] = rate
       if peak := peak_flops():

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hetlora_jax import lora
+from hetlora_jax.methods.registry import rule
 from hetlora_jax.types import (
   Adapters,
   Array,
@@ -22,6 +23,7 @@ from hetlora_jax.types import (
 )
 
 
+@rule('aggregation', traits=['mean of factors'])
 def factors(updates: ClientUpdates, weights: Masks, server: Server) -> Adapters:
   """Averages A and B apart, zero-padded to R (HetLoRA, arXiv 2401.06432)."""
   unowned = {t: 1 - m for t, m in updates.owned().items()}
@@ -35,6 +37,7 @@ def factors(updates: ClientUpdates, weights: Masks, server: Server) -> Adapters:
   }
 
 
+@rule('aggregation', space='product')
 def product(updates: ClientUpdates, weights: Masks, server: Server) -> Deltas:
   """Averages s A B without error (FlexLoRA, arXiv 2402.11505)."""
   unowned = {t: 1 - m for t, m in updates.owned().items()}
@@ -79,6 +82,7 @@ def averaging_error(
   return error, lora.safe_norm(lost) / jnp.maximum(lora.safe_norm(whole), 1e-30)
 
 
+@rule('aggregation')
 def changes(updates: ClientUpdates, weights: Masks, server: Server) -> Adapters:
   """Adds the averaged changes of the factors (FSLoRA, arXiv 2501.19389).
 
@@ -102,7 +106,7 @@ def _middle(x: Array, owns: Array, trim: float) -> Array:
     trim: share cut off at each end; 0.5 leaves the one or two in the middle.
   """
   count = (owns > 0).sum(0, dtype=jnp.int32)
-  # A hair, so that 0.1 of 10 is 1 in float32.
+  # float32's 0.26 * 450 is 116.99999: add 1e-4, so that its floor is 117.
   cut = jnp.floor(trim * count + 1e-4).astype(jnp.int32)
   cut = jnp.clip(cut, 0, jnp.maximum(count - 1, 0) // 2)
   place = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
@@ -112,6 +116,7 @@ def _middle(x: Array, owns: Array, trim: float) -> Array:
   return total / jnp.maximum(kept.sum(0), 1)
 
 
+@rule('aggregation', weighted=False)
 def trimmed_mean(
   updates: ClientUpdates, weights: Masks, server: Server, *, trim: float
 ) -> Adapters:
@@ -137,20 +142,10 @@ def trimmed_mean(
   return jax.tree.map(jnp.add, found, kept)
 
 
+@rule('aggregation', weighted=False)
 def median(updates: ClientUpdates, weights: Masks, server: Server) -> Adapters:
   """Takes each coordinate's median over the slot's owners.
 
   Yin, Chen, Ramchandran, Bartlett, 2018, arXiv 1803.01498; see `trimmed_mean`.
   """
   return trimmed_mean(updates, weights, server, trim=0.5)
-
-
-TABLE = {
-  'factors': factors,
-  'product': product,
-  'changes': changes,
-  'median': median,
-  'trimmed_mean': trimmed_mean,
-}
-PRODUCT_SPACE = ('product',)
-UNWEIGHTED = ('median', 'trimmed_mean')

@@ -8,15 +8,27 @@ import jax
 import jax.numpy as jnp
 
 from hetlora_jax import lora
+from hetlora_jax.methods.registry import rule
 from hetlora_jax.types import Adapters, Array, Masks, View
 
 
+def _own_ranks(rank_CM, r_max):
+  del r_max
+  return rank_CM
+
+
+def _all_slots(rank_CM, r_max):
+  return 0 * rank_CM + r_max
+
+
+@rule('distribution', traits=['prefix', 'truncates'], traffic=_own_ranks)
 def prefix(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> View:
   """Truncates to the client's rank (HetLoRA; Cho et al., 2024, 2401.06432)."""
   del key
   return View(lora.truncate(adapters, masks), masks, scale)
 
 
+@rule('distribution', traits=['prefix', 'all slots'], traffic=_own_ranks)
 def full(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> View:
   """Gives everybody every slot: homogeneous LoRA of rank R."""
   del key
@@ -33,6 +45,7 @@ def _choose(masks: Masks, key: Array) -> Masks:
   return chosen
 
 
+@rule('distribution', traffic=_all_slots)
 def random_mask(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> View:
   """Gives every slot, r of them at random to train (Fed-PLoRA, 2602.16936).
 
@@ -41,6 +54,7 @@ def random_mask(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> V
   return View(adapters, _choose(masks, key), scale)
 
 
+@rule('distribution', traffic=_own_ranks)
 def sketch(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> View:
   """Gives r random slots, scaled by R / r (FSLoRA, arXiv 2501.19389)."""
   chosen = _choose(masks, key)
@@ -48,6 +62,12 @@ def sketch(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> View:
   return View(lora.truncate(adapters, chosen), chosen, scale / slots.mean())
 
 
+@rule(
+  'distribution',
+  traits=['fresh factors'],
+  needs={'product space': 'clients that draw their own A have no factors in common'},
+  traffic=lambda rank_CM, r_max: 0 * rank_CM,
+)
 def reinit(
   adapters: Adapters, masks: Masks, scale: Array, key: Array, *, init: str
 ) -> View:
@@ -56,12 +76,3 @@ def reinit(
   slots = next(iter(masks.values())).shape[-1]
   fresh = lora.init(key, dims, slots, init)
   return View(lora.truncate(fresh, masks), masks, scale)
-
-
-TABLE = {
-  'prefix': prefix,
-  'full': full,
-  'random_mask': random_mask,
-  'sketch': sketch,
-  'reinit': reinit,
-}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from hetlora_jax import lora, ranks
 from hetlora_jax.methods import tail
+from hetlora_jax.methods.registry import rule
 from hetlora_jax.types import Array, Hyperparameters, Trained
 
 
@@ -28,20 +29,27 @@ class About(NamedTuple):
 Loss = tuple[Array, tuple[Array, Array]]
 
 
+@rule('objective')
 def task(trained: Trained, about: About) -> Loss:
   """Returns the mean loss a token."""
   total, count = about.task(trained)
   return total / jnp.maximum(count, 1), (total, count)
 
 
-def tail_penalty(trained: Trained, about: About, *, rounding: str) -> Loss:
+@rule(
+  'objective',
+  traits=['tail', 'own ranks'],
+  needs={'prefix': 'only a prefix has a tail'},
+)
+def tail_penalty(trained: Trained, about: About) -> Loss:
   """Adds lambda sum ||B_tail|| ||A_tail|| (HetLoRA, arXiv 2401.06432)."""
   mean, counts = task(trained, about)
-  sizes = tail.norms(trained.adapters, about.rank, about.hyper.gamma, rounding)
+  sizes = tail.norms(trained.adapters, about.rank, about.hyper.gamma)
   penalty = sum(size.sum() for size in sizes.values())
   return mean + about.hyper.tail_penalty * penalty, counts
 
 
+@rule('objective')
 def proximal(trained: Trained, about: About) -> Loss:
   """Adds mu / 2 ||theta - theta_received||**2 (FedProx; Li et al., 2018)."""
   mean, counts = task(trained, about)
@@ -57,21 +65,14 @@ def draw_prefix(rank: Array, hyper: Hyperparameters, key: Array) -> Array:
   return low + jnp.floor(draw * (rank - low + 1)).astype(jnp.int32)
 
 
+@rule('objective', traits=['own ranks'], needs={'prefix': 'only prefixes nest'})
 def nested_prefixes(trained: Trained, about: About) -> Loss:
   """Trains one truncation a step, drawn anew (PreLort, arXiv 2606.15963).
 
-  The paper's weights of the truncations were not to be had; these are even
-  between r_min and the client's rank. The loss reported is the truncation's.
+  The paper does not publish its weights of the truncations; here every rank from
+  r_min to the client's is as likely. The loss reported is the truncation's.
   """
   rank = draw_prefix(about.rank, about.hyper, about.key)
   masks = ranks.masks(rank, trained.adapters)
   shorter = lora.truncate(trained.adapters, masks)
   return task(trained._replace(adapters=shorter), about)
-
-
-TABLE = {
-  'task': task,
-  'tail_penalty': tail_penalty,
-  'nested_prefixes': nested_prefixes,
-  'proximal': proximal,
-}

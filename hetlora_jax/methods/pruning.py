@@ -8,11 +8,15 @@ import jax.numpy as jnp
 
 from hetlora_jax import lora, ranks
 from hetlora_jax.methods import tail
+from hetlora_jax.methods.registry import rule
 from hetlora_jax.types import Adapters, Array, Hyperparameters
 
-REFERENCES = ('received', 'last_trained')
+_DECIDES = {
+  'truncates': 'a rank can only be given up where it decides what a client is sent'
+}
 
 
+@rule('pruning')
 def none(
   before: Array, trained: Adapters, rank: Array, hyper: Hyperparameters
 ) -> Array:
@@ -21,26 +25,26 @@ def none(
   return rank
 
 
+@rule('pruning', traits=['tail'], needs=_DECIDES)
 def norm_tail(
   before: Array,
   trained: Adapters,
   rank: Array,
   hyper: Hyperparameters,
-  *,
-  rounding: str,
 ) -> Array:
   """Gives up a tail that became strictly smaller (HetLoRA, 2401.06432).
 
   Nobody prunes below r_min, nor in the first round: B starts at zero, so does
   the tail, and nothing is smaller.
   """
-  sizes = tail.norms(trained, rank, hyper.gamma, rounding)
+  sizes = tail.norms(trained, rank, hyper.gamma)
   shrunk = ranks.gather(sizes, rank.shape[0]) < before
-  kept = tail.kept_rank(rank, hyper.gamma, rounding)
+  kept = tail.kept_rank(rank, hyper.gamma)
   floor = jnp.minimum(hyper.r_min, rank)
   return jnp.where(shrunk, jnp.maximum(kept, floor), rank)
 
 
+@rule('pruning', needs=_DECIDES)
 def energy(
   before: Array, trained: Adapters, rank: Array, hyper: Hyperparameters
 ) -> Array:
@@ -58,6 +62,3 @@ def energy(
     jnp.clip(kept, jnp.minimum(hyper.r_min, rank), rank),
     rank,
   )
-
-
-TABLE = {'none': none, 'norm_tail': norm_tail, 'energy': energy}

@@ -1,14 +1,18 @@
 """From the server's new aggregate to its adapters, and what is folded away.
 
 Redistribute = (aggregate, error, server, hyper) -> Redistributed. `aggregate`
-is Adapters or Deltas, `error` what averaging the factors loses of the mean
-product, and `server` has the adapters of before. The only place with an SVD.
+is Adapters or Deltas, `error()` computes what averaging the factors loses of the mean
+product, and `server` holds the adapters before this round. The only place with an SVD.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from hetlora_jax import lora
+from hetlora_jax.methods.registry import declare, rule
 from hetlora_jax.types import (
   Adapters,
   Array,
@@ -19,13 +23,22 @@ from hetlora_jax.types import (
   Server,
 )
 
-SPLITS = {'svd_balanced': 0.5, 'svd_a': 1.0, 'svd_b': 0.0}
-EMPTYING = ('fold_all', 'energy')  # nothing stays in the adapters
-FOLDING = (*EMPTYING, 'fold_residual')
+Error = Callable[[], Deltas]  # computed only where a rule asks for it
 
 
+def _nothing(rank_CM, fold_rank_M):
+  del rank_CM, fold_rank_M
+  return 0
+
+
+@rule(
+  'redistribution',
+  traits=['keeps factors'],
+  needs={'factor space': 'a mean of products has no factors to keep'},
+  traffic=_nothing,
+)
 def keep(
-  aggregate: Adapters, error: Deltas, server: Server, hyper: Hyperparameters
+  aggregate: Adapters, error: Error, server: Server, hyper: Hyperparameters
 ) -> Redistributed:
   """Takes the averaged factors as they are."""
   del error, server, hyper
@@ -81,7 +94,7 @@ def _refactor(delta: Array, server: Lora, scale: Array, power_a: float) -> Lora:
 
 def svd(
   aggregate: Adapters | Deltas,
-  error: Deltas,
+  error: Error,
   server: Server,
   hyper: Hyperparameters,
   *,
@@ -97,13 +110,28 @@ def svd(
   return Redistributed(adapters, {}, {})
 
 
+for _name, _power in (('svd_balanced', 0.5), ('svd_a', 1.0), ('svd_b', 0.0)):
+  declare(
+    'redistribution',
+    _name,
+    functools.partial(svd, power_a=_power),
+    power_a=lambda product, power=_power: power,
+    traffic=_nothing,
+  )
+
+
 def _emptied(adapters: Adapters) -> Adapters:
   return {t: Lora(x.a, jnp.zeros_like(x.b)) for t, x in adapters.items()}
 
 
+@rule(
+  'redistribution',
+  traits=['folds', 'empties'],
+  traffic=lambda rank_CM, fold_rank_M: rank_CM.sum(0),  # all factors, stacked
+)
 def fold_all(
   aggregate: Adapters | Deltas,
-  error: Deltas,
+  error: Error,
   server: Server,
   hyper: Hyperparameters,
 ) -> Redistributed:
@@ -121,9 +149,14 @@ def _best(delta: Array, share: Array) -> tuple[Array, Array]:
   return (u * (sigma * mask)[:, None]) @ v, rank
 
 
+@rule(
+  'redistribution',
+  traits=['folds', 'empties'],
+  traffic=lambda rank_CM, fold_rank_M: fold_rank_M,
+)
 def energy(
   aggregate: Adapters | Deltas,
-  error: Deltas,
+  error: Error,
   server: Server,
   hyper: Hyperparameters,
 ) -> Redistributed:
@@ -138,9 +171,22 @@ def energy(
   return Redistributed(_emptied(server.adapters), fold, rank)
 
 
+def _residual_rank(rank_CM, fold_rank_M):
+  """Returns that of the error of averaging K products, unless it is data."""
+  if fold_rank_M is not None:
+    return fold_rank_M
+  return rank_CM.sum(0) - rank_CM.max(0, initial=0)
+
+
+@rule(
+  'redistribution',
+  traits=['folds'],
+  power_a=lambda product: 0.5 if product else None,
+  traffic=_residual_rank,
+)
 def fold_residual(
   aggregate: Adapters | Deltas,
-  error: Deltas,
+  error: Error,
   server: Server,
   hyper: Hyperparameters,
 ) -> Redistributed:
@@ -153,7 +199,7 @@ def fold_residual(
   out, fold, rank = {}, {}, {}
   for t, x in aggregate.items():
     if isinstance(x, Lora):
-      out[t], fold[t] = x, error[t]
+      out[t], fold[t] = x, error()[t]
       continue
     out[t] = _refactor(x, server.adapters[t], server.scale, 0.5)
     whole, whole_rank = _best(x, hyper.energy)
@@ -163,14 +209,3 @@ def fold_residual(
     fold[t] = jnp.where(more, rest, 0)
     rank[t] = jnp.maximum(whole_rank - slots, 0)
   return Redistributed(out, fold, rank)
-
-
-TABLE = {
-  'keep': keep,
-  'svd_balanced': svd,
-  'svd_a': svd,
-  'svd_b': svd,
-  'fold_all': fold_all,
-  'fold_residual': fold_residual,
-  'energy': energy,
-}

@@ -1,38 +1,145 @@
-"""One row a published method: the names of its rules, and its source.
+"""How a rule is declared, and which rules a published method consists of.
 
-A row names only what differs from averaging the factors of truncated
-adapters, zero-padded, by the clients' examples.
+A rule is a pure function of one of nine roles, declared beside its code:
+
+  @rule('aggregation', space='product')
+  def product(updates, weights, server): ...
+
+The declaration states what others must know of it: traits that it has, needs and
+excludes, and what it makes clients send and receive. Flags, checks, byte counts and
+tests read these; nothing outside this package compares a rule's name.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from hetlora_jax.methods import (
-  aggregation,
-  distribution,
-  objective,
-  personal,
-  pruning,
-  redistribution,
-  trainable,
-  weighting,
-)
-
-ROLES = {
-  'distribution': distribution.TABLE,
-  'objective': objective.TABLE,
-  'trainable': trainable.TABLE,
-  'personal': personal.TABLE,
-  'pruning': pruning.TABLE,
-  'weighting': weighting.TABLE,
-  'aggregation': aggregation.TABLE,
-  'redistribution': redistribution.TABLE,
-  # Clients train apart; or their data is pooled and one client trains on it.
-  'cohort': dict.fromkeys(('separate', 'pooled'), ()),
+# What a rule can be known for -> what that means.
+TRAITS = {
+  'prefix': 'a client of rank r holds the first r slots',
+  'truncates': 'the rank of a client decides which slots it receives',
+  'all slots': 'every client has all r_max slots',
+  'fresh factors': 'clients draw their own A',
+  'tail': 'it looks at the tail of an adapter, the slots from gamma r on',
+  'own ranks': 'it trains clients of different ranks differently',
+  'base': 'clients train the base model; there are no adapters',
+  'own factors': 'clients keep factors to themselves',
+  'norms': 'it weighs by the norms of adapters',
+  'factor space': 'the aggregate is factors A and B',
+  'product space': 'the aggregate is products A B',
+  'mean of factors': 'every slot of the aggregate is a weighted mean of that slot',
+  'weighted': 'it uses the weights of the clients',
+  'keeps factors': 'the aggregate stays in the basis of the clients',
+  'folds': 'something is added to the base model',
+  'empties': 'nothing stays in the adapters',
+  'pooled': 'one client trains on the data of all',
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+  """A rule and what it declares.
+
+  The meaning of `traffic` depends on the role. It counts what a round sends, on the
+  host, where `rank_CM` are ranks of C clients and M matrices (or [C, 1]):
+    distribution: (rank_CM, r_max) -> the ranks that clients receive.
+    trainable: (round) -> the factors that are trained and sent, 'ab', 'a' or 'b'.
+    redistribution: (rank_CM of those who reported, fold_rank_M) -> rank of what each
+      client receives of the change of the base, [M]; 0 if there is none. `fold_rank_M`
+      is `Redistributed.fold_rank`, None if that is empty.
+  Other roles send nothing of their own. Where one of the three does not state it,
+  the bytes of a run are not stated either.
+  """
+
+  role: str
+  name: str
+  function: Callable | None = None
+  traits: frozenset[str] = frozenset()
+  needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  excludes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  traffic: Callable | None = None
+  power_a: Callable[[bool], float | None] | None = None
+  own_factors: tuple[str, ...] = ()
+
+
+_ROLES = (
+  'distribution', 'objective', 'trainable', 'personal', 'pruning', 'weighting',
+  'aggregation', 'redistribution', 'cohort',
+)  # fmt: skip
+ROLES: dict[str, dict[str, Rule]] = {role: {} for role in _ROLES}
+
+
+def declare(
+  role: str,
+  name: str,
+  function: Callable | None = None,
+  *,
+  traits: Collection[str] = (),
+  space: str | None = None,
+  weighted: bool = True,
+  **facts: Any,
+) -> Rule:
+  """Registers a rule: `--config.methods.<role>=<name>` then takes it.
+
+  Args:
+    role: one of ROLES.
+    name: no other rule of the role has it.
+    function: of the signature that the role's module describes.
+    traits: of TRAITS.
+    space: 'factors' or 'product', of an aggregation (its default is 'factors').
+    weighted: whether an aggregation uses the clients' weights.
+    **facts: the other fields of `Rule`: `needs` and `excludes` (trait -> why),
+      `traffic`, and, of a redistribution that factors the aggregate anew, `power_a`:
+      whether that is a product -> the power of the singular values that A takes
+      (B takes the rest), None if it stays as it is.
+
+  Raises:
+    ValueError: there is no such role, trait or space, or the name is taken.
+  """
+  if role not in ROLES:
+    raise ValueError(f'{role=} is unknown: one of {", ".join(ROLES)}.')
+  if name in ROLES[role] and not _same(ROLES[role][name].function, function):
+    raise ValueError(f'{role} {name!r} is declared already: take another name.')
+  traits = set(traits)
+  if role == 'aggregation':
+    spaces = {'factors': 'factor space', 'product': 'product space'}
+    if (space or 'factors') not in spaces:
+      raise ValueError(f'{space=} is unknown: one of {", ".join(spaces)}.')
+    traits |= {spaces[space or 'factors'], *(('weighted',) if weighted else ())}
+  named = traits | {*facts.get('needs', ())} | {*facts.get('excludes', ())}
+  if unknown := named - set(TRAITS):
+    raise ValueError(f'{unknown} are no traits: those are {", ".join(TRAITS)}.')
+  ROLES[role][name] = Rule(
+    role=role, name=name, function=function, traits=frozenset(traits), **facts
+  )
+  return ROLES[role][name]
+
+
+def _same(function: Callable | None, other: Callable | None) -> bool:
+  """Tells whether two are one function, defined anew as a notebook does."""
+
+  def where(f):
+    return getattr(f, '__module__', None), getattr(f, '__qualname__', None)
+
+  return where(function) == where(other)
+
+
+def rule(role: str, *, name: str | None = None, **facts: Any):
+  """Decorates a function, which stays as it is, so that it is a rule; see `declare`."""
+
+  def declared(function: Callable) -> Callable:
+    declare(role, name or function.__name__, function, **facts)
+    return function
+
+  return declared
+
+
 class Method(NamedTuple):
-  """Rules by role; each is a key of the table of its role's module."""
+  """A published method: its source, and its rule of every role.
+
+  A row names only what differs from averaging the factors of truncated adapters,
+  zero-padded, by the clients' examples.
+  """
 
   citation: str
   distribution: str = 'prefix'
@@ -44,7 +151,7 @@ class Method(NamedTuple):
   aggregation: str = 'factors'
   redistribution: str = 'keep'
   cohort: str = 'separate'
-  energy: float = 0.99  # default of methods.energy
+  energy: float = 0.99  # what methods.energy is unless it is given
 
 
 METHODS = {
@@ -150,17 +257,48 @@ METHODS = {
 }
 
 
-def rule_names(config) -> dict[str, str]:
-  """Returns role -> rule of a Config: the method's row, overridden by flags.
+def rules_of(method: str) -> dict[str, Rule]:
+  """Returns the rule of every role of a method."""
+  return {role: table[getattr(METHODS[method], role)] for role, table in ROLES.items()}
 
-  >>> from types import SimpleNamespace
-  >>> methods = SimpleNamespace(**dict.fromkeys(ROLES, '') | {'pruning': 'none'})
-  >>> rules = rule_names(SimpleNamespace(method='hetlora', methods=methods))
-  >>> rules['objective'], rules['pruning'], rules['weighting']
-  ('tail_penalty', 'none', 'norm')
+
+def traits_of(rules: Mapping[str, Rule]) -> frozenset[str]:
+  """Returns the traits of all rules of a method together."""
+  return frozenset().union(*(r.traits for r in rules.values()))
+
+
+def conflicts(rules: Mapping[str, Rule]) -> Iterator[tuple[Rule, str]]:
+  """Yields every rule that does not fit the others, and why.
+
+  Args:
+    rules: role -> rule, of all roles.
   """
-  row = METHODS[config.method]._asdict()
-  return {r: getattr(config.methods, r) or row[r] for r in ROLES}
+  has = traits_of(rules)
+  for r in rules.values():
+    for trait, why in r.needs.items():
+      if trait not in has:
+        yield r, f'{why}; take {_alternatives(trait, True)}{_instead(r, has)}'
+    for trait, why in r.excludes.items():
+      if trait in has:
+        other = next(x for x in rules.values() if trait in x.traits)
+        remedy = _alternatives(trait, False, other.role)
+        yield r, f'not with {other.role} {other.name!r}: {why}; take {remedy}'
+
+
+def _instead(r: Rule, has: frozenset[str]) -> str:
+  """Names rules of the same role that would fit, if there are any."""
+  fit = [x.name for x in ROLES[r.role].values() if set(x.needs) <= has | x.traits]
+  return f', or {r.role} {" or ".join(map(repr, fit))}' if fit else ''
+
+
+def _alternatives(trait: str, present: bool, role: str | None = None) -> str:
+  """Names rules that have a trait or, of one role, those that do not."""
+  found: dict[str, list[str]] = {}
+  for table in [ROLES[role]] if role else ROLES.values():
+    for r in table.values():
+      if (trait in r.traits) == present:
+        found.setdefault(r.role, []).append(repr(r.name))
+  return ' or '.join(f'{role} {" or ".join(names)}' for role, names in found.items())
 
 
 def table() -> str:

@@ -8,40 +8,38 @@ adapter is its slots [kept, r) with kept = floor(gamma r); its size is
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from hetlora_jax import lora, ranks
 from hetlora_jax.types import Adapters, Array, Norms
 
-ROUNDINGS = {'floor': jnp.floor, 'nearest': jnp.round}
 
+def kept_rank(rank: Array, gamma: Array) -> Array:
+  """Returns the rank without its tail, floor(gamma r): int32.
 
-def kept_rank(rank: Array, gamma: Array, rounding: str) -> Array:
-  """Returns the rank without its tail, before any lower bound: int32.
-
-  >>> kept_rank(jnp.array([5, 20, 50]), 0.95, 'floor').tolist()
+  >>> kept_rank(jnp.array([5, 20, 50]), 0.95).tolist()
   [4, 19, 47]
   """
-  # 0.95 * 20 is a hair below 19 in binary; floor must not see that.
-  hair = 1e-4 if rounding == 'floor' else 0.0
-  return ROUNDINGS[rounding](gamma * rank + hair).astype(jnp.int32)
+  # float32's 0.42 * 150 is 62.999996: add 1e-4, so that its floor is 63.
+  return jnp.floor(gamma * rank + 1e-4).astype(jnp.int32)
 
 
-def check(rank: Sequence[int], gamma: float, rounding: str) -> None:
-  """Raises if no person would have a tail, which would turn pruning off."""
-  kept = kept_rank(jnp.asarray(rank), jnp.float32(gamma), rounding)
-  if gamma < 1 and bool((kept == jnp.asarray(rank)).all()):
+def check(rank: Sequence[int], gamma: float) -> None:
+  """Raises if no client would have a tail, which would turn pruning off."""
+  # In numpy, so that checking a configuration does not start jax.
+  kept = np.floor(np.float32(gamma) * np.float32(rank) + np.float32(1e-4))
+  if gamma < 1 and (kept == np.asarray(rank)).all():
     raise ValueError(
-      f'federated.gamma={gamma} with {rounding=} leaves an empty tail for '
-      f'every rank up to {max(rank)}, so nothing is penalised or pruned: set '
-      "methods.tail_rounding='floor', or a smaller gamma, or gamma=1 to turn "
-      'pruning off.'
+      f'federated.gamma={gamma} leaves an empty tail for every rank up to '
+      f'{max(rank)}, so nothing is penalised or pruned: take a smaller gamma, or '
+      'gamma=1 to turn pruning off.'
     )
 
 
-def norms(adapters: Adapters, rank_G: Array, gamma: Array, rounding: str) -> Norms:
-  """Returns the size of every matrix's tail: target -> [L]."""
+def norms(adapters: Adapters, rank_G: Array, gamma: Array) -> Norms:
+  """Returns the size of the tail of every matrix: target -> [L]."""
   rank = ranks.spread(rank_G, adapters)
-  kept = ranks.spread(kept_rank(rank_G, gamma, rounding), adapters)
+  kept = ranks.spread(kept_rank(rank_G, gamma), adapters)
   out = {}
   for t, adapter in adapters.items():
     slots = adapter.a.shape[-1]

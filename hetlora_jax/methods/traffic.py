@@ -1,33 +1,35 @@
 """Parameters a round trains and sends up and down, by formula, on the host.
 
-The formulas are those of the methods' papers; scalars (norms, counts, seeds)
-are left out.
+The formulas are those of the methods' papers, stated by their rules; scalars (norms,
+counts, seeds) are left out.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from hetlora_jax.methods.registry import Rule, traits_of
 from hetlora_jax.types import Array, Norms
 
 Dims = dict[str, tuple[int, int, int]]  # target -> (num_layers, d_in, d_out)
 
 
 class Traffic(NamedTuple):
-  """Numbers of parameters, of all clients of a round together."""
+  """Numbers of parameters, of all clients of a round together; None: not stated."""
 
-  trained: int
-  up: int
-  down: int
+  trained: int | None
+  up: int | None
+  down: int | None
 
 
 def _each_matrix(dims: Dims, values: dict) -> np.ndarray:
-  """Lists a value of every matrix, in the order of sorted targets, layers."""
+  """Lists a value of every matrix, in the order of sorted targets, layers: [M]."""
   return np.concatenate([np.broadcast_to(values[t], dims[t][0]) for t in sorted(dims)])
 
 
 def _sizes(dims: Dims, factors: str) -> np.ndarray:
-  """Returns the parameters a rank of `factors` ('ab', 'b') has, a matrix."""
+  """Returns how many parameters a rank of `factors` ('ab', 'b') has, [M]."""
   place = {'a': 1, 'b': 2}
   return _each_matrix(
     dims, {t: sum(dim[place[f]] for f in factors) for t, dim in dims.items()}
@@ -50,34 +52,18 @@ def lora_parameters(rank_CG: Array, dims: Dims, factors: str = 'ab') -> int:
   return int((rank * _sizes(dims, factors)).sum()) if rank.size else 0
 
 
-def _live(rules: dict[str, str], round: int) -> str:
-  """Returns the factors that are trained in a round."""
-  if rules['trainable'] == 'alternating':
-    return 'ba'[round % 2]
-  return 'b' if rules['trainable'] == 'b_only' else 'ab'
-
-
-def _fold(rules, dims: Dims, kept_CG, fold_rank: Norms) -> int:
-  """Counts what one client receives of what was folded into the base.
+def _folded(rank_M: np.ndarray | int, dims: Dims) -> int:
+  """Counts what one client receives of a change of the base of these ranks.
 
   Low-rank factors, or the whole matrix where that is less.
   """
-  how = rules['redistribution']
-  if how == 'fold_all':
-    rank = kept_CG.sum(0)
-  elif how == 'energy' or fold_rank:
-    rank = _each_matrix(dims, fold_rank)
-  elif how == 'fold_residual':  # the error of averaging K products
-    rank = kept_CG.sum(0) - kept_CG.max(0, initial=0)
-  else:
-    return 0
   products = {t: d_in * d_out for t, (_, d_in, d_out) in dims.items()}
   whole = _each_matrix(dims, products)
-  return int(np.minimum(rank * _sizes(dims, 'ab'), whole).sum())
+  return int(np.minimum(rank_M * _sizes(dims, 'ab'), whole).sum())
 
 
 def of_round(
-  rules: dict[str, str],
+  rules: Mapping[str, Rule],
   dims: Dims,
   base_parameters: int,
   *,
@@ -87,7 +73,7 @@ def of_round(
   kept_CG: np.ndarray,
   fold_rank: Norms,
 ) -> Traffic:
-  """Counts what a round trains and sends.
+  """Counts what a round trains and sends, from what its rules state.
 
   Args:
     rules: role -> rule.
@@ -99,22 +85,23 @@ def of_round(
     kept_CG: ranks of those that reported, after pruning.
     fold_rank: target -> [L], ranks of what was folded where they are data.
   """
-  clients = len(sent_CG)
-  if rules['trainable'] == 'base':
-    trained = clients * base_parameters
-    up, down = len(kept_CG) * base_parameters, trained
-  else:
-    live = _live(rules, round)
-    own = {'none': '', 'b': 'b', 'both': 'ab'}[rules['personal']]
-    shared = ''.join(f for f in live if f not in own)
-    received_CG = {
-      'random_mask': np.full_like(sent_CG, r_max),
-      'reinit': np.zeros_like(sent_CG),
-    }.get(rules['distribution'], sent_CG)
+  clients, traits = len(sent_CG), traits_of(rules)
+  trained = up = down = None
+  trains, receives, changes = (
+    rules[role].traffic for role in ('trainable', 'distribution', 'redistribution')
+  )
+  if 'base' in traits:
+    trained = down = clients * base_parameters
+    up = len(kept_CG) * base_parameters
+  elif trains:
+    live = trains(round)
+    shared = ''.join(f for f in live if f not in rules['personal'].own_factors)
     trained = lora_parameters(sent_CG, dims, live)
     up = lora_parameters(kept_CG, dims, shared)
-    down = lora_parameters(received_CG, dims, shared)
-    down += clients * _fold(rules, dims, kept_CG.astype(np.int64), fold_rank)
-  if rules['cohort'] == 'pooled':
+    if receives and changes:
+      fold_rank_M = _each_matrix(dims, fold_rank) if fold_rank else None
+      down = lora_parameters(receives(sent_CG, r_max), dims, shared)
+      down += clients * _folded(changes(kept_CG.astype(np.int64), fold_rank_M), dims)
+  if 'pooled' in traits:
     up = down = 0
   return Traffic(trained, up, down)

@@ -8,9 +8,8 @@ factors.
 
 import jax.numpy as jnp
 
+from hetlora_jax.methods.registry import rule
 from hetlora_jax.types import Array, Masks, Norms
-
-SCOPES = ('model', 'layer', 'matrix')
 
 
 def _share(value: Array) -> Array:
@@ -26,12 +25,14 @@ def _everywhere(weight_C: Array, masks: Masks) -> Masks:
   }
 
 
+@rule('weighting')
 def uniform(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
   """Weighs all clients alike."""
   del norms
   return _everywhere(_share((num_examples > 0).astype(jnp.float32)), masks)
 
 
+@rule('weighting')
 def size(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
   """Weighs clients by their examples (FedAvg; McMahan et al., 2017).
 
@@ -43,22 +44,25 @@ def size(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
   return _everywhere(_share(num_examples), masks)
 
 
-def norm(num_examples: Array, masks: Masks, norms: Norms, *, scope: str) -> Masks:
+@rule('weighting', traits=['norms'])
+def norm(
+  num_examples: Array, masks: Masks, norms: Norms, *, weight_scope: str
+) -> Masks:
   """Weighs clients by ||dW_k||_F, richer updates more (HetLoRA, 2401.06432).
 
   Args:
     num_examples: [C]; only its zeros matter.
     masks: target -> [C, L, R].
     norms: target -> [C, L].
-    scope: 'model', one norm over all matrices; 'layer', over the matrices of
+    weight_scope: 'model', one norm over all matrices; 'layer', over the matrices of
       a layer; 'matrix', each its own.
   """
   present = (num_examples > 0).astype(jnp.float32)
   square = {t: x**2 for t, x in norms.items()}
-  if scope != 'matrix':
+  if weight_scope != 'matrix':
     layer = sum(square.values())
     square = dict.fromkeys(square, layer)
-  if scope == 'model':
+  if weight_scope == 'model':
     whole = jnp.broadcast_to(layer.sum(1, keepdims=True), layer.shape)
     square = dict.fromkeys(square, whole)
   out = {}
@@ -76,6 +80,7 @@ def _owners(value_C: Array, masks: Masks) -> Masks:
   return {t: _share(value_C[:, None, None] * m) for t, m in masks.items()}
 
 
+@rule('weighting')
 def owner_size(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
   """Weighs a slot's owners by their examples (RBLA, arXiv 2408.08699).
 
@@ -87,16 +92,8 @@ def owner_size(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
   return _owners(num_examples, masks)
 
 
+@rule('weighting')
 def owner_uniform(num_examples: Array, masks: Masks, norms: Norms) -> Masks:
   """Weighs a slot's owners alike."""
   del norms
   return _owners((num_examples > 0).astype(jnp.float32), masks)
-
-
-TABLE = {
-  'uniform': uniform,
-  'size': size,
-  'norm': norm,
-  'owner_size': owner_size,
-  'owner_uniform': owner_uniform,
-}

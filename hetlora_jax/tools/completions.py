@@ -6,7 +6,6 @@ ROUGE of seen and unseen people, a value a person, with intervals over people.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -23,20 +22,21 @@ import tqdm
 
 from hetlora_jax import (
   base_model,
-  checkpoint,
   client,
   console,
   experiment,
+  files,
   lora,
-  metrics,
   prng,
-  workdirs,
+  tracking,
 )
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.data import packing
 from hetlora_jax.data.people import Example, Kind, evenly_spaced
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.models import readout
+from hetlora_jax.points import Points
+from hetlora_jax.run import Run
 from hetlora_jax.tools import generation, scores
 from hetlora_jax.types import Hyperparameters, Rules, ServerState
 
@@ -51,7 +51,7 @@ class Choice(NamedTuple):
   search: str = 'greedy'  # of SEARCHES
   beams: int = 4
   alpha: float = 1.0  # see generation.make_generate
-  max_tokens: int = 0  # 0: data.targets_per_example
+  max_tokens: int | None = None  # None: data.targets_per_example
   shots: int = 0  # examples of other people before each prompt
   untouched: bool = False  # the base model, without a checkpoint
 
@@ -74,74 +74,69 @@ class Answer(NamedTuple):
   log_prob: np.ndarray  # of the reference's tokens
 
 
-def run(c: Config, workdir: pathlib.Path, choice: Choice) -> dict[str, Any]:
+def run(run: Run, choice: Choice, c: Config | None = None) -> dict[str, Any]:
   """Generates, scores and writes both files, each whole or not at all.
 
-  Returns what evaluation.json holds.
+  Args:
+    run: whose newest checkpoint writes; its folder gets the files.
+    choice: how.
+    c: the run's configuration with another section `eval`; None: its own.
+
+  Returns:
+    What evaluation.json holds.
 
   Raises:
     ConfigError: there is no checkpoint, or a choice that cannot be.
   """
-  _check(c, workdir, choice)
-  one = dataclasses.replace(c.mesh, points_at_once=1, sweep=1, clients=1, model=1)
-  x = experiment.prepare(dataclasses.replace(c, mesh=one))
-  model = base_model.load(x.config, x.mesh)
-  round, state = _state(x, workdir, choice)
-  tasks = list(_tasks(x, model.tokenizer, state, choice))
+  c = c or run.config
+  _check(run, c, choice)
+  x = run.prepare(c)
+  if x.experiment.model.decoder is None:
+    raise ConfigError(
+      'a model of your own cannot write: `base_model.own` has no cache of keys and '
+      'values. Its losses are in people.json.'
+    )
+  done, state = (0, x.take(x.initial_state, 0)) if choice.untouched else run.newest(x)
+  tokenizer = x.experiment.model.tokenizer
+  tasks = list(_tasks(x.experiment, tokenizer, state, choice))
   with experiment.in_memory('lower --max_tokens, --shots or --beams.'):
-    answers = _answer(x, model, state, tasks, choice)
+    answers = _answer(x, state, tasks, choice)
   lines = [
-    _line(model.tokenizer, task, answer)
-    for task, answer in zip(tasks, answers, strict=True)
+    _line(tokenizer, task, answer) for task, answer in zip(tasks, answers, strict=True)
   ]
   found = {
-    'round': round,
+    'round': done,
     'settings': choice._asdict()
     | {'max_tokens': _max_tokens(c, choice), 'own_rank': c.eval.own_rank},
     **scores.of_lines(lines, c.seed),
   }
-  workdir.mkdir(parents=True, exist_ok=True)
-  _write_lines(workdir / 'generations.jsonl', lines)
-  metrics.write_json(workdir / 'evaluation.json', found)
-  metrics.show_samples(workdir, round)
+  run.folder.mkdir(parents=True, exist_ok=True)
+  _write_lines(run.folder / 'generations.jsonl', lines)
+  files.write_json(run.folder / 'evaluation.json', found)
+  tracking.show_samples(run.folder, done)
   return found
 
 
-def _check(c: Config, workdir: pathlib.Path, choice: Choice) -> None:
+def _check(run: Run, c: Config, choice: Choice) -> None:
   """Raises ConfigError for what can be told before anything is loaded."""
   if choice.search not in SEARCHES:
     raise ConfigError(f'--generate={choice.search}: take one of {SEARCHES}.')
-  low = {'beams': 1, 'alpha': 0, 'max_tokens': 0, 'shots': 0}
+  low = {'beams': 1, 'alpha': 0, 'max_tokens': 1, 'shots': 0}
   for field, least in low.items():
     value = getattr(choice, field)
-    if value < least:
+    if value is not None and value < least:
       raise ConfigError(f'--{field}={value} must be {least} at least.')
   if choice.untouched and c.eval.own_rank:
     raise ConfigError(
       '--own_rank and --untouched: a base model has no ranks; drop one.'
     )
-  if choice.untouched:
-    return
-  if not checkpoint.steps(workdir / 'checkpoints'):
-    raise ConfigError(
-      f'--workdir={workdir} holds no checkpoints: train first, or evaluate the '
-      'base model by --untouched.'
-    )
-  workdirs.check(c, workdir)
+  if not choice.untouched:
+    run.check_saved(', or evaluate the base model by --untouched')
+    run.check(c)
 
 
 def _max_tokens(c: Config, choice: Choice) -> int:
   return choice.max_tokens or c.data.targets_per_example
-
-
-def _state(
-  x: Experiment, workdir: pathlib.Path, choice: Choice
-) -> tuple[int, ServerState]:
-  """Restores the newest undamaged checkpoint, or takes the start as it is."""
-  if choice.untouched:
-    return 0, x.take_point(x.initial_state, 0)
-  like = experiment.shape_of_one(x)
-  return checkpoint.newest(workdir, x.base_identity, like)
 
 
 def _tasks(x: Experiment, tokenizer, state, choice: Choice) -> Iterator[Task]:
@@ -199,12 +194,9 @@ def _cut(example: Example, room: int) -> Example:
 
 def own_adapters(rules: Rules, state: ServerState, hyper: Hyperparameters, client_B):
   """Returns what a round would send to each: factors [L, B, ...], [B, 1, 1]."""
-  server = client.global_adapters(rules, state, hyper)
 
-  def one(person):
-    memory = jax.tree.map(lambda x: x[person], state.memory)
-    key = prng.stream(hyper.seed, 'client', state.round, person)
-    view, _ = client.receive(rules, server, memory, hyper, key)
+  def one(client_id):
+    view, _ = client.sent_to(rules, state, hyper, client_id)
     return view.adapters, view.scale
 
   adapters, scale = jax.vmap(one)(client_B)
@@ -213,17 +205,18 @@ def own_adapters(rules: Rules, state: ServerState, hyper: Hyperparameters, clien
 
 
 def _adapters(
-  x: Experiment, state: ServerState, choice: Choice
+  x: Points, state: ServerState, choice: Choice
 ) -> Callable[[Sequence[Task]], tuple]:
   """Returns what gives a batch of one kind its adapters and scale."""
   if choice.untouched:
     return lambda batch: ({}, jnp.float32(1))
   hyper = jax.tree.map(lambda leaf: leaf[0], x.hyper)
-  server = tuple(client.global_adapters(x.rules, state, hyper))
-  own = jax.jit(functools.partial(own_adapters, x.rules))
+  rules = x.experiment.rules
+  server = tuple(client.global_adapters(rules, state, hyper))
+  own = jax.jit(functools.partial(own_adapters, rules))
 
   def of_batch(batch: Sequence[Task]):
-    wanted = x.config.eval.own_rank or x.rules.personal
+    wanted = x.config.eval.own_rank or rules.personal
     if batch[0].kind == 'unseen' or not wanted:
       return server
     return own(state, hyper, np.array([task.person for task in batch]))
@@ -246,17 +239,19 @@ def _programs(config, dtype, max_tokens: int, beams: int, alpha: float):
 
 
 def _answer(
-  x: Experiment, model, state, tasks: Sequence[Task], choice: Choice
+  x: Points, state: ServerState, tasks: Sequence[Task], choice: Choice
 ) -> list[Answer]:
   """Completes all tasks, those of like length together."""
+  model, shape = x.experiment.model, x.experiment.model.decoder
+  assert shape, '`run` asks before'
   generate, judge = _programs(
-    model.config,
+    shape,
     base_model.compute_dtype(x.config),
     _max_tokens(x.config, choice),
     choice.beams if choice.search == 'beam' else 1,
     choice.alpha,
   )
-  stop_V = generation.stops(model.tokenizer, model.config.vocab_size)
+  stop_V = generation.stops(model.tokenizer, shape.vocab_size)
   base = lora.fold(x.base, state.residual)
   adapters, answers = _adapters(x, state, choice), {}
   for chunk in _with_progress(_chunks(tasks), len(tasks)):

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from hetlora_jax import base_model, build, experiment, prng, sharding
+from hetlora_jax import base_model, build, experiment, points, prng, sharding
 from hetlora_jax.config import Config, ConfigError
-from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.models import decoder, kernels, readout, shapes
 from hetlora_jax.tools import flops, hlo
 from hetlora_jax.types import Batch, Cohort, PyTree
@@ -144,7 +143,7 @@ def _cohorts(config: Config, points: int) -> Cohort:
     experiment.packing(config, config.federated.local_batch),
   )
   clients = build.clients_at_once(config)[1]
-  pooled = rule_names(config)['cohort'] == 'pooled'
+  pooled = 'pooled' in config.traits
   lead = (f.rounds_per_call, points, clients)
   steps = f.local_steps * (f.clients_per_round if pooled else 1)
   room = (*lead, steps, pack['rows'], pack['row_tokens'])
@@ -202,18 +201,18 @@ def _inputs(config: Config, count: int, rules, mesh, dims, base, rank_N):
   )
 
 
-def compile_for(points: Sequence[Config], chip: str) -> Report:
+def compile_for(configs: Sequence[Config], chip: str) -> Report:
   """Compiles the rounds of some points for a pod and reads the program.
 
   Args:
-    points: one, or several that run together in one program.
+    configs: one, or several that run together in one program.
     chip: a key of CHIPS; a TPU's own compiler is used if it is installed.
 
   Raises:
     ConfigError: the model's shape is unknown, or the mesh is; or the compiler
       gave up.
   """
-  config, count = points[0], len(points)
+  config, count = configs[0], len(configs)
   rounds = config.federated.rounds_per_call
   shape, start = model_shape(config), time.perf_counter()
   base_model.check_split(config, shape)
@@ -234,12 +233,11 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
   )
   rank_N = build.draw_ranks(config, np.ones(population))
   base, state, cohorts, hyper = _inputs(config, count, rules, mesh, dims, base, rank_N)
-  program, text = _compiled(
-    build.make_rounds(rules, mesh, state, config.mesh.points_at_once).lower(
-      base, state, cohorts, hyper
-    ),
-    compiler,
+  asked = points.measured(config, rounds)
+  jitted = points.make_rounds(
+    rules, mesh, state, config.mesh.points_at_once, points.always_measured(config)
   )
+  program, text = _compiled(jitted.lower(base, state, cohorts, hyper, asked), compiler)
   memory = program.memory_analysis()
   assert memory, 'every compiler we use has one'
   work = flops.needed(

@@ -20,19 +20,13 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
 import numpy as np
 
-from hetlora_jax import (
-  base_model,
-  checkpoint,
-  client,
-  experiment,
-  files,
-  prng,
-  workdirs,
-)
+from hetlora_jax import base_model, client, files
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.formats import hf_writer, peft
 from hetlora_jax.methods import distribution
+from hetlora_jax.points import Points
+from hetlora_jax.run import Run
 from hetlora_jax.types import Deltas, Lora, Memory, PyTree, Server, ServerState
 
 FORMATS = ('peft', 'merged', 'base')
@@ -53,9 +47,7 @@ class Choice(NamedTuple):
   client: str | None = None
 
 
-def run(
-  c: Config, workdir: pathlib.Path, out: pathlib.Path, choice: Choice
-) -> dict[str, Any]:
+def run(run: Run, out: pathlib.Path, choice: Choice) -> dict[str, Any]:
   """Writes the newest undamaged checkpoint's adapters to `out`, or nothing.
 
   Returns what was written, for JSON.
@@ -64,46 +56,41 @@ def run(
     ConfigError: there is no checkpoint, `out` is taken, or nothing is like
       `choice`.
   """
-  _check(c, workdir, out, choice)
-  one = dataclasses.replace(c.mesh, points_at_once=1, sweep=1, clients=1, model=1)
-  c = dataclasses.replace(c, mesh=one)
-  x = experiment.prepare(c)
-  step, state = _restore(x, workdir)
+  _check(run, out, choice)
+  x = run.prepare()
+  # The type it ran in may differ, but for random models, which are drawn in it.
+  drawn = base_model.is_random(x.config.model.source)
+  done, state = run.newest(x, any_dtype=not drawn)
   server = _select(x, state, choice)
+  if x.experiment.model.decoder is None:
+    raise ConfigError(
+      'a model of your own has no layout that PEFT or transformers know: take its '
+      'adapters from `Run.newest`.'
+    )
   with _whole(out) as folder:
     if choice.format == 'peft':
-      about = _write_peft(folder, c, state.residual, server)
+      about = _write_peft(folder, x.config, state.residual, server)
     else:
-      about = _write_model(folder, x, state.residual, server, choice)
-  return {'out': str(out), 'round': step} | about
+      about = _write_model(folder, x.experiment, state.residual, server, choice)
+  return {'out': str(out), 'round': done} | about
 
 
-def _check(c: Config, workdir: pathlib.Path, out: pathlib.Path, choice: Choice) -> None:
+def _check(run: Run, out: pathlib.Path, choice: Choice) -> None:
   """Raises ConfigError for what can be told before anything is loaded."""
   free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
   if not free:
     raise ConfigError(f'--out={out} exists: name another or an empty folder.')
-  if not checkpoint.steps(workdir / 'checkpoints'):
-    raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
-  workdirs.check(c, workdir)
-  rank, r_max = choice.rank, c.federated.r_max
+  run.check_saved()
+  rank, r_max = choice.rank, run.config.federated.r_max
   if rank is not None and not 1 <= rank <= r_max:
     raise ConfigError(f'--rank={rank} must be in 1..federated.r_max={r_max}.')
   if rank is not None and choice.client is not None:
     raise ConfigError(f'--rank={rank} and --client={choice.client}: give one of them.')
 
 
-def _restore(x: Experiment, workdir: pathlib.Path) -> tuple[int, ServerState]:
-  """Restores the newest undamaged checkpoint; the type it ran in may differ."""
-  identity = x.base_identity
-  if not base_model.is_random(x.config.model.source):  # others are rounded anyway
-    identity = {k: v for k, v in identity.items() if k != 'dtype'}
-  return checkpoint.newest(workdir, identity, experiment.shape_of_one(x))
-
-
-def _select(x: Experiment, state: ServerState, choice: Choice) -> Server:
+def _select(x: Points, state: ServerState, choice: Choice) -> Server:
   """Returns adapters and their LoRA scale, as a round would send them."""
-  rules, hyper = x.rules, jax.tree.map(lambda leaf: leaf[0], x.hyper)
+  rules, hyper = x.experiment.rules, jax.tree.map(lambda leaf: leaf[0], x.hyper)
   if rules.personal and choice.client is None and choice.format != 'base':
     raise ConfigError(
       f'config.method={x.config.method!r} leaves {", ".join(rules.personal)} '
@@ -117,20 +104,19 @@ def _select(x: Experiment, state: ServerState, choice: Choice) -> Server:
       f'config.method={x.config.method!r} has no adapters: export it without '
       '--rank and --client.'
     )
-  who = 0
-  if choice.rank is not None:
-    rules = dataclasses.replace(rules, distribute=distribution.prefix, personal=())
-    groups = state.memory.rank.shape[1]
-    memory = Memory(
-      rank=jnp.full(groups, choice.rank),
-      tail_norm=jnp.zeros(groups),
-      personal={t: {} for t in server.adapters},
-    )
-  else:
-    who = _number(x, choice.client)
-    memory = jax.tree.map(lambda leaf: leaf[who], state.memory)
-  key = prng.stream(hyper.seed, 'client', state.round, who)
-  view, _ = client.receive(rules, server, memory, hyper, key)
+  if choice.client is not None:
+    who = _number(x.experiment, choice.client)
+    view, _ = client.sent_to(rules, state, hyper, who)
+    return jax.device_get(Server(view.adapters, view.scale))
+  # To somebody of this rank, whatever the method's clients are sent.
+  rules = dataclasses.replace(rules, distribute=distribution.prefix, personal=())
+  groups = state.memory.rank.shape[1]
+  memory = Memory(
+    rank=jnp.full(groups, choice.rank),
+    tail_norm=jnp.zeros(groups),
+    personal={t: {} for t in server.adapters},
+  )
+  view, _ = client.sent_to(rules, state, hyper, 0, memory)
   return jax.device_get(Server(view.adapters, view.scale))
 
 
@@ -220,13 +206,13 @@ def _write_model(
   server: Server,
   choice: Choice,
 ) -> dict[str, Any]:
-  model = base_model.load(x.config, x.mesh)  # the one that `prepare` loaded
+  model = x.model
   if choice.format == 'base':
     residual, server = {}, server._replace(adapters={})
-  params = _merged(x.base, residual, server, np.dtype(choice.dtype))
+  params = _merged(model.params, residual, server, np.dtype(choice.dtype))
   source = pathlib.Path(x.config.model.source)
   hf_writer.write(
-    folder, model.config, params, model.tokenizer,
+    folder, model.decoder, params, model.tokenizer,
     source if source.is_dir() else None,
   )  # fmt: skip
   size = sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -18,26 +18,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.figure
-import ml_collections
 import numpy as np
 
-from hetlora_jax import checkpoint, experiment, files, metrics, training, workdirs
-from hetlora_jax.config import Config, ConfigError, flat, resolve, to_dict
+from hetlora_jax import curves, files, training
+from hetlora_jax.config import Config, ConfigError, to_dict
+from hetlora_jax.fields import flat
+from hetlora_jax.points import program_of
+from hetlora_jax.run import Run
 
 MOST_POINTS = 100_000
-# What a summary must have for the table.
-_NUMBERS = (
-  'comm/up_bytes',
-  'comm/down_bytes',
-  'train/parameters',
-  'aggregation/error',
-  'time/this_call_s',
-)
-
 Fields = dict[str, Any]  # what a point changes: field -> value
 
 
-class Run(NamedTuple):
+class Job(NamedTuple):
   """One point of a sweep; without a config it cannot run."""
 
   name: str
@@ -111,19 +104,9 @@ def name_of(fields: Fields) -> str:
   return ','.join(parts).replace('/', '_') or 'default'
 
 
-def with_fields(config: Config, fields: Fields) -> Config:
-  """Returns the configuration of a point; raises ConfigError as usual."""
-  raw = ml_collections.ConfigDict(to_dict(config))
-  try:
-    raw.update_from_flattened_dict(fields)
-  except (KeyError, TypeError) as error:
-    raise ConfigError(f'{name_of(fields)}: {error}') from error
-  return resolve(raw)
-
-
 def plan(
   config: Config, points: Sequence[Fields], workdir: pathlib.Path, program: str
-) -> list[Run]:
+) -> list[Job]:
   """Gives every point its configuration, folder and command.
 
   Args:
@@ -137,22 +120,22 @@ def plan(
     name = name_of(fields)
     words = [f'--config.{k}={v}' for k, v in fields.items()]
     words.append(f'--workdir={workdir / name}')
-    run = Run(name, fields, None, workdir / name, f'{program} {shlex.join(words)}')
+    job = Job(name, fields, None, workdir / name, f'{program} {shlex.join(words)}')
     try:
-      run = run._replace(config=with_fields(config, fields))
-      workdirs.check(run.config, run.workdir)
+      job = job._replace(config=config.replace(**fields))
+      Run(job.workdir).check(job.config)
     except (ValueError, OSError) as error:
-      run = run._replace(config=None, error=str(error))
-    runs.append(run)
+      job = job._replace(config=None, error=f'{name}: {error}')
+    runs.append(job)
   return runs
 
 
-def programs(runs: Sequence[Run], together: int = 0) -> list[list[Run]]:
+def programs(runs: Sequence[Job], together: int = 0) -> list[list[Job]]:
   """Groups the runs that share a program, at most so many; 0 is no limit."""
-  groups: dict[tuple, list[Run]] = {}
+  groups: dict[tuple, list[Job]] = {}
   for run in runs:
     if run.config:
-      groups.setdefault(experiment.program_of(run.config), []).append(run)
+      groups.setdefault(program_of(run.config), []).append(run)
   return [
     group[i : i + (together or len(group))]
     for group in groups.values()
@@ -160,55 +143,36 @@ def programs(runs: Sequence[Run], together: int = 0) -> list[list[Run]]:
   ]
 
 
-def read_summary(workdir: pathlib.Path) -> dict | None:
-  """Returns the summary of a run if it has one, its numbers checked."""
-  path = workdir / 'summary.json'
-  if not path.exists():
+def summary_of(job: Job) -> dict | None:
+  """Returns the summary of a job that has done all its rounds."""
+  if not job.config:
     return None
-  remedy = 'delete it, the run then ends anew from its checkpoint'
-  summary = files.read_json(path, remedy)
-  last = summary.get('last')
-  numbers = [summary.get(name) for name in _NUMBERS]
-  sizes = [x for x in numbers[:3] if _is_number(x)]  # losses may be NaN
-  last = last if isinstance(last, dict) else {}
-  numbers += [last.get(f'eval/{who}/loss') for who in ('seen', 'unseen')]
-  if not all(map(_is_number, numbers)) or not all(map(math.isfinite, sizes)):
-    raise files.damaged(path, 'numbers are absent', remedy)
-  return summary
+  found = Run(job.workdir).summary
+  last = (found or {}).get('last', {}).get('round')
+  return found if last == job.config.federated.num_rounds else None
 
 
-def summary_of(run: Run) -> dict | None:
-  """Returns the summary of a run that has done all its rounds."""
-  summary = read_summary(run.workdir)
-  if not summary or not run.config:
-    return None
-  finished = summary['last'].get('round') == run.config.federated.num_rounds
-  return summary if finished else None
-
-
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _in_step(runs: Sequence[Run]) -> list[list[Run]]:
+def _in_step(runs: Sequence[Job]) -> list[list[Job]]:
   """Divides runs into those that can go on from a round all have saved."""
-  saved = [checkpoint.steps(run.workdir / 'checkpoints') for run in runs]
+  saved = [Run(run.workdir).steps() for run in runs]
   if set.intersection(*saved) or not set.union(*saved):
     return [list(runs)]
-  by_step: dict[int, list[Run]] = {}
+  by_step: dict[int, list[Job]] = {}
   for run, steps in zip(runs, saved, strict=True):
     by_step.setdefault(max(steps, default=0), []).append(run)
   return list(by_step.values())
 
 
-def run_program(runs: Sequence[Run]) -> None:
+def run_program(runs: Sequence[Job]) -> None:
   """Runs what is not finished of a program's points, in this process."""
   left = [run for run in runs if summary_of(run) is None]
   for batch in _in_step(left) if left else ():
-    training.run_points([training.Point(r.config, r.workdir, r.command) for r in batch])
+    training.train_points(
+      [training.Point(r.config, r.workdir, r.command) for r in batch]
+    )
 
 
-def results(runs: Sequence[Run]) -> list[dict]:
+def results(runs: Sequence[Job]) -> list[dict]:
   """Returns every run's summary, or its error."""
   out = []
   for run in runs:
@@ -222,17 +186,19 @@ def results(runs: Sequence[Run]) -> list[dict]:
 def report(found: list[dict], workdir: pathlib.Path) -> str:
   """Writes sweep.json and sweep.png, and returns the table."""
   workdir.mkdir(parents=True, exist_ok=True)
-  metrics.write_json(workdir / 'sweep.json', found)
+  files.write_json(workdir / 'sweep.json', found)
   _plot(found, workdir)
   return table(found)
 
 
-def size(count: float) -> str:
-  """Renders a number of bytes or parameters.
+def size(count: float | None) -> str:
+  """Renders a number of bytes or parameters, which a rule may not state.
 
   >>> size(950), size(1_234_567)
   ('950', '1.23M')
   """
+  if count is None:
+    return 'not stated'
   power = min(4, (len(str(int(count))) - 1) // 3)
   return f'{count / 1000**power:.3g}{" kMGT"[power]}'.replace(' ', '')
 
@@ -261,14 +227,19 @@ def _cells(name: str, seeds: list[dict]) -> Iterator[str]:
   if not good:
     yield from ('failed', *[''] * 6)
     return
-  mean = lambda field: statistics.mean(r[field] for r in good)  # noqa: E731
+
+  def mean(field: str) -> float | None:
+    values = [r[field] for r in good]
+    return None if None in values else statistics.mean(values)
+
   for who in ('seen', 'unseen'):
     text = spread([r['last'][f'eval/{who}/loss'] for r in good], 3)
     yield f'{text} ({missing} failed)' if missing else text
   yield size(mean('comm/up_bytes'))
   yield size(mean('comm/down_bytes'))
   yield size(mean('train/parameters'))
-  yield f'{mean("aggregation/error"):.3f}'
+  error = mean('aggregation/error')
+  yield 'not measured' if error is None else f'{error:.3f}'
   yield f'{mean("time/this_call_s"):.0f}'
 
 
@@ -288,32 +259,27 @@ def table(found: Sequence[dict]) -> str:
   )
 
 
-def _curve(path: pathlib.Path):
-  """Returns rounds, losses, and megabytes until then, of a metrics.jsonl."""
-  try:
-    rows = metrics.read_rows(path)
-    rounds, losses = metrics.series(rows, 'eval/seen/loss')
-    traffic = {0: 0.0} | {
-      r['round']: (r['comm/total_up_bytes'] + r['comm/total_down_bytes']) / 1e6
-      for r in rows
-      if 'train/loss' in r
-    }
-    megabytes = [traffic[r] for r in rounds]
-    return rounds, np.array(losses, float), np.array(megabytes, float)
-  except files.UNEXPECTED as error:
-    remedy = "delete its run's folder and run it again"
-    raise files.damaged(path, error, remedy) from error
+def _curve(folder: pathlib.Path):
+  """Returns rounds, losses, and megabytes until then (NaN: not stated) of a run."""
+  history = Run(folder).history
+  rounds, losses = curves.series(history, 'eval/seen/loss')
+  traffic = {0: 0.0}
+  for row in history:
+    if 'train/loss' in row:
+      sent = [row['comm/total_up_bytes'], row['comm/total_down_bytes']]
+      traffic[row['round']] = float('nan') if None in sent else sum(sent) / 1e6
+  return rounds, np.array(losses, float), np.array([traffic[r] for r in rounds])
 
 
 def _curves(seeds: list[dict], workdir: pathlib.Path):
   """Returns rounds, megabytes until then and the losses of each seed."""
-  losses, megabytes = [], []
-  for result in seeds:
-    path = workdir / result['name'] / 'metrics.jsonl'
-    rounds, loss, until = _curve(path)
-    losses.append(loss)
-    megabytes.append(until)
-  return rounds, np.mean(megabytes, axis=0), np.array(losses)
+  found = [_curve(workdir / result['name']) for result in seeds]
+  rounds = found[-1][0]
+  return (
+    rounds,
+    np.mean([m for _, _, m in found], 0),
+    np.array([x for _, x, _ in found]),
+  )
 
 
 def _plot(found: Sequence[dict], workdir: pathlib.Path) -> None:

@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hetlora_jax import files, metrics, results
-from hetlora_jax.config import ConfigError, flat
+from hetlora_jax import config, curves, files
+from hetlora_jax import rows as of_rows
+from hetlora_jax import run as of_folder
+from hetlora_jax.config import ConfigError
+from hetlora_jax.fields import flat
 from hetlora_jax.tools import sweep
+from hetlora_jax.types import Row
 
 ANEW = 'run it again in a new folder, or leave it out'
 # What every row of a round has, and what only some rows have.
@@ -37,7 +41,7 @@ class Run(NamedTuple):
 
   name: str  # of its folder, or the whole path if others have the same
   fields: dict[str, Any]  # of config.json, flat
-  rows: list[metrics.Row]
+  rows: list[Row]
   summary: dict  # results.totals of the rows, and summary.json if it ended
   finished: bool
   people: dict[str, list[dict]] | None
@@ -86,14 +90,14 @@ def _read(workdir: pathlib.Path, name: str) -> Run:
   for column in _LISTS:
     if len({len(row[column]) for row in rows if column in row}) > 1:
       raise files.damaged(path, f'{column} has unequal lengths', ANEW)
-  ended = sweep.read_summary(workdir) or {}
+  ended = of_folder.Run(workdir).summary or {}
   wanted = fields.get('federated.num_rounds')
   evaluated = any('eval/seen/loss' in row for row in rows)
   return Run(
     name=name,
     fields=fields,
     rows=rows,
-    summary=ended | (results.totals(rows) if evaluated else {}),
+    summary=ended | (of_rows.totals(rows) if evaluated else {}),
     finished=bool(ended) and ended['last'].get('round') == wanted,
     people=_people(workdir / 'people.json'),
     samples=_samples(workdir / 'generations.jsonl'),
@@ -102,9 +106,7 @@ def _read(workdir: pathlib.Path, name: str) -> Run:
 
 def _defaults() -> dict[str, Any]:
   """Returns what a run of before a field was there counts as having."""
-  from configs import default
-
-  return flat(json.loads(default.get_config().to_json()))
+  return {path: f.default for path, f in config.FIELDS.items()}
 
 
 def _lines(
@@ -213,7 +215,7 @@ def grouped(found: Sequence[Run]) -> list[Group]:
   return out
 
 
-def until(rows: Sequence[metrics.Row], names: Sequence[str]) -> dict[int, float]:
+def until(rows: Sequence[Row], names: Sequence[str]) -> dict[int, float]:
   """Returns round -> the sum of some columns until then; round 0 has none."""
   total, out = 0.0, {0: 0.0}
   for row in rows:
@@ -233,7 +235,7 @@ def mean(
   """
   values: dict[int, list] = {}
   for run in group.runs:
-    for round_number, value in zip(*metrics.series(run.rows, name), strict=True):
+    for round_number, value in zip(*curves.series(run.rows, name), strict=True):
       values.setdefault(round_number, []).append(value)
   rounds = sorted(values)
   arrays = [np.array(values[r], float) for r in rounds]

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 
 from hetlora_jax import console
+from launch import signals
 
 CHILD = 'HETLORA_JAX_CHILD'  # in the environment of a process started here
 
@@ -16,30 +17,34 @@ def start_all(
 
   With several at a time each writes to a file of its own in `logs`. Signals
   are passed on; after one, and after a run that was interrupted, no other is
-  started. A process that loses its parent ends (`console.end_with_parent`).
+  started. A process that loses its parent ends (`signals.end_with_parent`).
   """
-  waiting, running, interrupted = dict(commands), {}, False
-  with console.PassSignals() as signals:
-    while running or (waiting and not signals.received):
-      while waiting and len(running) < parallel and not signals.received:
+  waiting, running, received = dict(commands), {}, []
+
+  def pass_on(number, frame):
+    del frame
+    received.append(number)
+    for process in running.values():
+      process.send_signal(number)
+
+  with signals.handled_by(pass_on):
+    while running or (waiting and not received):
+      while waiting and len(running) < parallel and not received:
         name = next(iter(waiting))
         number = len(commands) - len(waiting) + 1
         console.say(f'\n[{number}/{len(commands)}] {name}')
         running[name] = _start(waiting.pop(name), logs, name, parallel > 1)
-        signals.processes.append(running[name])
       for name, process in list(running.items()):
         try:
           code = process.wait(0.2)
         except subprocess.TimeoutExpired:
           continue
         del running[name]
-        signals.processes.remove(process)
-        if code in (console.SAVED, console.INTERRUPTED):
-          interrupted = True
-          waiting.clear()
+        if code in (console.SAVED, signals.INTERRUPTED):
+          received.append(code)
         elif code:
           console.say(f'{name} failed: exit code {code}')
-  return not (interrupted or signals.received)
+  return not received
 
 
 def _start(command, logs: pathlib.Path, name: str, to_file: bool):

@@ -1,0 +1,58 @@
+"""Curves of a run, as matplotlib draws them."""
+
+from collections.abc import Sequence
+
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+
+from hetlora_jax.types import Row
+
+
+def series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
+  """Returns the rounds that have a value, and the values."""
+  points = [(r['round'], r[name]) for r in rows if name in r]
+  return [p[0] for p in points], [p[1] for p in points]
+
+
+def _draw_energy(figure, axis, rows: Sequence[Row]) -> None:
+  """Draws each slot's share of energy: rank collapse darkens the top."""
+  rounds, shares = series(rows, 'energy/slots')
+  axis.set(title="Energy of the server's adapters", ylabel='rank slot')
+  if not rounds:
+    return
+  decibel = 10 * np.log10(np.maximum(np.array(shares).T, 1e-4))
+  half = (rounds[-1] - rounds[0]) / max(len(rounds) - 1, 1) / 2 or 0.5
+  span = (rounds[0] - half, rounds[-1] + half, 0.5, len(decibel) + 0.5)
+  image = axis.imshow(
+    decibel, aspect='auto', origin='lower', extent=span, vmin=-40, vmax=0
+  )
+  figure.colorbar(image, ax=axis, label='share (dB)')
+
+
+def plot(rows: Sequence[Row], title: str) -> matplotlib.figure.Figure:
+  """Draws perplexities, loss, ranks and energy of each slot against rounds."""
+  figure = matplotlib.figure.Figure((16, 3.8))
+  figure.suptitle(title)
+  # By hand: a layout engine draws everything twice.
+  figure.subplots_adjust(0.045, 0.13, 0.985, 0.84, wspace=0.22)
+  perplexity, loss, rank, energy = figure.subplots(1, 4)
+  for who, marker in (('seen', 'o'), ('unseen', 's')):
+    name = f'eval/{who}/perplexity'
+    perplexity.plot(*series(rows, name), marker=marker, label=f'{who} people')
+  perplexity.set(title='Held-out perplexity', ylabel='perplexity a token')
+  perplexity.legend()
+  loss.plot(*series(rows, 'train/loss'), color='C2')
+  loss.set(title='Training loss of the cohort', ylabel='nats a target token')
+  for name, style in (('max', ':'), ('mean', '-'), ('min', '--')):
+    rank.plot(*series(rows, f'rank/{name}'), style, color='C3', label=name)
+  rank.set(title='Ranks over all people', ylabel='rank')
+  rank.legend()
+  _draw_energy(figure, energy, rows)
+  for axis in (perplexity, loss, rank, energy):
+    axis.set_xlabel('round')
+    axis.grid(alpha=0.3 if axis is not energy else 0)
+    axis.xaxis.set_major_locator(
+      matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1)
+    )
+  return figure

@@ -1,0 +1,276 @@
+"""A run's folder: everything that opens one goes through `Run`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import functools
+import io
+import os
+import pathlib
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hetlora_jax import checkpoint, config, curves, fields, files, points
+from hetlora_jax.base_model import BaseModel
+from hetlora_jax.config import Config, ConfigError
+from hetlora_jax.points import Points
+from hetlora_jax.types import Row, ServerState
+
+
+class History(list[Row]):
+  """The rows of a run, one a round; a notebook shows them as curves."""
+
+  title = ''
+
+  def plot(self):
+    """Returns a matplotlib figure of losses, ranks and energies."""
+    return curves.plot(self, self.title)
+
+  def _repr_png_(self) -> bytes:
+    out = io.BytesIO()
+    self.plot().savefig(out, format='png', dpi=110)
+    return out.getvalue()
+
+
+class Run:
+  """A run in a folder, finished or not; nothing is read before it is asked for.
+
+  Attributes:
+    folder: where it is.
+    model: the base model, if it is one of your own (`base_model.own`).
+  """
+
+  def __init__(self, folder: str | os.PathLike, model: BaseModel | None = None):
+    """Opens a run.
+
+    Args:
+      folder: --workdir of the run.
+      model: a base model of your own that it was trained with.
+    """
+    self.folder = pathlib.Path(folder)
+    self.model = model
+
+  def __repr__(self) -> str:
+    return f'Run({str(self.folder)!r})'
+
+  # --- What is in the folder ------------------------------------------------
+
+  @functools.cached_property
+  def config(self) -> Config:
+    """The configuration that it was trained with; raises ConfigError or OSError."""
+    path = self.folder / 'config.json'
+    try:
+      return config.of_folder(files.read_json(path, 'name the folder of a run'))
+    except ConfigError as error:
+      raise ConfigError(
+        f'{path} is of another release, or damaged: {error} Use another --workdir.'
+      ) from error
+
+  @property
+  def history(self) -> History:
+    """The rows of metrics.jsonl; a line torn by a crash ends them."""
+    history = History(files.read_rows(self.folder / 'metrics.jsonl'))
+    history.title = str(self.folder)
+    return history
+
+  @property
+  def summary(self) -> dict[str, Any] | None:
+    """What summary.json holds; None of a run that has not ended."""
+    return self._json('summary.json')
+
+  @property
+  def people(self) -> dict[str, Any] | None:
+    """The newest losses of every evaluated person: people.json, None without one."""
+    return self._json('people.json')
+
+  @property
+  def evaluation(self) -> dict[str, Any] | None:
+    """The scores of generated texts: evaluation.json, None without one."""
+    return self._json('evaluation.json')
+
+  @property
+  def samples(self) -> list[dict[str, Any]]:
+    """The generated texts: lines of generations.jsonl."""
+    return files.read_rows(self.folder / 'generations.jsonl')
+
+  def _json(self, name: str) -> dict[str, Any] | None:
+    path = self.folder / name
+    remedy = 'delete it, and let the program that wrote it do so again'
+    return files.read_json(path, remedy) if path.exists() else None
+
+  @property
+  def finished(self) -> dict[str, Any] | None:
+    """The summary, of a run that has done all its rounds."""
+    found = self.summary
+    last = (found or {}).get('last', {}).get('round')
+    return found if last == self.config.federated.num_rounds else None
+
+  # --- Its state ------------------------------------------------------------
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    """The folder of its checkpoints."""
+    return self.folder / 'checkpoints'
+
+  def steps(self) -> set[int]:
+    """Returns the rounds after which its state is saved."""
+    return checkpoint.steps(self.checkpoints)
+
+  def check_saved(self, or_else: str = '') -> None:
+    """Raises ConfigError if no state is saved."""
+    if not self.steps():
+      raise ConfigError(
+        f'--workdir={self.folder} holds no checkpoints: train first{or_else}.'
+      )
+
+  def prepare(self, c: Config | None = None) -> Points:
+    """Builds its experiment on one device.
+
+    Args:
+      c: the run's configuration with other fields that may change; None: its own.
+    """
+    c = c or self.config
+    return points.prepare(on_one_device(c), model=self.model)
+
+  def newest(self, x: Points, *, any_dtype: bool = False) -> tuple[int, ServerState]:
+    """Restores the newest undamaged checkpoint, and how many rounds it has done.
+
+    Args:
+      x: of `prepare`.
+      any_dtype: whether the base model may have been in another type.
+
+    Raises:
+      ConfigError: there is none, or it belongs to another model or configuration.
+    """
+    identity = x.identity
+    if any_dtype:
+      identity = {k: v for k, v in identity.items() if k != 'dtype'}
+    self.check_saved()
+    saved = checkpoint.Checkpoints([self.checkpoints], identity)
+    found = saved.restore_newest(points.shape_of_one(x))
+    saved.close()
+    if not found:
+      self.check_saved()
+      raise ConfigError(f'--workdir={self.folder} has no checkpoint that is whole.')
+    step, (state,) = found
+    return step, state
+
+  # --- Going on in it -------------------------------------------------------
+
+  def check(self, c: Config) -> None:
+    """Raises ConfigError if the run in the folder has another configuration."""
+    if self.folder.exists() and not self.folder.is_dir():
+      raise ConfigError(f'--workdir={self.folder} is a file: name a folder.')
+    if not (self.folder / 'config.json').exists():
+      return
+    differ = _differences(self.config, c)
+    if differ:
+      told = [
+        f'config.{n}={files.short(repr(a), 60)}, not {files.short(repr(b), 60)}'
+        for n, a, b in differ
+      ]
+      raise ConfigError(
+        f'--workdir={self.folder} holds a run of another configuration (use another '
+        '--workdir, the old values to continue it, or --branch_from to start a '
+        f'new run from its state): {"; ".join(told)}.'
+      )
+
+  def check_free(self) -> None:
+    """Raises if another run is in the folder; the first process looks for all."""
+    with _in_the_first(self.folder, make=False):
+      pass
+
+  @contextlib.contextmanager
+  def locked(self) -> Iterator[None]:
+    """Keeps other runs out of the folder, which is made; the first process does so.
+
+    Raises:
+      ConfigError: another run is in it, which is named; in all processes alike.
+      OSError: the folder cannot be made or written to; likewise.
+    """
+    with _in_the_first(self.folder, make=True) as file:
+      if file:
+        file.truncate(0)
+        file.write(_who())
+        file.flush()
+      yield
+
+
+def on_one_device(c: Config) -> Config:
+  """Returns a configuration for one device, one run at a time."""
+  mesh = {'points_at_once': 1, 'sweep': 1, 'clients': 1, 'model': 1}
+  return c.replace(**{f'mesh.{name}': value for name, value in mesh.items()})
+
+
+def _differences(old: Config, new: Config) -> list[tuple]:
+  """Returns (field, old value, new value) where a run may not differ."""
+  return [
+    (path, fields.lookup(old, path), fields.lookup(new, path))
+    for path, f in config.FIELDS.items()
+    if not f.declaration.changeable
+    and fields.lookup(old, path) != fields.lookup(new, path)
+  ]
+
+
+def anywhere(flag: object) -> bool:
+  """Tells whether a flag is set in any process, in all of them alike."""
+  if jax.process_count() == 1:
+    return bool(flag)
+  return bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path, make: bool) -> Iterator:
+  """Holds the lock of a folder; the system lets go of it when a process dies.
+
+  Unless it is to be made, a folder without a lock is free.
+  """
+  path = folder / '.lock'
+  if make:
+    folder.mkdir(parents=True, exist_ok=True)
+  elif not path.exists():
+    yield None
+    return
+  with path.open('a+') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ConfigError(
+        f'--workdir={folder} is in use by {path.read_text().strip()}: wait '
+        'for it, stop it, or use another --workdir.'
+      ) from error
+    yield file
+
+
+@contextlib.contextmanager
+def _in_the_first(folder: pathlib.Path, make: bool) -> Iterator:
+  """Holds the lock in the first process; raises in all if that fails."""
+  file, error = None, None
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      try:
+        file = stack.enter_context(_lock(folder, make))
+      except (ConfigError, OSError) as e:
+        error = e
+    if anywhere(error):
+      raise error or ConfigError(
+        f'the first process cannot use --workdir={folder}: see its message.'
+      )
+    yield file
+
+
+def _who() -> str:
+  now = datetime.datetime.now().strftime('%Y-%m-%d %H:%M:%S')
+  return (
+    f'process {os.getpid()} on {socket.gethostname()} since {now} '
+    f'({shlex.join(sys.argv)[:200]})\n'
+  )
