@@ -26,7 +26,15 @@ from absl import flags
 
 from benchmarks import machine
 from configs import study
-from hetlora_jax import config, console, experiment, metrics, processes, training
+from hetlora_jax import (
+  config,
+  console,
+  experiment,
+  files,
+  metrics,
+  processes,
+  training,
+)
 from hetlora_jax import results as of_runs
 from hetlora_jax.tools import completions, scores, sweep
 
@@ -207,7 +215,7 @@ def _do_floors(task: str) -> None:
     choice = completions.Choice(untouched=True, shots=shots)
     found = completions.run(c, workdir / f'shots{shots}', choice)
     whole = {name: found[name]['people'] for name in scores.SETS}
-    metrics.write_json(
+    files.write_json(
       folder / f'shots{shots}.json',
       {'shots': shots, 'whole': whole, 'texts': _texts(found)}
       | ({} if shots else {'people': people}),
@@ -229,7 +237,7 @@ def _do(task: str, arm: str, chosen: Sequence[sweep.Run]) -> None:
     if task in study.WRITTEN and _may_be_chosen(run, results):
       found = completions.run(run.config, run.workdir, completions.Choice())
       results[run.name]['texts'] = _texts(found)
-    metrics.write_json(folder / f'{run.name}.json', results[run.name])
+    files.write_json(folder / f'{run.name}.json', results[run.name])
     shutil.rmtree(run.workdir / 'checkpoints')  # a whole model, of some
 
 

@@ -26,13 +26,6 @@ _VALUES, _BINS = ('weight/clients',), 30
 MOST_SAMPLES = 20  # shown in TensorBoard
 
 
-def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes a whole file or none."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(json.dumps(content, indent=2) + '\n')
-  os.replace(temporary, path)
-
-
 def read_rows(path: pathlib.Path) -> list[Row]:
   """Reads metrics.jsonl; a line torn by a crash ends it."""
   rows = []
@@ -61,9 +54,7 @@ class Writer:
     if not writes:
       return
     samples = list(_samples(workdir, kept[-1]['round'] if kept else 0))
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(''.join(json.dumps(r) + '\n' for r in kept))
-    os.replace(temporary, path)
+    files.write_json_lines(path, kept)
     self._file = path.open('a')
     # Events that a crash cut off are lost: TensorBoard's are made from the rows.
     for old in (workdir / 'tensorboard').glob('events.out.tfevents.*'):
@@ -90,7 +81,7 @@ class Writer:
   def write_people(self, people: dict) -> None:
     """Replaces people.json by the newest evaluation's."""
     if self._writes:
-      write_json(self._workdir / 'people.json', people)
+      files.write_json(self._workdir / 'people.json', people)
 
   def _show(self, row: Row) -> None:
     event = Event(wall_time=time.time(), step=row['round'])

@@ -17,6 +17,7 @@ from hetlora_jax import (
   checkpoint,
   console,
   experiment,
+  files,
   metrics,
   results,
   workdirs,
@@ -112,7 +113,7 @@ def run_points(
     stack.callback(checkpoints.close)
     state, first = _start(x, checkpoints, branched)
     for point in points if writes else ():
-      metrics.write_json(point.workdir / 'config.json', to_dict(point.config))
+      files.write_json(point.workdir / 'config.json', to_dict(point.config))
     # Rows up to the restored round were written before its checkpoint.
     writers = [
       metrics.Writer(p.workdir, first + 1 if first else 0, writes) for p in points
@@ -129,7 +130,7 @@ def run_points(
     summary['points_together'] = len(points)
     summaries.append(summary)
     if writes:
-      metrics.write_json(point.workdir / 'summary.json', summary)
+      files.write_json(point.workdir / 'summary.json', summary)
       title = f'{c.method}: {c.model.source} on {c.data.name}'
       metrics.plot(writer.rows, point.workdir / 'curves.png', title)
   return summaries

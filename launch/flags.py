@@ -15,8 +15,7 @@ from ml_collections import config_flags
 
 from configs import default
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, training, workdirs
-from hetlora_jax.formats import sources
+from hetlora_jax import console, files, training, workdirs
 from hetlora_jax.methods import registry
 from hetlora_jax.tools import dryrun
 from launch import errors
@@ -95,7 +94,7 @@ def arguments() -> list[str]:
 def _keep_programs() -> None:
   """Keeps compiled programs from one run to the next."""
   if not jax.config.jax_compilation_cache_dir:
-    programs = sources.cache_folder() / 'programs'
+    programs = files.cache_folder() / 'programs'
     jax.config.update('jax_compilation_cache_dir', str(programs))
 
 

@@ -236,7 +236,7 @@ def make_folder(folder: pathlib.Path, tokenizer: str = 'model') -> None:
   else:
     raw['vocab_size'] = tokenizer_test._folder_with_bpe(folder).get_vocab_size()
   (folder / 'config.json').write_text(json.dumps(raw))
-  config = reader._config(folder, raw)
+  config = reader.read_config(folder, raw)
   tensors = _named(config, reader.tensor_names(config.family))
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   index = {'weight_map': dict.fromkeys(tensors, 'model.safetensors')}
@@ -296,7 +296,7 @@ def make_gguf(family: str):
     writer.add_bos_token_id(words['bos_token_id'])
     writer.add_eos_token_id(words['eos_token_id'])
     raw = {'model_type': model_type, **SIZES}
-    config = formats.safetensors._config(folder, raw)
+    config = formats.hf_folder.read_config(folder, raw)
     for name, tensor in _named(config, formats.gguf.NAMES).items():
       kind = gguf.GGMLQuantizationType.F32
       if tensor.ndim == 2:  # the embedding in half precision, matrices in blocks
@@ -342,14 +342,14 @@ def make_cache(which: str):
   """Returns a maker of a folder with its model in the cache, which is damaged."""
 
   def make(folder: pathlib.Path) -> pathlib.Path:
-    from hetlora_jax import formats
-    from hetlora_jax.formats import cache, sources
+    from hetlora_jax import files, formats
+    from hetlora_jax.formats import cache
 
     make_folder(folder)
     model = formats.load(folder, dtype='float32')
     path = cache.weights_path(model.fingerprint)
     if which == 'digest':
-      records = sorted((sources.cache_folder() / 'digests').glob('*.json'))
+      records = sorted((files.cache_folder() / 'digests').glob('*.json'))
       return next(r for r in records if 'config.json' in r.read_text())
     return path.with_suffix('.sha256') if which == 'seal' else path
 
@@ -364,9 +364,9 @@ def read_cached(folder: pathlib.Path) -> tuple:
 
 def read_resealed(folder: pathlib.Path) -> tuple:
   """Reads a cache that somebody who damaged it has sealed again."""
-  from hetlora_jax.formats import sources
+  from hetlora_jax import files
 
-  for seal in sources.cache_folder().glob('*.sha256'):
+  for seal in files.cache_folder().glob('*.sha256'):
     with contextlib.suppress(OSError):
       content = seal.with_suffix('.safetensors').read_bytes()
       seal.write_text(hashlib.sha256(content).hexdigest())
@@ -626,16 +626,16 @@ def read_sweep(folder: pathlib.Path) -> list:
 
 def make_run(name: str):
   def make(folder: pathlib.Path) -> pathlib.Path:
-    from hetlora_jax import config, metrics
+    from hetlora_jax import config, files
 
     row = {'round': 30, 'eval/seen/loss': 1.0, 'eval/unseen/loss': 1.0}
     (folder / 'a').mkdir()
-    metrics.write_json(folder / 'a/config.json', config.to_dict(_config()))
+    files.write_json(folder / 'a/config.json', config.to_dict(_config()))
     summary = {
       'last': row, 'comm/up_bytes': 1, 'comm/down_bytes': 1,
       'train/parameters': 1, 'aggregation/error': 0.0, 'time/this_call_s': 1.0,
     }  # fmt: skip
-    metrics.write_json(folder / 'a/summary.json', summary)
+    files.write_json(folder / 'a/summary.json', summary)
     traffic = {'comm/total_up_bytes': 1, 'comm/total_down_bytes': 1}
     rows = [row | {'round': 0}, row | {'round': 30, 'train/loss': 1} | traffic]
     path = folder / 'a/metrics.jsonl'

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from hetlora_jax import config, files
 from hetlora_jax.config import ConfigError, flat, to_dict
-from hetlora_jax.formats import gguf_file, layout
+from hetlora_jax.formats import gguf as gguf_format
+from hetlora_jax.formats import layout
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.tools import sweep
 from launch import errors
@@ -113,7 +114,7 @@ def test_any_bytes_after_the_magic_of_a_gguf_are_refused(content, count):
     head = b'GGUF\3\0\0\0' + count.to_bytes(8, 'little')
     file.write(head + (1).to_bytes(8, 'little') + content)
     file.flush()
-    _read_or_refused(lambda: gguf_file.read(pathlib.Path(file.name)))
+    _read_or_refused(lambda: gguf_format.read(pathlib.Path(file.name)))
 
 
 @settings(max_examples=100, deadline=10_000, derandomize=True)
@@ -250,13 +251,13 @@ def test_tensors_of_a_gguf_that_overlap_are_refused(tmp_path):
   writer.write_tensors_to_file()
   writer.close()
   content = (tmp_path / 'x.gguf').read_bytes()
-  assert set(gguf_file.read(tmp_path / 'x.gguf').tensors) == set('abc')
+  assert set(gguf_format.read(tmp_path / 'x.gguf').tensors) == set('abc')
   offset = (512).to_bytes(8, 'little')
   assert content.count(offset) == 1
   start = content.replace(offset, bytes(8))[:-256]
   (tmp_path / 'x.gguf').write_bytes(start)
   with pytest.raises(ValueError, match='tensor c needs 256 bytes'):
-    gguf_file.read(tmp_path / 'x.gguf')
+    gguf_format.read(tmp_path / 'x.gguf')
 
 
 def test_a_tokenizer_of_another_model_is_refused(model):

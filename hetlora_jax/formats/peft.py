@@ -6,20 +6,16 @@ PEFT adds `alpha / r B A` to a matrix, of lora_A [r, d_in] and lora_B [d_out, r]
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 
 from hetlora_jax import files
-from hetlora_jax.formats import hf_folder as reader
-from hetlora_jax.formats import layout
+from hetlora_jax.formats import hf_folder, layout
 from hetlora_jax.types import Adapters, Lora
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -47,7 +43,7 @@ class Padded(NamedTuple):
 
 def module(target: str, layer: int) -> str:
   """Returns the name of a matrix in transformers."""
-  return f'model.layers.{layer}.{reader.MATRICES[target]}'
+  return f'model.layers.{layer}.{hf_folder.MATRICES[target]}'
 
 
 def write(folder: pathlib.Path, layers: Layers, scale: float, base: str) -> None:
@@ -63,10 +59,8 @@ def write(folder: pathlib.Path, layers: Layers, scale: float, base: str) -> None
       rank[name] = x.a.shape[-1]
       tensors[f'{PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(x.a.T)
       tensors[f'{PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(x.b.T)
-  config = _config(rank, list(layers), scale, base)
-  (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS, {'format': 'pt'})
-  shutil.copymode(folder / CONFIG, folder / WEIGHTS)
+  files.write_json(folder / CONFIG, _config(rank, list(layers), scale, base))
+  hf_folder.write_tensors(folder / WEIGHTS, tensors)
 
 
 def _config(
@@ -82,7 +76,7 @@ def _config(
     'lora_alpha': _alpha(scale, most),
     'rank_pattern': others,
     'alpha_pattern': {name: _alpha(scale, r) for name, r in others.items()},
-    'target_modules': [reader.MATRICES[t].split('.')[-1] for t in targets],
+    'target_modules': [hf_folder.MATRICES[t].split('.')[-1] for t in targets],
     'use_rslora': False,
     'use_dora': False,
     'lora_dropout': 0.0,
@@ -131,11 +125,11 @@ def _check_kind(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
   if config.get('init_lora_weights', True) not in PLAIN_INITS:
     odd.append('init_lora_weights')  # these change the base
   if odd:
-    value = files.short(repr(config.get(odd[0])), 60)
-    raise ValueError(
-      f'{folder / CONFIG} sets {odd[0]}={value}, which is not supported: give '
-      "a plain LoRA adapter, or merge it and make that config.model's source."
+    what = f'sets {odd[0]}={files.short(repr(config.get(odd[0])), 60)}'
+    remedy = (
+      "give a plain LoRA adapter, or merge it and make that config.model's source"
     )
+    raise files.unsupported(folder / CONFIG, what, remedy)
 
 
 def _names(folder: pathlib.Path, like: Adapters) -> dict[tuple, str]:
@@ -146,7 +140,7 @@ def _names(folder: pathlib.Path, like: Adapters) -> dict[tuple, str]:
       f'{folder} has its weights as a pickle, which is not read: save the '
       'adapter again with safe_serialization=True.'
     )
-  with reader.open_file(path) as file:
+  with hf_folder.open_file(path) as file:
     found = set(file.offset_keys())
   # Gemma 3 with vision nests its layers one deeper.
   prefix = min(found, default='').partition('layers.')[0]
@@ -192,7 +186,7 @@ def _padded(
 
 
 def _tensor(path: pathlib.Path, name: str) -> np.ndarray:
-  tensor = reader.read_tensor(path, name).astype(np.float32)
+  tensor = hf_folder.read_tensor(path, name).astype(np.float32)
   most = layout.LARGEST
   if not (tensor.size and -most < tensor.min() and tensor.max() < most):
     raise files.damaged(path, f'{name} is empty or not finite', AGAIN)

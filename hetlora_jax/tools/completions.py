@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 import sys
 import time
@@ -27,6 +25,7 @@ from hetlora_jax import (
   client,
   console,
   experiment,
+  files,
   lora,
   metrics,
   prng,
@@ -101,8 +100,8 @@ def run(c: Config, workdir: pathlib.Path, choice: Choice) -> dict[str, Any]:
     **scores.of_lines(lines, c.seed),
   }
   workdir.mkdir(parents=True, exist_ok=True)
-  _write_lines(workdir / 'generations.jsonl', lines)
-  metrics.write_json(workdir / 'evaluation.json', found)
+  files.write_json_lines(workdir / 'generations.jsonl', lines)
+  files.write_json(workdir / 'evaluation.json', found)
   metrics.show_samples(workdir, round)
   return found
 
@@ -350,11 +349,3 @@ def _line(tokenizer, task: Task, answer: Answer) -> dict[str, Any]:
     'loss_sum': -float(answer.log_prob.astype(np.float64).sum()),
     'tokens': count,
   }
-
-
-def _write_lines(path: pathlib.Path, lines: Sequence[dict]) -> None:
-  """Writes a line an object, a whole file or none."""
-  temporary = path.with_name(path.name + '.tmp')
-  text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-  temporary.write_text(text)
-  os.replace(temporary, path)

@@ -31,7 +31,7 @@ from hetlora_jax import (
 )
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.experiment import Experiment
-from hetlora_jax.formats import hf_writer, peft
+from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.methods import distribution
 from hetlora_jax.types import Deltas, Lora, Memory, PyTree, Server, ServerState
 
@@ -225,7 +225,7 @@ def _write_model(
     residual, server = {}, server._replace(adapters={})
   params = _merged(x.base, residual, server, np.dtype(choice.dtype))
   source = pathlib.Path(x.config.model.source)
-  hf_writer.write(
+  hf_folder.write(
     folder, model.config, params, model.tokenizer,
     source if source.is_dir() else None,
   )  # fmt: skip

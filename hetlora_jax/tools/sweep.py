@@ -222,7 +222,7 @@ def results(runs: Sequence[Run]) -> list[dict]:
 def report(found: list[dict], workdir: pathlib.Path) -> str:
   """Writes sweep.json and sweep.png, and returns the table."""
   workdir.mkdir(parents=True, exist_ok=True)
-  metrics.write_json(workdir / 'sweep.json', found)
+  files.write_json(workdir / 'sweep.json', found)
   _plot(found, workdir)
   return table(found)
 
