@@ -1,5 +1,6 @@
 """Reads and writes Hugging Face folders: config.json, *.safetensors, a tokenizer."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -147,7 +148,7 @@ def open_checkpoint(folder: pathlib.Path) -> layout.Checkpoint:
     names=tensor_names(config.family, tensors),
     tensors=tensors,
     read=lambda name: read_tensor(tensors[name], name),
-    repair=_whole_norms if config.family == 'gemma3' else _unchanged,
+    repair=functools.partial(_repair, config.family),
     tokenizer=Tokenizer.from_folder(folder),
   )
 
@@ -264,14 +265,10 @@ def open_file(path: pathlib.Path) -> safetensors.safe_open:
     raise files.Damaged(f'{path} is {why} ({files.short(error)}): {AGAIN}.') from error
 
 
-def _whole_norms(leaf: str, tensor: np.ndarray) -> np.ndarray:
+def _repair(family: str, leaf: str, tensor: np.ndarray) -> np.ndarray:
   """Adds the 1 that Gemma leaves out of its norm weights."""
-  return tensor.astype(np.float32) + 1 if leaf.endswith('norm') else tensor
-
-
-def _unchanged(leaf: str, tensor: np.ndarray) -> np.ndarray:
-  del leaf
-  return tensor
+  norm = family == 'gemma3' and leaf.endswith('norm')
+  return tensor.astype(np.float32) + 1 if norm else tensor
 
 
 # --- Writing ---------------------------------------------------------------
@@ -370,16 +367,14 @@ def _fields_besides_shape(source: pathlib.Path) -> dict[str, Any]:
 
 def _tensors(config: DecoderConfig, params: PyTree) -> dict[str, np.ndarray]:
   """Gives every tensor its name and stores matrices as [d_out, d_in]."""
-  names = tensor_names(config.family)
-  outer = {names[leaf]: (leaf, x) for leaf, x in params.items() if leaf != 'layers'}
-  inner = {
-    names[leaf].format(i): (leaf, x.T)
-    for leaf, stacked in params['layers'].items()
-    for i, x in enumerate(stacked)
-  }
-  return {
-    name: _as_stored(config, leaf, x) for name, (leaf, x) in (outer | inner).items()
-  }
+  names, tensors = tensor_names(config.family), {}
+  for leaf, x in params.items():
+    if leaf != 'layers':
+      tensors[names[leaf]] = _as_stored(config, leaf, x)
+  for leaf, stacked in params['layers'].items():
+    for i, x in enumerate(stacked):
+      tensors[names[leaf].format(i)] = _as_stored(config, leaf, x.T)
+  return tensors
 
 
 def _as_stored(config: DecoderConfig, leaf: str, x: np.ndarray) -> np.ndarray:

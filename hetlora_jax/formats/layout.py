@@ -13,6 +13,7 @@ from hetlora_jax.models import decoder
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.types import PyTree
 
+AGAIN = 'fetch the whole model again'
 MOST_LAYERS = 10_000
 LARGEST = 1e30  # weight; beyond it bits have flipped, and bfloat16 may overflow
 # Of Gemma 3, where a checkpoint does not say so.
@@ -54,7 +55,11 @@ def family_fields(family: str) -> dict[str, Any]:
 
 def check_config(path: pathlib.Path, c: decoder.DecoderConfig, remedy: str) -> None:
   """Raises Damaged if no model has these sizes."""
-  of_kind = {'int': _is_size, 'float': is_positive, 'bool': _is_bool}
+  of_kind = {
+    'int': lambda value: type(value) is int and 0 <= value < 2**31,
+    'float': is_positive,
+    'bool': lambda value: type(value) is bool,
+  }
   for name, kind in decoder.DecoderConfig.__annotations__.items():
     value = getattr(c, name)
     if kind in of_kind and not of_kind[kind](value):
@@ -79,14 +84,6 @@ def is_finite(tensor: np.ndarray) -> bool:
   """Tells whether weights are there and none is NaN, infinite or beyond LARGEST."""
   # No comparison holds of a NaN.
   return bool(tensor.size and -LARGEST < tensor.min() and tensor.max() < LARGEST)
-
-
-def _is_size(value: object) -> bool:
-  return type(value) is int and 0 <= value < 2**31
-
-
-def _is_bool(value: object) -> bool:
-  return type(value) is bool
 
 
 def check_tokenizer(
@@ -157,15 +154,11 @@ def _fetch(
   name = _find(checkpoint, leaf, layer)
   tensor = checkpoint.read(name)
   if tensor.shape != shape:
-    raise ValueError(
-      f'tensor {name} of {checkpoint.path} has shape {tensor.shape}, want '
-      f'{shape}: the weights and the configuration are of different models.'
-    )
+    why = f'{name} has shape {tensor.shape}, want {shape} by its configuration'
+    raise files.damaged(checkpoint.path, why, AGAIN)
   if not is_finite(tensor):
-    raise ValueError(
-      f'tensor {name} of {checkpoint.path} has weights that are not finite: '
-      'the file is damaged; fetch it again.'
-    )
+    why = f'{name} has weights that are not finite'
+    raise files.damaged(checkpoint.path, why, AGAIN)
   return checkpoint.repair(leaf, tensor)
 
 
@@ -173,8 +166,5 @@ def _find(checkpoint: Checkpoint, leaf: str, layer: int) -> str:
   """Returns the name of a leaf's tensor."""
   name = checkpoint.names[leaf].format(layer)
   if name not in checkpoint.tensors:
-    raise ValueError(
-      f'{checkpoint.path} lacks the tensor {name}: it is incomplete or of '
-      'another family; fetch it again.'
-    )
+    raise files.damaged(checkpoint.path, f'it lacks the tensor {name}', AGAIN)
   return name
