@@ -162,11 +162,13 @@ def read_config(path: pathlib.Path, raw: Mapping[str, Any]) -> DecoderConfig:
     if fields.get(key):
       what = f'sets {key}={files.short(fields[key])}'
       raise files.unsupported(path, what, 'use a model without it')
+  # These two may be null, or left out by models older than they are.
   num_heads = fields['num_attention_heads']
   fields['num_key_value_heads'] = fields.get('num_key_value_heads') or num_heads
   fields['head_dim'] = fields.get('head_dim') or fields['hidden_size'] // num_heads
   activation = fields[ACTIVATION_FIELD[family]]
   files.check_supported(path, 'activation', activation, ACTIVATIONS)
+  # What a family shares, unless this model says otherwise.
   gemma = family == 'gemma3'
   rope, local_base = _rope(family, fields)
   shared = layout.family_fields(family)
