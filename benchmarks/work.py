@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hetlora_jax import base_model, points
-from hetlora_jax.formats import hf_writer, sources
+from hetlora_jax.formats import hf_folder, sources
 from hetlora_jax.models import readout
 from hetlora_jax.types import Batch, Cohort
 
@@ -95,7 +95,7 @@ def model_files(x: points.Points) -> Iterator[pathlib.Path]:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     params = jax.tree.map(np.asarray, model.params)
-    hf_writer.write(folder, model.config, params, model.tokenizer)
+    hf_folder.write(folder, model.config, params, model.tokenizer)
     yield folder
 
 

@@ -1,13 +1,17 @@
-"""Reads files that may be damaged or hostile: what is wrong is said in one line.
+"""Files: read as if damaged, written whole or not at all, cached in one folder.
 
 Nothing here, nor what uses it, executes what it reads.
 """
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 MOST_BYTES = 1 << 28  # of a file that is read whole; Gemma's largest has 33 MB
@@ -25,6 +29,13 @@ UNEXPECTED = (
 )
 
 
+# --- Errors ----------------------------------------------------------------
+
+
+class Damaged(ValueError):
+  """A file is not what it should be; the message has its path and a remedy."""
+
+
 def short(content: object, most: int = 120) -> str:
   """Renders anything in one printable line of at most so many characters."""
   text = ' '.join(str(content).split())
@@ -32,8 +43,42 @@ def short(content: object, most: int = 120) -> str:
   return text if len(text) <= most else f'{text[: most - 3]}...'
 
 
-class Damaged(ValueError):
-  """A file is not what it should be; the message has its path and a remedy."""
+def damaged(path: os.PathLike, why: object, remedy: str) -> Damaged:
+  """Returns the error that says what is wrong with a file and what to do."""
+  return Damaged(f'{path} is damaged ({short(why)}): {remedy}.')
+
+
+def unsupported(path: os.PathLike | str, what: str, remedy: str) -> Damaged:
+  """Returns the error for a valid file of a kind that this program cannot use."""
+  return Damaged(f'{path} {what}, which is not supported: {remedy}.')
+
+
+def check_supported(
+  path: os.PathLike, name: str, value: object, choices: Collection[str]
+) -> None:
+  """Raises Damaged unless a field of a file has one of these values."""
+  if value not in tuple(choices):
+    what = f'has {name} {short(value)!r}'
+    raise unsupported(path, what, f'use one of {", ".join(choices)}')
+
+
+def unreadable(path: os.PathLike, error: Exception, remedy: str) -> OSError:
+  """Returns the error for a file that the system does not let us read."""
+  why = short(getattr(error, 'strerror', None) or error)
+  return OSError(f'{path} cannot be read ({why}): change its permissions, or {remedy}.')
+
+
+@contextlib.contextmanager
+def parsing(path: os.PathLike, remedy: str) -> Iterator[None]:
+  """Turns whatever a parser raises on a file's content into one Damaged."""
+  try:
+    yield
+  except (Damaged, OSError, MemoryError):
+    raise
+  except KeyError as error:
+    raise damaged(path, f'it lacks {error}', remedy) from error
+  except Exception as error:  # tokenizers raises no narrower type
+    raise damaged(path, error, remedy) from error
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -41,9 +86,7 @@ def out_of_memory(error: Exception) -> bool:
   return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
 
 
-def damaged(path: os.PathLike, why: object, remedy: str) -> Damaged:
-  """Returns the error that says what is wrong with a file and what to do."""
-  return Damaged(f'{path} is damaged ({short(why)}): {remedy}.')
+# --- Reading ---------------------------------------------------------------
 
 
 def read_bytes(path: pathlib.Path, remedy: str) -> bytes:
@@ -56,9 +99,7 @@ def read_bytes(path: pathlib.Path, remedy: str) -> bytes:
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{path} is missing: {remedy}.') from error
   except OSError as error:
-    raise OSError(
-      f'{path} cannot be read ({error.strerror}): change its permissions, or {remedy}.'
-    ) from error
+    raise unreadable(path, error, remedy) from error
   if len(content) > MOST_BYTES:
     raise damaged(path, f'it has more than {MOST_BYTES} bytes', remedy)
   return content
@@ -101,9 +142,7 @@ def json_lines(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, 
         if line.strip():
           yield place, parse_json(line, place, remedy)
   except OSError as error:
-    raise OSError(
-      f'{path} cannot be read ({error.strerror}): change its permissions, or {remedy}.'
-    ) from error
+    raise unreadable(path, error, remedy) from error
 
 
 def _nested(value: Any) -> int:
@@ -132,8 +171,91 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
+# --- Writing ---------------------------------------------------------------
+
+
+def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+  """Lets `write` fill a file of this name elsewhere, then moves it to `path`.
+
+  The file has a temporary folder beside `path` to itself, so that programs that
+  download into a folder can write it, and other processes may write it too.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix='.writing_') as folder:
+    temporary = pathlib.Path(folder) / path.name
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a whole file in UTF-8, or none."""
+  write_whole(path, lambda temporary: temporary.write_text(text, encoding='utf-8'))
+
+
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes a whole file or none."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(json.dumps(content, indent=2) + '\n')
-  os.replace(temporary, path)
+  """Writes a whole file that holds one JSON value, or none."""
+  write_text(path, json.dumps(content, indent=2) + '\n')
+
+
+def write_json_lines(path: pathlib.Path, objects: Iterable[dict]) -> None:
+  """Writes a whole file of JSON objects, one a line, or none."""
+  lines = (json.dumps(x, ensure_ascii=False) + '\n' for x in objects)
+  write_text(path, ''.join(lines))
+
+
+# --- The cache folder ------------------------------------------------------
+
+
+def cache_folder() -> pathlib.Path:
+  """Returns $HETLORA_CACHE, or ~/.cache/hetlora_jax; makes it if it is absent."""
+  place = os.environ.get('HETLORA_CACHE') or '~/.cache/hetlora_jax'
+  folder = pathlib.Path(place).expanduser()
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def digest(path: pathlib.Path) -> str:
+  """Returns a file's SHA-256, hashing it again only if it has changed.
+
+  A record in the cache folder keeps the size and the modification time that
+  each digest was taken at.
+  """
+  try:
+    path, stat = path.resolve(), path.stat()
+    return _recorded_digest(path, stat)
+  except FileNotFoundError:
+    raise
+  except (OSError, RuntimeError) as error:  # the latter of links in a circle
+    raise unreadable(path, error, 'copy it again') from error
+
+
+def digest_all(paths: Iterable[pathlib.Path]) -> str:
+  """Returns the SHA-256 of the names and contents of files, in their order."""
+  lines = [f'{path.name} {digest(path)}\n' for path in paths]
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()
+
+
+def _recorded_digest(path: pathlib.Path, stat: os.stat_result) -> str:
+  stamp = {'path': str(path), 'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
+  name = hashlib.sha256(str(path).encode()).hexdigest()[:32]
+  record = cache_folder() / 'digests' / f'{name}.json'
+  with contextlib.suppress(OSError, ValueError):  # absent or damaged
+    known = read_json(record, '')
+    sha256 = str(known.pop('sha256', ''))
+    if known == stamp and re.fullmatch('[0-9a-f]{64}', sha256):
+      return sha256
+  with path.open('rb') as file:
+    sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+  with contextlib.suppress(OSError):  # without a record it is hashed again
+    write_json(record, stamp | {'sha256': sha256})
+  return sha256
+
+
+def check_digest(path: pathlib.Path, sha256: str) -> None:
+  """Raises Damaged unless the file has this SHA-256."""
+  found = digest(path)
+  if found != sha256:
+    raise Damaged(
+      f'{path} is corrupted (SHA-256 {found[:12]}..., want {short(sha256[:12])}...): '
+      'delete it and load again.'
+    )

@@ -40,9 +40,7 @@ class Writer:
     if not writes:
       return
     samples = list(_samples(workdir, kept[-1]['round'] if kept else 0))
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(''.join(json.dumps(r) + '\n' for r in kept))
-    os.replace(temporary, path)
+    files.write_json_lines(path, kept)
     self._file = path.open('a')
     # Events that a crash cut off are lost: TensorBoard's are made from the rows.
     for old in (workdir / 'tensorboard').glob('events.out.tfevents.*'):

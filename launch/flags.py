@@ -15,8 +15,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from hetlora_jax import config as config_lib
-from hetlora_jax import console, training
-from hetlora_jax.formats import sources
+from hetlora_jax import console, files, training
 from hetlora_jax.methods import registry
 from hetlora_jax.run import Run
 from hetlora_jax.tools import dryrun
@@ -92,7 +91,7 @@ def arguments() -> list[str]:
 def _keep_programs() -> None:
   """Keeps compiled programs from one run to the next."""
   if not jax.config.jax_compilation_cache_dir:
-    programs = sources.cache_folder() / 'programs'
+    programs = files.cache_folder() / 'programs'
     jax.config.update('jax_compilation_cache_dir', str(programs))
 
 

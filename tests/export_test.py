@@ -26,7 +26,7 @@ from hetlora_jax import (
   points,
 )
 from hetlora_jax.config import ConfigError
-from hetlora_jax.formats import hf_writer, peft
+from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.models import decoder, readout
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.run import Run
@@ -370,7 +370,7 @@ def test_all_or_nothing_is_written(tmp_path, monkeypatch):
     raise OSError('disk full')
 
   with monkeypatch.context() as patch:
-    patch.setattr(hf_writer, 'write', fails)
+    patch.setattr(hf_folder, 'write', fails)
     with pytest.raises(OSError, match='disk full'):
       attempt(export.Choice('merged'))
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'run']
@@ -464,7 +464,7 @@ def test_what_cannot_be_imported_is_refused(tmp_path, change, weights, fields, m
   folder = _spoilt(tmp_path, change, weights)
   with pytest.raises(ConfigError, match=message) as error:
     c = _config(lora__from_peft=str(folder), **fields)
-    shape = formats.safetensors.open_checkpoint(GOLDEN / 'tiny_llama').config
+    shape = formats.hf_folder.open_checkpoint(GOLDEN / 'tiny_llama').config
     dims = decoder.adapter_dims(shape, c.lora.targets)
     build.init_state(c, dims, {}, np.array([2]), build.make_rules(c, None))
   assert 'lora.' in str(error.value) and '\n' not in str(error.value)

@@ -23,17 +23,14 @@ from hypothesis import strategies as st
 
 from hetlora_jax import config, files
 from hetlora_jax.config import ConfigError, flat, to_dict
-from hetlora_jax.formats import gguf_file, layout
+from hetlora_jax.formats import gguf as gguf_format
+from hetlora_jax.formats import layout
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.tools import sweep
 from launch import errors
 
-LEAST = {
-  'models': 500,
-  'adapters': 80,
-  'data': 480,
-  'runs': 200,
-}  # malformed inputs refused
+LEAST = 800  # malformed inputs refused by the long run; a tenth by the short one
+MOST = 2  # of a mutation of a format, in the short run
 MOST_CHARACTERS = 400
 PLACES = ('/files', '/cache', '--config')  # one of them is named
 # Whatever these are put in the place of, it is not a valid file of any kind ...
@@ -42,36 +39,40 @@ NEVER_VALID = (
   'directory instead', 'unreadable',
 )  # fmt: skip
 # ... but these say nothing that is needed, or are cut at the first torn line.
-UNNEEDED = ('digest record', 'features.json, no seal', 'metrics.jsonl of a run')
+UNNEEDED = ('metrics.jsonl of a run',)
 SEALED = (
   'weights cache', 'examples.array_record', 'people.array_record',
-  'dataset_info.json', 'features.json', 'seal of the weights cache',
-  'seal of prepared data',
+  'dataset_info.json', 'features.json', 'seal of prepared data',
 )  # fmt: skip
 
 
-@pytest.mark.parametrize('group', list(fuzz.GROUPS))
-def test_damaged_files_are_refused_in_one_line(group):
-  outcomes, stderr = fuzz.run(group)
+def test_damaged_files_are_refused_in_one_line():
+  _check_outcomes(MOST, LEAST // 10)
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_refused_in_one_line():
+  _check_outcomes(fuzz.ALL, LEAST)
+
+
+def _check_outcomes(most, least):
+  outcomes, stderr = fuzz.run(fuzz.GROUPS, most)
   by_result = collections.defaultdict(list)
   for outcome in outcomes:
     by_result[outcome.result].append(outcome)
   assert not by_result['escaped'], by_result['escaped'][:3]
-  assert {o.format for o in outcomes} == set(fuzz.GROUPS[group])
+  assert {o.format for o in outcomes} == {f for g in fuzz.GROUPS.values() for f in g}
   assert max(o.seconds for o in outcomes) < fuzz.SECONDS
   assert 'Traceback' not in stderr and 'panicked' not in stderr, stderr
   for outcome in by_result['refused']:
-    # A run of another configuration: each field that differs is named.
-    most = 20_000 if 'config.json of a run' in outcome.format else MOST_CHARACTERS
-    assert len(outcome.message.strip()) < most, outcome
+    assert len(outcome.message.strip()) < MOST_CHARACTERS, outcome
     assert '\n' not in outcome.message.strip(), outcome
     assert any(x in outcome.message for x in PLACES), outcome
   for outcome in by_result['same'] + by_result['another']:
     valid = outcome.mutation not in NEVER_VALID or outcome.format in UNNEEDED
     assert valid or _is_python(outcome), outcome
   assert not [o for o in by_result['another'] if o.format in SEALED]
-  assert len(by_result['refused']) >= LEAST[group]
-  assert sum(LEAST.values()) >= 200
+  assert len(by_result['refused']) >= least
 
 
 def _is_python(outcome) -> bool:
@@ -95,7 +96,7 @@ def folder(tmp_path_factory):
   patch.undo()
 
 
-@settings(max_examples=60, deadline=10_000, derandomize=True)
+@settings(max_examples=30, deadline=10_000, derandomize=True)
 @given(field=st.sampled_from([*fuzz.SIZES, 'rope_parameters', 'text_config',
                               'rope_scaling', 'layer_types', 'rope_theta',
                               'query_pre_attn_scalar', 'sliding_window']),
@@ -113,7 +114,7 @@ def test_any_bytes_after_the_magic_of_a_gguf_are_refused(content, count):
     head = b'GGUF\3\0\0\0' + count.to_bytes(8, 'little')
     file.write(head + (1).to_bytes(8, 'little') + content)
     file.flush()
-    _read_or_refused(lambda: gguf_file.read(pathlib.Path(file.name)))
+    _read_or_refused(lambda: gguf_format.read(pathlib.Path(file.name)))
 
 
 @settings(max_examples=100, deadline=10_000, derandomize=True)
@@ -128,7 +129,7 @@ def test_any_text_is_json_or_refused(content):
     assert isinstance(value, dict)
 
 
-@settings(max_examples=200, deadline=10_000, derandomize=True)
+@settings(max_examples=100, deadline=10_000, derandomize=True)
 @given(field=st.sampled_from(sorted(flat(to_dict(fuzz._config())))),
        value=json_values)  # fmt: skip
 def test_any_value_of_a_config_is_taken_or_refused(field, value):
@@ -250,13 +251,13 @@ def test_tensors_of_a_gguf_that_overlap_are_refused(tmp_path):
   writer.write_tensors_to_file()
   writer.close()
   content = (tmp_path / 'x.gguf').read_bytes()
-  assert set(gguf_file.read(tmp_path / 'x.gguf').tensors) == set('abc')
+  assert set(gguf_format.read(tmp_path / 'x.gguf').tensors) == set('abc')
   offset = (512).to_bytes(8, 'little')
   assert content.count(offset) == 1
   start = content.replace(offset, bytes(8))[:-256]
   (tmp_path / 'x.gguf').write_bytes(start)
   with pytest.raises(ValueError, match='tensor c needs 256 bytes'):
-    gguf_file.read(tmp_path / 'x.gguf')
+    gguf_format.read(tmp_path / 'x.gguf')
 
 
 def test_a_tokenizer_of_another_model_is_refused(model):
@@ -314,7 +315,7 @@ slow = pytest.mark.slow
   ('name', 'damage', 'command'),
   [
     ('GGUF, BPE', _cut, (*TRAIN, f'{SOURCE}/model.gguf')),
-    ('examples.array_record', _flip, TRAIN),
+    pytest.param('examples.array_record', _flip, TRAIN, marks=slow),
     ('--config file', _odd, ('launch.train', '--config={files}/mine.py')),
     pytest.param('safetensors', _cut, (*TRAIN, SOURCE), marks=slow),
     pytest.param('tokenizer.model', _cut, (*TRAIN, SOURCE), marks=slow),
@@ -327,7 +328,7 @@ slow = pytest.mark.slow
       'model.safetensors.index.json', _cut, (*TRAIN, SOURCE), marks=slow
     ),
     pytest.param('dataset_info.json', _flip, TRAIN, marks=slow),
-    pytest.param('people.array_record, no seal', _cut, TRAIN, marks=slow),
+    pytest.param('people.array_record', _cut, TRAIN, marks=slow),
     pytest.param('seal of prepared data', _cut, TRAIN, marks=slow),
     pytest.param(
       "chitchat's dataset.json", _cut,

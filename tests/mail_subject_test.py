@@ -9,9 +9,9 @@ import tarfile
 import numpy as np
 import pytest
 
+from hetlora_jax import files
 from hetlora_jax.data import builders, people
 from hetlora_jax.data.builders import mail_subject, packages
-from hetlora_jax.formats import sources
 
 BODY = (
   'Has anybody got the sound card of this laptop to work with the new '
@@ -223,7 +223,7 @@ def test_what_npm_says_is_passed_on(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_package_is_the_one_we_measured():
-  path = sources.cache_folder() / mail_subject.TARBALL
+  path = files.cache_folder() / mail_subject.TARBALL
   if not path.exists():
     pytest.skip('the package is not in the cache')
   found = list(mail_subject.threads(mail_subject.read(path)))

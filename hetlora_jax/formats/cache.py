@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from hetlora_jax import files
-from hetlora_jax.formats import layout, sources
+from hetlora_jax.formats import layout
 from hetlora_jax.models.decoder import DecoderConfig
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.types import PyTree
@@ -23,7 +23,7 @@ ANEW = 'delete it and load again, it is made anew'
 
 def weights_path(fingerprint: str) -> pathlib.Path:
   """Returns where the model of a source with this SHA-256 is kept."""
-  return sources.cache_folder() / f'{fingerprint}.v{VERSION}.safetensors'
+  return files.cache_folder() / f'{fingerprint}.v{VERSION}.safetensors'
 
 
 def contains(fingerprint: str) -> bool:
@@ -40,40 +40,26 @@ def write(fingerprint: str, checkpoint: layout.Checkpoint) -> None:
   config = json.dumps(dataclasses.asdict(checkpoint.config))
   metadata = {'config': config, 'tokenizer': kind}
   path = weights_path(fingerprint)
-  sources.write_whole(path, lambda p: safetensors.numpy.save_file(tensors, p, metadata))
+  files.write_whole(path, lambda p: safetensors.numpy.save_file(tensors, p, metadata))
   # The seal comes last, so that a crash leaves no model that seems whole.
-  seal = sources.digest(path)
-  sources.write_whole(_seal(path), lambda p: p.write_text(seal))
+  files.write_text(_seal(path), files.digest(path))
 
 
 def read(fingerprint: str, dtype: np.dtype) -> tuple[DecoderConfig, PyTree, Tokenizer]:
   """Returns a kept model; raises ValueError if its file was altered."""
   path = weights_path(fingerprint)
-  seal = files.read_bytes(_seal(path), ANEW)
-  sources.check(path, seal.decode(errors='replace'))
-  try:
-    return _parse(path, dtype)
-  except files.Damaged:
-    raise
-  except (*files.UNEXPECTED, safetensors.SafetensorError) as error:
-    raise files.damaged(path, error, ANEW) from error
-
-
-def _parse(
-  path: pathlib.Path, dtype: np.dtype
-) -> tuple[DecoderConfig, PyTree, Tokenizer]:
-  with safetensors.safe_open(path, 'numpy') as file:
+  seal = files.read_bytes(_seal(path), ANEW).decode(errors='replace')
+  files.check_digest(path, seal)
+  with files.parsing(path, ANEW), safetensors.safe_open(path, 'numpy') as file:
     metadata = file.metadata()
+    config = _parse_config(metadata['config'])
     serialized = file.get_tensor('tokenizer').tobytes()
+    tokenizer = Tokenizer.deserialize(metadata['tokenizer'], serialized)
     tensors = {  # one by one, so that both types never exist of all
       name: file.get_tensor(name).astype(dtype, copy=False)
       for name in file.offset_keys()
       if name != 'tokenizer'
     }
-  tokenizer = Tokenizer.deserialize(metadata['tokenizer'], serialized)
-  config = _parse_config(metadata['config'])
-  layout.check_config(path, config, ANEW)
-  layout.check_tokenizer(path, config, tokenizer)
   return config, _unflatten(tensors), tokenizer
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
 import numpy as np
@@ -12,8 +13,12 @@ from hetlora_jax.models import decoder
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.types import PyTree
 
+AGAIN = 'fetch the whole model again'
 MOST_LAYERS = 10_000
 LARGEST = 1e30  # weight; beyond it bits have flipped, and bfloat16 may overflow
+# Of Gemma 3, where a checkpoint does not say so.
+GEMMA_GLOBAL_EVERY = 6
+GEMMA_LOCAL_BASE = 1e4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +26,9 @@ class Checkpoint:
   """An open checkpoint: what is in it and how to read one tensor.
 
   `names` maps a leaf to its tensor, with {} for the layer; `tensors` are those
-  that are there. `read` returns a tensor as stored (matrices [d_out, d_in]) and raises ValueError if it cannot;
-  `repair(leaf, tensor)` undoes what the format did to the values.
+  that are there. `read` returns a tensor as stored (matrices [d_out, d_in]) and
+  raises ValueError if it cannot; `repair(leaf, tensor)` undoes what the format
+  did to the values.
   """
 
   path: pathlib.Path
@@ -34,19 +40,29 @@ class Checkpoint:
   tokenizer: Tokenizer
 
 
-def check_config(
-  path: pathlib.Path, config: decoder.DecoderConfig, remedy: str
-) -> None:
-  """Raises ValueError if no model has these sizes."""
-  c = config
+def family_fields(family: str) -> dict[str, Any]:
+  """Returns the fields of a DecoderConfig that follow from the model's family."""
+  gemma = family == 'gemma3'
+  return dict(
+    family=family,
+    qk_norm=gemma,
+    post_norms=gemma,
+    embed_scale=gemma,
+    activation='gelu' if gemma else 'silu',
+    global_every=GEMMA_GLOBAL_EVERY if gemma else 1,
+  )
+
+
+def check_config(path: pathlib.Path, c: decoder.DecoderConfig, remedy: str) -> None:
+  """Raises Damaged if no model has these sizes."""
+  of_kind = {
+    'int': lambda value: type(value) is int and 0 <= value < 2**31,
+    'float': is_positive,
+    'bool': lambda value: type(value) is bool,
+  }
   for name, kind in decoder.DecoderConfig.__annotations__.items():
     value = getattr(c, name)
-    ok = {
-      'int': type(value) is int and 0 <= value < 2**31,
-      'float': type(value) in (int, float) and 0 < value < LARGEST,
-      'bool': type(value) is bool,
-    }.get(kind, True)
-    if not ok:
+    if kind in of_kind and not of_kind[kind](value):
       raise files.damaged(path, f'{name} is {value!r}', remedy)
   sizes = (c.vocab_size, c.num_layers, c.width, c.num_heads, c.num_kv_heads)
   sizes += (c.head_dim, c.mlp_width, c.global_every)
@@ -55,8 +71,19 @@ def check_config(
   if c.num_heads % c.num_kv_heads:
     why = f'{c.num_kv_heads} key heads do not divide {c.num_heads} heads'
     raise files.damaged(path, why, remedy)
-  if not all(0 < value < LARGEST for _, value in c.rope_scaling):
+  if not all(is_positive(value) for _, value in c.rope_scaling):
     raise files.damaged(path, f'RoPE scaling {c.rope_scaling}', remedy)
+
+
+def is_positive(value: Any) -> bool:
+  """Tells whether a file holds a number above 0 that float32 holds too."""
+  return type(value) in (int, float) and 0 < value < LARGEST
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+  """Tells whether weights are there and none is NaN, infinite or beyond LARGEST."""
+  # No comparison holds of a NaN.
+  return bool(tensor.size and -LARGEST < tensor.min() and tensor.max() < LARGEST)
 
 
 def check_tokenizer(
@@ -127,16 +154,11 @@ def _fetch(
   name = _find(checkpoint, leaf, layer)
   tensor = checkpoint.read(name)
   if tensor.shape != shape:
-    raise ValueError(
-      f'tensor {name} of {checkpoint.path} has shape {tensor.shape}, want '
-      f'{shape}: the weights and the configuration are of different models.'
-    )
-  # No comparison holds of a NaN.
-  if not (-LARGEST < tensor.min() and tensor.max() < LARGEST):
-    raise ValueError(
-      f'tensor {name} of {checkpoint.path} has weights that are not finite: '
-      'the file is damaged; fetch it again.'
-    )
+    why = f'{name} has shape {tensor.shape}, want {shape} by its configuration'
+    raise files.damaged(checkpoint.path, why, AGAIN)
+  if not is_finite(tensor):
+    why = f'{name} has weights that are not finite'
+    raise files.damaged(checkpoint.path, why, AGAIN)
   return checkpoint.repair(leaf, tensor)
 
 
@@ -144,8 +166,5 @@ def _find(checkpoint: Checkpoint, leaf: str, layer: int) -> str:
   """Returns the name of a leaf's tensor."""
   name = checkpoint.names[leaf].format(layer)
   if name not in checkpoint.tensors:
-    raise ValueError(
-      f'{checkpoint.path} lacks the tensor {name}: it is incomplete or of '
-      'another family; fetch it again.'
-    )
+    raise files.damaged(checkpoint.path, f'it lacks the tensor {name}', AGAIN)
   return name

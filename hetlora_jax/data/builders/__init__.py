@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import os
 import pathlib
 import sys
@@ -23,7 +22,6 @@ from hetlora_jax.data.builders import (
   synthetic,
   text_folder,
 )
-from hetlora_jax.formats import sources
 
 BUILDERS: dict[str, type[conversations.ConversationBuilder]] = {
   'chitchat': chitchat.Chitchat,
@@ -69,11 +67,6 @@ class _Records(Sequence):
       raise files.damaged(self._folder, why, ANEW) from error
 
 
-def _default_data_dir() -> pathlib.Path:
-  cache = os.environ.get('HETLORA_CACHE', '~/.cache/hetlora_jax')
-  return pathlib.Path(cache).expanduser() / 'tfds'
-
-
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
   print(f'Preparing {builder.info.full_name} in {builder.data_dir}.')
   if not sys.stderr.isatty():
@@ -111,11 +104,8 @@ def _check_seal(folder: pathlib.Path) -> None:
   """
   path = folder / SEAL
   if not path.exists():
-    temporary = folder / f'.{SEAL}.{os.getpid()}'
     with contextlib.suppress(OSError):  # a folder that may only be read
-      content = json.dumps(_digests(folder), indent=2)
-      temporary.write_text(content)
-      os.replace(temporary, path)
+      files.write_json(path, _digests(folder))
     return
   sealed, found = files.read_json(path, ANEW), _digests(folder)
   altered = [name for name in sealed if sealed[name] != found.get(name)]
@@ -130,12 +120,6 @@ def _open_prepared(builder: tfds.core.DatasetBuilder) -> Dataset:
   return Dataset(
     _Records(examples, folder), _Records(people, folder), folder, type(builder)
   )
-
-
-def _digest(files: Sequence[pathlib.Path]) -> str:
-  """Returns a digest of the names and contents of files."""
-  lines = [f'{file.name} {sources.digest(file)}\n' for file in files]
-  return hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]
 
 
 def open_dataset(
@@ -154,9 +138,9 @@ def open_dataset(
   kind, _, config = name.partition('/')
   if kind not in BUILDERS:
     raise ValueError(f'dataset={name!r} is unknown; one of {list(BUILDERS)}.')
-  data_dir = pathlib.Path(data_dir or _default_data_dir())
+  data_dir = pathlib.Path(data_dir or files.cache_folder() / 'tfds')
   if path:
-    data_dir = data_dir / 'files' / _digest(BUILDERS[kind].files(path))
+    data_dir = data_dir / 'files' / files.digest_all(BUILDERS[kind].files(path))[:16]
   make_builder = functools.partial(
     BUILDERS[kind],
     data_dir=data_dir,

