@@ -37,9 +37,9 @@ def shapes(c: decoder.DecoderConfig, tokens: int, targets: int) -> dict:
     for a, b in ((d_in, d_out), (d_out, d_in)):
       flops = 2.0 * tokens * a * b * c.num_layers
       out[tokens, a, b] = out.get((tokens, a, b), 0) + flops
-  words = min(kernels.words_at_once(), c.vocab_size)
+  chunk = min(kernels.vocab_chunk_size(), c.vocab_size)
   flops = 2.0 * targets * c.width * c.vocab_size
-  out[targets, c.width, words] = out[targets, words, c.width] = flops
+  out[targets, c.width, chunk] = out[targets, chunk, c.width] = flops
   return out
 
 

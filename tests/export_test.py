@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from log_probs import make_log_probs
 
 from configs import tiny
 from hetlora_jax import build, checkpoint, config, experiment, formats, lora, metrics
 from hetlora_jax.config import ConfigError
 from hetlora_jax.formats import hf_writer, peft
-from hetlora_jax.models import decoder, readout
+from hetlora_jax.models import decoder
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.tools import export
 from hetlora_jax.types import Lora
@@ -115,7 +116,7 @@ def _export(x, tmp_path, format='peft', **choice):
 
 @functools.cache
 def _log_probs(shape):
-  return jax.jit(readout.make_log_probs(shape, jnp.float32))
+  return jax.jit(make_log_probs(shape, jnp.float32))
 
 
 def _args(ids):

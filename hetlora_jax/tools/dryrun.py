@@ -226,7 +226,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
   )
   dims = decoder.adapter_dims(shape, config.lora.targets)
   loss = readout.make_loss(
-    shape, dtype, config.model.remat, kernels.WORDS_ON_ACCELERATORS
+    shape, dtype, config.model.remat, kernels.VOCAB_CHUNK_SIZE_ON_ACCELERATORS
   )
   rules = build.make_rules(config, loss)
   population = config.data.copies * max(
