@@ -246,7 +246,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
     shape, {} if rules.trains_base else dims,
     _work(cohorts, float(rank_N.mean()), rounds), rules.trains_base,
   )  # fmt: skip
-  moved = hlo.moved(hlo.collectives(text))
+  moved = hlo.moved(text)
   at_once, clients = build.clients_at_once(config)
   return Report(
     model=config.model.source,
