@@ -78,8 +78,8 @@ def measure() -> dict:
   cohorts = experiment.make_cohorts(x, 0)
   cohort = jax.tree.map(lambda leaf: np.asarray(leaf[0, 0]), cohorts)
   rank_N = x.initial_rank[0]
-  work = flops.held(cohort, rank_N)
-  counted = flops.needed(model, x.dims, work)
+  work = flops.count_work(cohort, rank_N)
+  counted = flops.count_flops(model, x.dims, work)
   _, _, rows, length = cohort.batches.tokens.shape
   at_once = f.clients_at_once or f.clients_per_round
   targets = at_once * cohort.batches.target.shape[-1]

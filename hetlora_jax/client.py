@@ -156,7 +156,7 @@ def take_part(
   )  # fmt: skip
   trained = rules.tamper(received, trained, client.id, hyper.seed)
   trained = rules.bound(received, trained)
-  sound = robust.sound((trained, loss))
+  sound = robust.all_finite((trained, loss))
   trained, loss, tokens = robust.only_if(sound, (trained, loss, tokens))
   adapters = trained.adapters
   rank_G, kept = _prune(rules, view.adapters, adapters, memory, hyper)

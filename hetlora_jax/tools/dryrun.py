@@ -242,7 +242,7 @@ def compile_for(points: Sequence[Config], chip: str) -> Report:
   )
   memory = program.memory_analysis()
   assert memory, 'every compiler we use has one'
-  work = flops.needed(
+  work = flops.count_flops(
     shape, {} if rules.trains_base else dims,
     _work(cohorts, float(rank_N.mean()), rounds), rules.trains_base,
   )  # fmt: skip
