@@ -33,17 +33,14 @@ def draw(
 ) -> np.ndarray:
   """Draws the rank of every client in the population, int32 [N].
 
-  With a `data_correlation` of 0 ranks are independent of the clients' data.
-  Otherwise the same ranks are permuted so that larger ones tend to go to clients
-  with more examples (or with fewer, if it is negative).
+  A `data_correlation` permutes them so that larger ranks tend to go to clients
+  with more examples, or with fewer if it is negative.
 
   Args:
     rng: source of randomness.
     population: N.
-    distribution: 'uniform' over r_min..r_max; 'power_law', p(r) ~ r**-exponent
-      on r_min..r_max, which favours small ranks; 'normal', see `_normal`;
-      'explicit', the list repeated over the population; 'tiers', drawn with the
-      tiers' fractions.
+    distribution: 'uniform' or 'power_law' on r_min..r_max; 'normal' about its
+      middle; 'explicit', the list repeated over the population; or 'tiers'.
     r_min: smallest rank.
     r_max: largest rank, R.
     exponent: of the power law.
@@ -84,7 +81,7 @@ def draw(
 def _power_law(
   rng: np.random.Generator, population: int, r_min: int, r_max: int, exponent: float
 ) -> np.ndarray:
-  """Draws ranks with p(r) ~ r**-exponent on r_min..r_max."""
+  """Draws ranks with p(r) ~ r**-exponent on r_min..r_max: small ones prevail."""
   ranks = np.arange(r_min, r_max + 1)
   weight = ranks.astype(float) ** -exponent
   return rng.choice(ranks, population, p=weight / weight.sum())

@@ -41,14 +41,14 @@ def _live(
     shared = name not in rules.personal
     return getattr(trained[t], name) * getattr(sent[t], name) * shared
 
-  def whole(x: Array) -> Array:
+  def mark_all(x: Array) -> Array:
     return anybody.astype(jnp.float32).reshape((1,) * x.ndim)
 
   adapters = {
-    t: Lora(factor(t, 'a'), factor(t, 'b')) if isinstance(x, Lora) else whole(x)
+    t: Lora(factor(t, 'a'), factor(t, 'b')) if isinstance(x, Lora) else mark_all(x)
     for t, x in target.adapters.items()
   }
-  return Trained(adapters, jax.tree.map(whole, target.change))
+  return Trained(adapters, jax.tree.map(mark_all, target.change))
 
 
 def step(
