@@ -1,4 +1,4 @@
-"""Our generation against transformers' `generate`, both with kept keys.
+"""Our generation against transformers' `generate`, both with a KV cache.
 
 python -m benchmarks.generation --peers_python=.venv-bench/bin/python \
   [--config=configs/chitchat_gemma3.py] [--rows=16] [--new_tokens=32]

@@ -37,9 +37,9 @@ def shapes(c: decoder.DecoderConfig, tokens: int, targets: int) -> dict:
     for a, b in ((d_in, d_out), (d_out, d_in)):
       flops = 2.0 * tokens * a * b * c.num_layers
       out[tokens, a, b] = out.get((tokens, a, b), 0) + flops
-  words = min(kernels.words_at_once(), c.vocab_size)
+  chunk = min(kernels.vocab_chunk_size(), c.vocab_size)
   flops = 2.0 * targets * c.width * c.vocab_size
-  out[targets, c.width, words] = out[targets, words, c.width] = flops
+  out[targets, c.width, chunk] = out[targets, chunk, c.width] = flops
   return out
 
 
@@ -74,15 +74,12 @@ def measure() -> dict:
   """Times rounds and products in turn; see the module."""
   x = points.prepare(config.resolve(machine.config()))
   c, f = x.config, x.config.federated
-  model, dtype = (
-    base_model.load(c, x.experiment.mesh).config,
-    base_model.compute_dtype(c),
-  )
+  model, dtype = x.experiment.model.decoder, base_model.compute_dtype(c)
   cohorts = points.make_cohorts(x, 0)
   cohort = jax.tree.map(lambda leaf: np.asarray(leaf[0, 0]), cohorts)
   rank_N = x.initial_rank[0]
-  work = flops.held(cohort, rank_N)
-  counted = flops.needed(model, x.experiment.model.dims, work)
+  work = flops.count_work(cohort, rank_N)
+  counted = flops.count_flops(model, x.experiment.model.dims, work)
   _, _, rows, length = cohort.batches.tokens.shape
   at_once = f.clients_at_once or f.clients_per_round
   targets = at_once * cohort.batches.target.shape[-1]

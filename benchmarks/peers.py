@@ -123,19 +123,19 @@ def arithmetic(
     for step in steps
     if step
   )
-  held = flops.held(cohort, np.ones(1, int))
-  slots = held._replace(
+  real = flops.count_work(cohort, np.ones(1, int))
+  slots = real._replace(
     tokens=cohort.batches.tokens.size, targets=cohort.batches.target.size
   )
 
   def operations(work: flops.Work) -> float:
-    by_kind = flops.needed(model, {}, work)
+    by_kind = flops.count_flops(model, {}, work)
     return by_kind['frozen'] + by_kind['head']
 
   return {
-    'peft': operations(held._replace(tokens=padded, targets=padded)),
+    'peft': operations(real._replace(tokens=padded, targets=padded)),
     'ours_with_padding': operations(slots),
-    'needed': operations(held),
+    'needed': operations(real),
   }
 
 

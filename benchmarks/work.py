@@ -12,7 +12,7 @@ import numpy as np
 
 from hetlora_jax import base_model, points
 from hetlora_jax.formats import hf_folder, sources
-from hetlora_jax.models import readout
+from hetlora_jax.models import decoder
 from hetlora_jax.types import Batch, Cohort
 
 
@@ -102,20 +102,23 @@ def model_files(x: points.Points) -> Iterator[pathlib.Path]:
 def plain_loss(x: points.Points, client: dict) -> float:
   """Returns what `first_loss` does, of what a peer is told.
 
-  Computed another way: example by example, with the logits of all words.
+  Computed another way: example by example, with the logits of the whole vocabulary.
   """
   model, dtype = (
     base_model.load(x.config, x.experiment.mesh),
     base_model.compute_dtype(x.config),
   )
-  log_probs = jax.jit(readout.make_log_probs(model.config, dtype))
+  hidden = jax.jit(decoder.make_hidden(model.config, dtype, remat=False))
+  head = decoder.head(model.config, x.base).astype(dtype)
   total, targets = 0.0, 0
   for example in client['steps'][0]:
     tokens = np.array([example['tokens']])
     position = np.arange(tokens.shape[1])[None]
-    out = log_probs(x.base, {}, jnp.float32(1), tokens, np.ones_like(tokens), position)
+    h = hidden(x.base, {}, jnp.float32(1), tokens, np.ones_like(tokens), position)
+    logit = jnp.matmul(h[0], head.T, preferred_element_type=jnp.float32)
     n = example['num_target']
-    total -= out[0, np.arange(-n - 1, -1), tokens[0, -n:]].sum()
+    log_prob = jax.nn.log_softmax(logit)
+    total -= log_prob[np.arange(-n - 1, -1), tokens[0, -n:]].sum()
     targets += n
   return float(total / targets)
 

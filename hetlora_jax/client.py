@@ -189,7 +189,7 @@ def take_part(
   # What a client of ill will does to its change, and the server against it.
   trained = rules.tamper(received, trained, client.id, hyper.seed)
   trained = rules.bound(received, trained)
-  finite = robust.sound((trained, loss))
+  finite = robust.all_finite((trained, loss))
   trained, loss, tokens = robust.only_if(finite, (trained, loss, tokens))
 
   # Self-pruning: slots that are given up are zero, and not sent.

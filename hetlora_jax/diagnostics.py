@@ -1,4 +1,4 @@
-"""What every method logs: measured within the round, put into rows after."""
+"""Diagnostics of every method: measured in the round, then put into its row."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,16 @@ from hetlora_jax.types import Array, Masks, ServerState
 
 
 def measure(state: ServerState, weights: Masks, share_C: Array, scale: Array) -> dict:
-  """Measures the new state, and how much each client counted.
+  """Measures the new state, and the weight that each client had.
 
   Returns:
-    slot_energy: [R], sum over matrices of (scale ||a_j|| ||b_j||)**2; a prefix
-      that holds all of it is rank collapse (raFLoRA, arXiv 2602.13486).
-    rank_histogram: [R + 1], how many people (or matrices of people) have
+    slot_energy: [R], sum over matrices of (scale ||a_j|| ||b_j||)**2; if a few
+      first slots have nearly all of it, ranks have collapsed (raFLoRA, arXiv
+      2602.13486).
+    rank_histogram: [R + 1], how many clients (or matrices of clients) have
       rank 0..R.
     weight: target -> [C], a client's weight, averaged over layers and slots;
-      without adapters 'base' -> [C], its share in the change of the base.
+      without adapters 'base' -> [C], its weight in the mean of the base's deltas.
   """
   slots = max((x.a.shape[-1] for x in state.adapters.values()), default=0)
   return {
@@ -40,13 +41,13 @@ def if_asked(asked: Array | bool, compute: Callable[[], Array]) -> Array:
 
 
 def rank_classes(r_min: int, r_max: int) -> list[tuple[int, int]]:
-  """Cuts r_min..r_max into four classes, or as many as there are ranks."""
+  """Splits r_min..r_max into four classes, or one per rank if ranks are fewer."""
   edges = np.unique(np.linspace(r_min, r_max + 1, 5).astype(int))
   return [(int(a), int(b) - 1) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def _by_class(out: dict, r_min: int) -> dict[str, float]:
-  """Returns loss and weight of the clients that reported, by their rank."""
+  """Returns the loss and weight of the clients that reported, by class of rank."""
   r_max = len(out['rank_histogram']) - 1
   rank = out['sent_rank'].mean(1)
   weight = np.mean(list(out['weight'].values()), axis=0)
@@ -62,13 +63,13 @@ def _by_class(out: dict, r_min: int) -> dict[str, float]:
 
 
 def _effective(share: np.ndarray) -> float:
-  """Returns 1 / sum p**2: how many equal shares would be as even."""
+  """Returns the effective number of shares, 1 / sum p**2 (n if n are equal)."""
   total = share.sum()
   return float(total**2 / (share**2).sum()) if total > 0 else 0.0
 
 
 def row(out: dict, r_min: int) -> dict:
-  """Returns the diagnostics of a finished round, for people.
+  """Returns the diagnostics of a finished round, as fields of its row.
 
   Args:
     out: the metrics of `federated_round`, in numpy; without `aggregation_error` if
@@ -76,21 +77,21 @@ def row(out: dict, r_min: int) -> dict:
     r_min: smallest rank of the population.
 
   Returns:
-    rank/{mean,min,max}, rank/histogram (people of rank 0..R), energy/slots
+    rank/{mean,min,max}, rank/histogram (clients of rank 0..R), energy/slots
     (shares), energy/effective_slots, weight/clients (of those that reported),
     weight/effective_clients, aggregation/error if it was measured, and loss and weight by class of
     rank.
   """
   histogram, energy = out['rank_histogram'], np.asarray(out['slot_energy'])
-  held = np.flatnonzero(histogram)
+  occurring = np.flatnonzero(histogram)
   mean = (histogram * np.arange(len(histogram))).sum() / histogram.sum()
   weight_C = np.mean(list(out['weight'].values()), axis=0)
   total, error = energy.sum(), out.get('aggregation_error')
   shares = energy / total if total > 0 else energy
   return {
     'rank/mean': float(mean),
-    'rank/min': int(held[0]),
-    'rank/max': int(held[-1]),
+    'rank/min': int(occurring[0]),
+    'rank/max': int(occurring[-1]),
     'rank/histogram': [int(n) for n in histogram],
     'energy/slots': [float(x) for x in np.atleast_1d(shares)],
     'energy/effective_slots': _effective(energy),

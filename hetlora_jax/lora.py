@@ -1,8 +1,8 @@
 """Algebra on zero-padded adapters.
 
 An adapter always has R slots; rank r means slots r.. are zero in BOTH factors.
-Functions work per matrix on the last two axes, so the axes before them (layers,
-clients) are free.
+Functions act on the last two axes, those of a matrix; any axes may come before
+them (layers, clients).
 """
 
 import jax
@@ -23,11 +23,11 @@ def init(key: Array, dims: dict, slots: int, rule: str) -> Adapters:
   """Draws A and leaves B at zero, so that the first round starts at the base.
 
   Args:
-    key: the stream of the initialisation.
+    key: of the initialization's stream.
     dims: target -> (num_layers, d_in, d_out).
     slots: R, the rank slots of every adapter.
     rule: 'gaussian', N(0, 1/d_in) (Hu et al., 2021, arXiv 2106.09685), or
-      'kaiming_uniform', U(+-1/sqrt(d_in)), what PEFT draws.
+      'kaiming_uniform', U(-1/sqrt(d_in), 1/sqrt(d_in)), as PEFT draws it.
   """
   adapters = {}
   for i, (target, (layers, d_in, d_out)) in enumerate(sorted(dims.items())):
@@ -51,16 +51,16 @@ def prefix_mask(rank: Array, slots: int) -> Array:
 
 
 def energy_rank(energy: Array, share: Array) -> Array:
-  """Counts the first entries of [..., R] that hold a share of the sum: [...].
+  """Counts how many first entries of [..., R] reach a share of the sum: [...].
 
-  At least one, even of zeros.
+  The count is at least 1, even where all entries are zero.
 
   >>> int(energy_rank(jnp.array([6.0, 3.0, 1.0]), 0.9))
   2
   """
-  held = energy.cumsum(-1)
-  short = held < share * held[..., -1:]
-  return jnp.minimum(1 + short.sum(-1), energy.shape[-1]).astype(jnp.int32)
+  cumulative = energy.cumsum(-1)
+  too_few = cumulative < share * cumulative[..., -1:]
+  return jnp.minimum(1 + too_few.sum(-1), energy.shape[-1]).astype(jnp.int32)
 
 
 def masked(adapter: Lora, mask: Array) -> Lora:
@@ -82,22 +82,22 @@ def truncate(adapters: Adapters, masks: Masks) -> Adapters:
 
 
 def slot_masks(masks: Masks) -> Adapters:
-  """Gives both factors the mask of their slots: [L, 1, R] and [L, R, 1]."""
+  """Shapes masks [L, R] to broadcast over the factors: [L, 1, R] and [L, R, 1]."""
   return {t: Lora(m[..., None, :], m[..., :, None]) for t, m in masks.items()}
 
 
 def rescale(adapters: Adapters, ratio: Array, powers: tuple[float, float]):
   """Multiplies A by ratio**powers[0] and B by ratio**powers[1].
 
-  Moves adapters from one LoRA scale to another: with powers that sum to 1,
-  `s A B` stays the same if s is divided by the ratio.
+  This moves adapters from one LoRA scale to another: if the powers sum to 1 and
+  s is divided by the ratio, `s A B` stays the same.
   """
   ratio_a, ratio_b = (ratio**power for power in powers)
   return {t: Lora(x.a * ratio_a, x.b * ratio_b) for t, x in adapters.items()}
 
 
 def fold(base: PyTree, change: Deltas) -> PyTree:
-  """Adds changes to the base parameters of the same names, in float32.
+  """Adds deltas to the base parameters of the same names, in float32.
 
   >>> fold({'layers': {'q': jnp.ones(2), 'k': jnp.ones(1)}}, {'q': 0.5})
   {'layers': {'k': Array([1.], dtype=float32), 'q': Array([1.5, 1.5], dtype=float32)}}
@@ -113,7 +113,7 @@ def fold(base: PyTree, change: Deltas) -> PyTree:
 
 
 def delta_norm(adapter: Lora) -> Array:
-  """Returns ||A B||_F from two R x R Gram matrices, never forming A B.
+  """Returns ||A B||_F from two R x R Gram matrices, without forming A B.
 
   >>> a, b = jnp.array([[1.0], [1.0]]), jnp.array([[3.0, 4.0]])
   >>> delta_norm(Lora(a, b)), jnp.linalg.norm(a @ b)
@@ -121,12 +121,12 @@ def delta_norm(adapter: Lora) -> Array:
   """
   gram_a = jnp.einsum('...dr,...ds->...rs', adapter.a, adapter.a)
   gram_b = jnp.einsum('...rd,...sd->...rs', adapter.b, adapter.b)
-  # Rounding can leave a tiny negative number where the product is zero.
+  # Rounding can make the sum slightly negative where A B is zero.
   return safe_norm(jnp.maximum((gram_a * gram_b).sum((-2, -1)), 0.0))
 
 
 def factor_norm_product(adapter: Lora) -> Array:
-  """Returns ||A||_F ||B||_F, the size of a tail in HetLoRA's penalty."""
+  """Returns ||A||_F ||B||_F, by which HetLoRA measures the size of a tail."""
   norm_a = safe_norm((adapter.a**2).sum((-2, -1)))
   norm_b = safe_norm((adapter.b**2).sum((-2, -1)))
   return norm_a * norm_b
@@ -143,7 +143,7 @@ def deltas(adapters: Adapters, scale: Array) -> Deltas:
 
 
 def add(some: Deltas, others: Deltas) -> Deltas:
-  """Adds `others` to those of the same names."""
+  """Adds each delta of `others` to the one of the same name in `some`."""
   return some | {name: some[name] + x for name, x in others.items()}
 
 

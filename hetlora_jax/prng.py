@@ -1,7 +1,7 @@
-"""Randomness as a function of (seed, stream name, counters); none is stored.
+"""Makes all randomness a function of (seed, stream name, counters).
 
-A client's randomness therefore does not depend on who else was sampled, and a
-resumed run equals an unbroken one to the bit.
+No generator is stored. So a client's randomness does not depend on which other
+clients were sampled, and a resumed run equals an uninterrupted one to the bit.
 """
 
 import zlib
@@ -17,7 +17,7 @@ def _number(name: str) -> int:
 
 
 def stream(seed: Array | int, name: str, *counters: Array | int) -> Array:
-  """Returns the key of a named stream, for use on the device."""
+  """Returns the JAX key of a named stream, for use in compiled code."""
   key = jax.random.fold_in(jax.random.key(seed), _number(name))
   for counter in counters:
     key = jax.random.fold_in(key, counter)
@@ -25,7 +25,7 @@ def stream(seed: Array | int, name: str, *counters: Array | int) -> Array:
 
 
 def host_stream(seed: int, name: str, *counters: int) -> np.random.Generator:
-  """Returns the generator of a named stream, for use on the host.
+  """Returns the NumPy generator of a named stream, for use on the host.
 
   >>> a, b = host_stream(0, 'batches', 7), host_stream(0, 'batches', 7)
   >>> a.bytes(4) == b.bytes(4)

@@ -1,7 +1,8 @@
-"""Who gets which rank, and how ranks map to the matrices of a model.
+"""Draws every client's rank, and maps ranks to the matrices of a model.
 
-A person has one rank (G = 1) or one a matrix (G = number of matrices). Every
-rule of `methods/` sees ranks spread over matrices, so it need not know.
+A client has one rank (G = 1) or one for each matrix (G = number of matrices).
+The rules of `methods/` get ranks spread over matrices, so they need not know
+which.
 """
 
 import statistics
@@ -30,28 +31,28 @@ def draw(
   num_examples: np.ndarray | None = None,
   data_correlation: float = 0.0,
 ) -> np.ndarray:
-  """Draws every person's rank, int32 [N].
+  """Draws the rank of every client in the population, int32 [N].
 
-  They are independent of people's data at a `data_correlation` of 0. Otherwise
-  the same ranks are handed out anew, the larger to those with more examples.
+  A `data_correlation` permutes them so that larger ranks tend to go to clients
+  with more examples, or with fewer if it is negative.
 
   Args:
     rng: source of randomness.
     population: N.
-    distribution: 'uniform' over r_min..r_max; 'power_law', p(r) ~ r**-exponent
-      truncated to r_min..r_max, which favours small ranks; 'normal' about the
-      middle of r_min..r_max, three standard deviations from either, rounded
-      and clipped; 'explicit', the list repeated over the population; 'tiers',
-      each tier with its fraction.
+    distribution: 'uniform' or 'power_law' on r_min..r_max; 'normal' about its
+      middle; 'explicit', the list repeated over the population; or 'tiers'.
     r_min: smallest rank.
     r_max: largest rank, R.
     exponent: of the power law.
-    explicit: ranks of person 0, 1, ...
+    explicit: ranks of clients 0, 1, ...
     tiers: the ranks of the tiers.
     tier_fractions: share of the population in each tier; sums to 1.
-    num_examples: how much data each person has, [N].
-    data_correlation: rho in [-1, 1], about the rank correlation of a person's
-      LoRA rank and data: 1 sorts people by data, -1 in reverse; ties at random.
+    num_examples: how much data each client has, [N].
+    data_correlation: rho in [-1, 1], about the rank correlation of a client's
+      LoRA rank and data: 1 sorts clients by data, -1 in reverse; ties at random.
+
+  Raises:
+    ValueError: the distribution is unknown, or the correlation is impossible.
 
   >>> draw(
   ...   np.random.default_rng(0), 8, distribution='power_law', r_min=2, r_max=16,
@@ -60,38 +61,54 @@ def draw(
   [7, 3, 2, 2, 11, 13, 6, 9]
   """
   _check_correlation(population, num_examples, data_correlation)
-  choices = np.arange(r_min, r_max + 1)
   if distribution == 'uniform':
-    rank = rng.choice(choices, population)
+    rank_N = rng.integers(r_min, r_max + 1, population)
   elif distribution == 'power_law':
-    weight = choices.astype(float) ** -exponent
-    rank = rng.choice(choices, population, p=weight / weight.sum())
+    rank_N = _power_law(rng, population, r_min, r_max, exponent)
   elif distribution == 'normal':
-    middle, deviation = (r_min + r_max) / 2, (r_max - r_min) / 6
-    rank = np.rint(rng.normal(middle, deviation, population))
-    rank = rank.clip(r_min, r_max)
+    rank_N = _normal(rng, population, r_min, r_max)
   elif distribution == 'explicit':
-    rank = np.resize(explicit, population)
+    rank_N = np.resize(explicit, population)
   elif distribution == 'tiers':
-    rank = rng.choice(tiers, population, p=tier_fractions)
+    rank_N = rng.choice(tiers, population, p=tier_fractions)
   else:
     raise ValueError(f'{distribution=} is not one of {DISTRIBUTIONS}.')
   if num_examples is not None and data_correlation:
-    rank = _follow_data(rng, rank, num_examples, data_correlation)
-  return rank.astype(np.int32)
+    rank_N = _follow_data(rng, rank_N, num_examples, data_correlation)
+  return rank_N.astype(np.int32)
+
+
+def _power_law(
+  rng: np.random.Generator, population: int, r_min: int, r_max: int, exponent: float
+) -> np.ndarray:
+  """Draws ranks with p(r) ~ r**-exponent on r_min..r_max: small ones prevail."""
+  ranks = np.arange(r_min, r_max + 1)
+  weight = ranks.astype(float) ** -exponent
+  return rng.choice(ranks, population, p=weight / weight.sum())
+
+
+def _normal(
+  rng: np.random.Generator, population: int, r_min: int, r_max: int
+) -> np.ndarray:
+  """Draws ranks about the middle of r_min..r_max, rounded and clipped to it.
+
+  Either end is three standard deviations from the middle.
+  """
+  middle, deviation = (r_min + r_max) / 2, (r_max - r_min) / 6
+  return np.rint(rng.normal(middle, deviation, population)).clip(r_min, r_max)
 
 
 def _check_correlation(
   population: int, num_examples: np.ndarray | None, data_correlation: float
 ) -> None:
-  """Raises ValueError unless ranks can follow the data so closely."""
+  """Raises ValueError unless ranks can be correlated with the data as asked."""
   if not -1 <= data_correlation <= 1:
     raise ValueError(f'{data_correlation=} must be in [-1, 1].')
   if data_correlation and num_examples is None:
     raise ValueError(f'{data_correlation=} needs num_examples; give them.')
   if num_examples is not None and len(num_examples) != population:
     raise ValueError(
-      f'{len(num_examples)} num_examples do not fit {population=}; give one a person.'
+      f'{len(num_examples)} num_examples do not fit {population=}; give one a client.'
     )
 
 
@@ -101,12 +118,18 @@ def _follow_data(
   num_examples_N: np.ndarray,
   rho: float,
 ) -> np.ndarray:
-  """Hands the same ranks out in the order of rho * data + noise, [N]."""
+  """Permutes ranks into the order of rho * data + noise: [N].
+
+  Data counts by its order alone: it is mapped to normal scores, which makes it
+  and the noise two normal variables of correlation rho (a Gaussian copula).
+  """
   population = len(rank_N)
+  # The normal scores of the clients' data, ties in random order.
   order_N = np.lexsort((rng.random(population), num_examples_N))
   inv_cdf = statistics.NormalDist().inv_cdf
   data_N = np.empty(population)
   data_N[order_N] = [inv_cdf((i + 0.5) / population) for i in range(population)]
+  # The smallest rank goes to the smallest score, and so on.
   noise_N = rng.standard_normal(population)
   score_N = rho * data_N + np.sqrt(1 - rho**2) * noise_N
   out_N = np.empty_like(rank_N)
@@ -122,7 +145,7 @@ def num_groups(adapters: Adapters, scope: str) -> int:
 
 
 def spread(group: Array, adapters: Adapters) -> dict[str, Array]:
-  """Gives every matrix its group's value: [G] -> target -> [L]."""
+  """Spreads the groups' values over the matrices: [G] -> target -> [L]."""
   layers = [adapters[t].a.shape[0] for t in sorted(adapters)]
   if group.shape[0] == 1:
     parts = [jnp.broadcast_to(group, (n,)) for n in layers]
@@ -132,7 +155,7 @@ def spread(group: Array, adapters: Adapters) -> dict[str, Array]:
 
 
 def gather(per_matrix: Norms, groups: int) -> Array:
-  """Sums per-matrix values in groups: target -> [L, ...] to [G, ...]."""
+  """Sums the values of each group's matrices: target -> [L, ...] to [G, ...]."""
   if not per_matrix:
     return jnp.zeros(groups)
   flat = jnp.concatenate([per_matrix[t] for t in sorted(per_matrix)])
@@ -140,7 +163,7 @@ def gather(per_matrix: Norms, groups: int) -> Array:
 
 
 def masks(rank_G: Array, adapters: Adapters) -> Masks:
-  """Marks the slots that a rank owns: [G] -> target -> [L, R].
+  """Marks the slots that a client of these ranks owns: [G] -> target -> [L, R].
 
   >>> import jax
   >>> adapters = lora.init(jax.random.key(0), {'q': (2, 5, 7)}, 3, 'gaussian')

@@ -1,4 +1,4 @@
-"""The server's optimizer step, with everything frozen that nobody trained."""
+"""The server's optimizer step, which freezes what no client trained."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from hetlora_jax.types import (
 
 
 def parameters(rules: Rules, server: Server, residual: Deltas) -> Trained:
-  """Returns what the optimizer moves: factors, products, or the base."""
+  """Returns what the server optimizer updates: factors, products, or the base."""
   in_products = rules.product_space
   return Trained(
     lora.deltas(*server) if in_products else server.adapters,
@@ -31,21 +31,25 @@ def parameters(rules: Rules, server: Server, residual: Deltas) -> Trained:
 def _live(
   rules: Rules, round: Array, target: Trained, owned: Masks, anybody: Array
 ) -> Trained:
-  """Marks what may move: factors of slots that somebody trained and sent."""
+  """Marks what the step may change: the slots that some client trained and sent.
+
+  Products and the base, which have no slots, may change in any round in which a
+  client reports.
+  """
   trained, sent = rules.trainable(round, owned), lora.slot_masks(owned)
 
   def factor(t: str, name: str) -> Array:
     shared = name not in rules.personal
     return getattr(trained[t], name) * getattr(sent[t], name) * shared
 
-  def whole(x: Array) -> Array:
+  def mark_all(x: Array) -> Array:
     return anybody.astype(jnp.float32).reshape((1,) * x.ndim)
 
   adapters = {
-    t: Lora(factor(t, 'a'), factor(t, 'b')) if isinstance(x, Lora) else whole(x)
+    t: Lora(factor(t, 'a'), factor(t, 'b')) if isinstance(x, Lora) else mark_all(x)
     for t, x in target.adapters.items()
   }
-  return Trained(adapters, jax.tree.map(whole, target.change))
+  return Trained(adapters, jax.tree.map(mark_all, target.change))
 
 
 def step(
@@ -60,8 +64,9 @@ def step(
 ) -> tuple[Trained, optax.OptState]:
   """Steps along the pseudo-gradient, from what the server has to the aggregate.
 
-  Factors, slots and, in a round without reports, everything that nobody
-  trained and sent keep their values and moments.
+  The pseudo-gradient is the difference of the two. What no client trained and
+  sent keeps its value and its moments: factors, slots and, in a round without
+  reports, everything.
   """
   now = parameters(rules, server, state.residual)
   target = Trained(aggregate, {})
@@ -70,9 +75,13 @@ def step(
     target = target._replace(change=moved_base)
   live = _live(rules, state.round, target, owned, anybody)
   gradient = jax.tree.map(lambda n, t, m: (n - t) * m, now, target, live)
+
+  # The step, then zeros for what is frozen: momentum would move it.
   optimizer = rules.server_optimizer(hyper.server_learning_rate)
   updates, opt_state = optimizer.update(gradient, state.opt_state, now)
   moved = jax.tree.map(lambda u, m: jnp.where(m > 0, u, 0), updates, live)
+
+  # Moments follow their parameters; a step count advances if any client reported.
   masks = optax.tree_utils.tree_map_params(
     optimizer,
     lambda _, mask: mask,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from log_probs import make_log_probs
 
 from hetlora_jax import base_model, lora
 from hetlora_jax.config import ConfigError, RandomModel
@@ -34,7 +35,7 @@ def _params(seed: int = 0):
 
 def _apply(base, adapters, scale, batch):
   """The decoder as a function that returns logits, off by a constant."""
-  log_probs = readout.make_log_probs(SHAPE, jnp.float32)
+  log_probs = make_log_probs(SHAPE, jnp.float32)
   return 3 + log_probs(
     base, adapters, scale, batch.tokens, batch.segment, batch.position
   )

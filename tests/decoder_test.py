@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from log_probs import make_log_probs
 
 from hetlora_jax import formats, lora, sharding
 from hetlora_jax.models import decoder, readout
@@ -27,7 +28,7 @@ def _packed(ids):
 def _assert_agrees(source, name):
   """Compares every golden text; see make_reference_logprobs.py."""
   model = formats.load(source, dtype=np.float32, cached=False)
-  log_probs = jax.jit(readout.make_log_probs(model.config, jnp.float32))
+  log_probs = jax.jit(make_log_probs(model.config, jnp.float32))
   golden = np.load(GOLDEN / f'reference_{name}.npz')
   agree, positions = 0, 0
   for i in range(len(golden.files) // 4):
@@ -90,7 +91,7 @@ def _batch(rng, config, rows=2, tokens=13, targets=7) -> Batch:
 
 def test_two_texts_in_a_row_do_not_see_each_other():
   config, params = _tiny()
-  log_probs = jax.jit(readout.make_log_probs(config, jnp.float32))
+  log_probs = jax.jit(make_log_probs(config, jnp.float32))
   rng = np.random.default_rng(0)
   first, second = (rng.integers(3, 300, n) for n in (9, 12))
   row = np.concatenate([first, second, [0, 0]])[None]
@@ -111,7 +112,7 @@ def test_adapters_on_activations_equal_merged_weights(family):
     t: params['layers'][t] + x for t, x in lora.deltas(adapters, scale).items()
   }
   args = _packed(np.arange(3, 20))
-  log_probs = jax.jit(readout.make_log_probs(config, jnp.float32))
+  log_probs = jax.jit(make_log_probs(config, jnp.float32))
   np.testing.assert_allclose(
     log_probs(params, adapters, scale, *args),
     log_probs(params | {'layers': merged}, {}, scale, *args),
@@ -209,7 +210,7 @@ def test_devices_share_the_work_without_changing_it():
   )
   want = step(stacked, params, batches)
   assert len(got['q'].b.sharding.device_set) == 8
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-5), got, want)  # fmt: skip
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-5), got, want)
 
 
 @pytest.mark.parametrize('family', ['llama', 'gemma3'])
@@ -217,7 +218,7 @@ def test_gradients_of_the_base_are_those_of_the_log_probabilities(family):
   config, params = _tiny(family)
   batch = _batch(np.random.default_rng(7), config)
   loss = readout.make_loss(config, jnp.float32, True)
-  log_probs = readout.make_log_probs(config, jnp.float32)
+  log_probs = make_log_probs(config, jnp.float32)
 
   def plain(base):
     args = (batch.tokens, batch.segment, batch.position)

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from experiment_test import small_config
+from hlo import collectives
 
 from hetlora_jax import config, points, rows, sharding
-from hetlora_jax.tools import hlo
 
 METHODS = ('hetlora', 'flexlora', 'flora', 'full_finetuning')
 MESHES = ((1, 2, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4))
@@ -92,7 +92,7 @@ def _gathers(mesh, method, **overrides):
   asked = points.measured(x.config, 0)
   program = x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper, asked)
   text = program.compile().as_text()
-  found = hlo.collectives(text)
+  found = collectives(text)
   assert any(c.kind == 'all-reduce' for c in found)  # it does say something
   return x, text, [c for c in found if c.kind in ('all-gather', 'all-to-all')]
 

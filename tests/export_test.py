@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from log_probs import make_log_probs
 
 from configs import tiny
 from hetlora_jax import (
@@ -27,7 +28,7 @@ from hetlora_jax import (
 )
 from hetlora_jax.config import ConfigError
 from hetlora_jax.formats import hf_folder, peft
-from hetlora_jax.models import decoder, readout
+from hetlora_jax.models import decoder
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.run import Run
 from hetlora_jax.tools import export
@@ -124,7 +125,7 @@ def _export(x, tmp_path, format='peft', **choice):
 
 @functools.cache
 def _log_probs(shape):
-  return jax.jit(readout.make_log_probs(shape, jnp.float32))
+  return jax.jit(make_log_probs(shape, jnp.float32))
 
 
 def _args(ids):

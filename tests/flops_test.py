@@ -13,18 +13,18 @@ from hetlora_jax.models import decoder, readout
 from hetlora_jax.tools import flops
 from hetlora_jax.types import Batch, Cohort
 
-TOKENS, SLOTS, WORDS = 64, 8, 512
+TOKENS, SLOTS, VOCAB = 64, 8, 512
 
 
 def _batch():
   """Returns one client's step: full, and a target everywhere."""
   index = np.arange(TOKENS, dtype=np.int32)
   return Batch(
-    tokens=index[None] % WORDS,
+    tokens=index[None] % VOCAB,
     segment=np.ones((1, TOKENS), np.int32),
     position=index[None],
     target_index=index,
-    target=index % WORDS,
+    target=index % VOCAB,
     weight=np.ones(TOKENS, np.float32),
   )
 
@@ -49,9 +49,9 @@ def test_counted_operations_are_those_of_the_compiled_step():
   shape = base_model.random_shape(
     RandomModel(
       seed=0, width=128, num_layers=1, num_heads=4, head_dim=32, mlp_width=512,
-      vocab_size=WORDS,
+      vocab_size=VOCAB,
     ),
-    WORDS,
+    VOCAB,
   )  # fmt: skip
   dims = decoder.adapter_dims(shape, ('q', 'v', 'up'))
   batch = _batch()
@@ -60,9 +60,9 @@ def test_counted_operations_are_those_of_the_compiled_step():
     num_examples=np.ones(1, np.float32),
     batches=jax.tree.map(lambda x: x[None, None], batch),
   )
-  work = flops.held(cohort, np.array([SLOTS]))
+  work = flops.count_work(cohort, np.array([SLOTS]))
   assert work == (TOKENS, TOKENS * SLOTS, TOKENS * (TOKENS + 1) // 2, TOKENS)
-  counted = flops.needed(shape, dims, work)
+  counted = flops.count_flops(shape, dims, work)
 
   base = decoder.init_params(shape, jax.random.key(0), jnp.float32)
   adapters = lora.init(jax.random.key(1), dims, SLOTS, 'gaussian')

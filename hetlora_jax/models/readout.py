@@ -1,7 +1,4 @@
-"""What is read off a decoder's last layer: a loss, a judgement, log p."""
-
-import jax
-import jax.numpy as jnp
+"""What is computed from the decoder's last hidden states: the loss, or log p."""
 
 from hetlora_jax.models import decoder, kernels
 from hetlora_jax.types import Batch, Loss
@@ -20,46 +17,34 @@ def _make_at_targets(config: decoder.DecoderConfig, dtype, remat: bool):
 
 
 def make_loss(
-  config: decoder.DecoderConfig, dtype, remat: bool, words: int = 0
+  config: decoder.DecoderConfig, dtype, remat: bool, chunk_size: int | None = None
 ) -> Loss:
-  """Returns the task: the summed loss at target positions, and their count.
+  """Returns the clients' task: the summed loss at targets, and their count.
 
-  `words` are those of `kernels.linear_cross_entropy`.
+  `chunk_size` is that of `kernels.linear_cross_entropy`.
   """
   at_targets = _make_at_targets(config, dtype, remat)
 
   def loss(base, adapters, scale, batch: Batch):
     h_MD, embed = at_targets(base, adapters, scale, batch)
-    total = kernels.linear_cross_entropy(h_MD, embed, batch.target, batch.weight, words)
+    total = kernels.linear_cross_entropy(
+      h_MD, embed, batch.target, batch.weight, chunk_size
+    )
     return total, batch.weight.sum()
 
   return loss
 
 
-def make_judge(config: decoder.DecoderConfig, dtype):
-  """Returns (base, adapters, scale, batch) -> what is said at its targets.
+def make_argmax_and_log_prob(config: decoder.DecoderConfig, dtype):
+  """Returns (base, adapters, scale, batch) -> top tokens [M] and log p [M].
 
-  The likeliest token there and log p of the target, given the true text: [M].
+  Both at the batch's targets, each given the true text before it (teacher
+  forcing): the most likely token there, and log p of the target.
   """
   at_targets = _make_at_targets(config, dtype, remat=False)
 
-  def judge(base, adapters, scale, batch: Batch):
+  def argmax_and_log_prob(base, adapters, scale, batch: Batch):
     h_MD, embed = at_targets(base, adapters, scale, batch)
-    return kernels.judge_words(h_MD, embed, batch.target)
+    return kernels.argmax_and_log_prob(h_MD, embed, batch.target)
 
-  return judge
-
-
-def make_log_probs(config: decoder.DecoderConfig, dtype):
-  """Returns a function of `hidden`'s arguments to log p [P, T, V], float32."""
-  hidden = decoder.make_hidden(config, dtype, remat=False)
-
-  def log_probs(base, *args):
-    embed = decoder.head(config, base).astype(dtype)
-    logit = jnp.einsum(
-      'ptd,vd->ptv', hidden(base, *args), embed,
-      preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return jax.nn.log_softmax(logit)
-
-  return log_probs
+  return argmax_and_log_prob

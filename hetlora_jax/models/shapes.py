@@ -1,15 +1,9 @@
 """The shapes of published models, to compile for them without weights.
 
-From the config.json of each on Hugging Face; of Gemma 3 from 4B on the text
-decoder. `formats` reads shapes from checkpoints instead.
+They are those of each config.json on Hugging Face; for Gemma 3 4B and 12B, those
+of the text decoder. `formats` reads shapes from checkpoints instead.
 """
 
-import math
-
-import jax
-import jax.numpy as jnp
-
-from hetlora_jax.models import decoder
 from hetlora_jax.models.decoder import DecoderConfig
 
 
@@ -97,11 +91,3 @@ SHAPES: dict[str, DecoderConfig] = {
   'llama31_8b': _llama(32, 4096, 14336, (32, 8), 128, rope_factor=8.0, tied=False),
   'smollm2_135m': _llama(30, 576, 1536, (9, 3), 64, vocab_size=49_152, rope_base=1e5),
 }
-
-
-def num_parameters(c: DecoderConfig) -> int:
-  """Counts the parameters of a model without drawing them."""
-  params = jax.eval_shape(
-    lambda: decoder.init_params(c, jax.random.key(0), jnp.float32)
-  )
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

@@ -232,7 +232,7 @@ def _programs(config, dtype, max_tokens: int, beams: int, alpha: float):
   generate = generation.make_generate(
     config, dtype, max_tokens=max_tokens, beams=beams, alpha=alpha
   )
-  return jax.jit(generate), jax.jit(readout.make_judge(config, dtype))
+  return jax.jit(generate), jax.jit(readout.make_argmax_and_log_prob(config, dtype))
 
 
 def _answer(
@@ -248,7 +248,7 @@ def _answer(
     choice.beams if choice.search == 'beam' else 1,
     choice.alpha,
   )
-  stop_V = generation.stops(model.tokenizer, shape.vocab_size)
+  stop_V = generation.stop_token_mask(model.tokenizer, shape.vocab_size)
   base = lora.fold(x.base, state.residual)
   adapters, answers = _adapters(x, state, choice), {}
   for chunk in _with_progress(_chunks(tasks), len(tasks)):

@@ -225,7 +225,7 @@ def compile_for(configs: Sequence[Config], chip: str) -> Report:
   )
   dims = decoder.adapter_dims(shape, config.lora.targets)
   loss = readout.make_loss(
-    shape, dtype, config.model.remat, kernels.WORDS_ON_ACCELERATORS
+    shape, dtype, config.model.remat, kernels.VOCAB_CHUNK_SIZE_ON_ACCELERATORS
   )
   rules = build.make_rules(config, loss)
   population = config.data.copies * max(
@@ -240,11 +240,11 @@ def compile_for(configs: Sequence[Config], chip: str) -> Report:
   program, text = _compiled(jitted.lower(base, state, cohorts, hyper, asked), compiler)
   memory = program.memory_analysis()
   assert memory, 'every compiler we use has one'
-  work = flops.needed(
+  work = flops.count_flops(
     shape, {} if rules.trains_base else dims,
     _work(cohorts, float(rank_N.mean()), rounds), rules.trains_base,
   )  # fmt: skip
-  moved = hlo.moved(hlo.collectives(text))
+  moved = hlo.moved(text)
   at_once, clients = build.clients_at_once(config)
   return Report(
     model=config.model.source,

@@ -1,6 +1,7 @@
-"""Completes prompts, greedily or by beam search, with keys and values kept.
+"""Completes prompts with a KV cache, greedily or by beam search.
 
-Axes: B prompts, S their slots, K beams, T new tokens, V vocabulary.
+Axes: B prompts, P rows that hold them, S token slots of a row, K beams, T new
+tokens, V vocabulary, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,30 +13,30 @@ import numpy as np
 
 from hetlora_jax.data import packing
 from hetlora_jax.models import decoder, kernels
-from hetlora_jax.models.decoder import DecoderConfig, Past
+from hetlora_jax.models.decoder import DecoderConfig, KVCache
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.types import Array, PyTree
 
 
 class Prompts(NamedTuple):
-  """Prompts of their own lengths, one or several in a row (P rows)."""
+  """Prompts of different lengths, one or several of them in a row."""
 
   tokens: Array  # [P, S] int32
-  segment: Array  # [P, S] int32, a prompt's number from 1; 0 is padding
-  position: Array  # [P, S] int32, from 0 in each prompt
+  segment: Array  # [P, S] int32, the prompt's number from 1; 0 is padding
+  position: Array  # [P, S] int32, counted from 0 in each prompt
   length: Array  # [B] int32
-  slot: Array  # [B, S] int32, where its tokens are, of P * S; 0 past its end
+  slot: Array  # [B, S] int32, each token's place among P * S; 0 past the end
 
 
 class Completions(NamedTuple):
-  """What was generated; a token that stops it is its last."""
+  """The generated tokens, up to and including the one that stops them."""
 
   tokens: Array  # [B, T] int32, 0 past the end
   count: Array  # [B] int32
 
 
-def _laid_out(prompts, row_B, start_B, rows: int, slots: int) -> Prompts:
-  """Writes prompts into rows, where each starts."""
+def _place(prompts, row_B, start_B, rows: int, slots: int) -> Prompts:
+  """Writes each prompt into its row, from the slot where it starts."""
   tokens, segment, position = np.zeros((3, rows, slots), np.int32)
   slot = np.zeros((len(prompts), slots), np.int32)
   for i, (prompt, row, start) in enumerate(zip(prompts, row_B, start_B, strict=True)):
@@ -47,32 +48,39 @@ def _laid_out(prompts, row_B, start_B, rows: int, slots: int) -> Prompts:
   return Prompts(tokens, segment, position, length, slot)
 
 
-def _cut(prompts: Sequence[np.ndarray], slots: int) -> list[np.ndarray]:
-  """Takes from longer prompts what follows bos."""
+def _truncate(prompts: Sequence[np.ndarray], slots: int) -> list[np.ndarray]:
+  """Shortens long prompts to bos and their last tokens."""
   return [np.concatenate([p[:1], p[1:][-(slots - 1) :]])[:slots] for p in prompts]
 
 
 def pad(prompts: Sequence[np.ndarray], slots: int) -> Prompts:
-  """Gives each prompt a row; longer ones lose what follows bos. In numpy."""
+  """Puts each prompt into a row of its own, in NumPy.
+
+  A prompt longer than `slots` keeps bos and its last tokens.
+  """
   count = len(prompts)
   starts = np.zeros(count, int)
-  return _laid_out(_cut(prompts, slots), range(count), starts, count, slots)
+  return _place(_truncate(prompts, slots), range(count), starts, count, slots)
 
 
 def pack(prompts: Sequence[np.ndarray], slots: int, multiple: int = 1) -> Prompts:
-  """Packs prompts, which must share adapters, into few rows; else as `pad`.
+  """Packs prompts into few rows; they must share adapters. Otherwise as `pad`.
 
-  The number of rows is a multiple of `multiple`: programs depend on it.
+  The number of rows is rounded up to a multiple of `multiple`, since every
+  number of rows compiles a program of its own.
   """
-  kept = _cut(prompts, slots)
-  length_B = np.array([len(prompt) for prompt in kept])
-  row_B, start_B, _ = packing.first_fit(length_B, len(kept), slots)
+  short = _truncate(prompts, slots)
+  length_B = np.array([len(prompt) for prompt in short])
+  row_B, start_B, _ = packing.first_fit(length_B, len(short), slots)
   rows = -(-int(row_B.max() + 1) // multiple) * multiple
-  return _laid_out(kept, row_B, start_B, rows, slots)
+  return _place(short, row_B, start_B, rows, slots)
 
 
-def stops(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-  """Marks the tokens that end a completion, which is one line: [V] bool."""
+def stop_token_mask(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+  """Marks the tokens that end a completion of one line: [V] bool.
+
+  These are the end of the text, and every token that contains a newline.
+  """
   stop_V = np.zeros(vocab_size, bool)
   for token in range(min(vocab_size, tokenizer.vocab_size)):
     stop_V[token] = '\n' in tokenizer.decode([token])
@@ -80,26 +88,30 @@ def stops(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
   return stop_V
 
 
-class _Text(NamedTuple):
-  """Prompts as the decoder has read them, and how it reads on."""
+class _Prefilled(NamedTuple):
+  """The state after reading the prompts, and the function that reads on."""
 
-  h: Array  # [B, D], where the first new token is predicted
-  kept: list[tuple[Array, Array]]  # keys and values of each layer
-  words: Array  # [V, D]
-  # (step, tokens [B, K], visible [B, K, T * K], kept) -> h [B, K, D], kept
-  read: Callable
+  h: Array  # [B, D], at the last token of each prompt
+  cache: list[tuple[Array, Array]]  # each layer's keys and values
+  head: Array  # [V, D]
+  # (step, tokens [B, K], visible [B, K, T * K], cache) -> h [B, K, D], cache
+  decode: Callable
 
 
-def _read_prompts(
+def _prefill(
   config: DecoderConfig, dtype, beams: int, max_tokens: int,
   base: PyTree, adapters, scale: Array, prompts: Prompts,
-) -> _Text:  # fmt: skip
-  """Reads prompts, and makes room for the new tokens of all beams.
+) -> _Prefilled:  # fmt: skip
+  """Reads the prompts, and makes room in the cache for all beams' new tokens.
 
-  Beams share the prompt's keys, and each other's: what a beam sees is a mask,
-  so that nothing is copied when one takes another's place.
+  Beams share the prompt's keys and one pool of slots for new tokens: which of
+  these a beam attends to is a mask, so nothing is copied when one beam replaces
+  another.
   """
-  count, (rows, slots) = config.num_layers, prompts.slot.shape
+  num_layers, (count, slots) = config.num_layers, prompts.slot.shape
+
+  # Read all rows at once; then give each prompt a row of its own again, with
+  # free slots behind it.
   h, (k, v) = decoder.make_prefill(config, dtype)(
     base, adapters, scale, prompts.tokens, prompts.segment, prompts.position
   )
@@ -108,137 +120,149 @@ def _read_prompts(
     return x.reshape(-1, *x.shape[2:])[slot]
 
   def with_room(x):
-    own = take(x, prompts.slot)
-    return jnp.pad(own, ((0, 0), (0, max_tokens * beams), (0, 0), (0, 0)))
+    by_prompt = take(x, prompts.slot)
+    return jnp.pad(by_prompt, ((0, 0), (0, max_tokens * beams), (0, 0), (0, 0)))
 
-  slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
+  # Positions of all slots, and a mask of those that a prompt fills.
+  slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (count, slots))
   real_BS = slot_BS < prompts.length[:, None]
   new = jnp.arange(max_tokens * beams, dtype=jnp.int32) // beams
   position = jnp.concatenate([slot_BS, prompts.length[:, None] + new[None]], 1)
-  prompt_BKS = jnp.broadcast_to(real_BS[:, None], (rows, beams, slots))
-  # Taken apart and cast once, not in every step.
-  layers = decoder.unstack((base['layers'], adapters), count)
-  step = decoder.make_step(config, dtype)
+  prompt_BKS = jnp.broadcast_to(real_BS[:, None], (count, beams, slots))
 
-  def read(i, token_BK, visible, kept):
-    seen = jnp.concatenate([prompt_BKS, visible], 2)
-    pasts = [Past(k, v, slots + i * beams, position, seen) for k, v in kept]
+  # Unstacked and cast once, not in every step.
+  layers = decoder.unstack((base['layers'], adapters), num_layers)
+  step = decoder.make_decode_step(config, dtype)
+
+  def decode(i, token_BK, visible, cache):
+    mask = jnp.concatenate([prompt_BKS, visible], 2)
+    caches = [KVCache(k, v, slots + i * beams, position, mask) for k, v in cache]
     at = jnp.broadcast_to(prompts.length[:, None] + i, token_BK.shape)
-    return step(base, layers, scale, token_BK, at, pasts)
+    return step(base, layers, scale, token_BK, at, caches)
 
-  last_B = prompts.slot[jnp.arange(rows), prompts.length - 1]
-  return _Text(
+  last_B = prompts.slot[jnp.arange(count), prompts.length - 1]
+  return _Prefilled(
     h=take(h, last_B),
-    kept=[(with_room(k[i]), with_room(v[i])) for i in range(count)],
-    words=decoder.head(config, base).astype(dtype),
-    read=read,
+    cache=[(with_room(k[i]), with_room(v[i])) for i in range(num_layers)],
+    head=decoder.head(config, base).astype(dtype),
+    decode=decode,
   )
 
 
-def _greedy(text: _Text, max_tokens: int, stop_V: Array) -> Completions:
-  """Takes the likeliest token, again and again, until all rows have stopped."""
-  rows, steps = text.h.shape[0], jnp.arange(max_tokens)
+def _greedy(prefilled: _Prefilled, max_tokens: int, stop_V: Array) -> Completions:
+  """Appends the most likely token until every completion has stopped."""
+  count, steps = prefilled.h.shape[0], jnp.arange(max_tokens)
 
   def go_on(carry):
     i, _, done_B, *_ = carry
     return (i < max_tokens - 1) & ~done_B.all()
 
   def step(carry):
-    i, token_B, done_B, out, kept = carry
-    visible = jnp.broadcast_to(steps <= i, (rows, 1, max_tokens))
-    h, kept = text.read(i, token_B[:, None], visible, kept)
-    word_B = kernels.likeliest_word(h[:, 0], text.words)
-    token_B = jnp.where(done_B, 0, word_B)
+    i, token_B, done_B, out, cache = carry
+    visible = jnp.broadcast_to(steps <= i, (count, 1, max_tokens))
+    h, cache = prefilled.decode(i, token_B[:, None], visible, cache)
+    top_B = kernels.argmax_token(h[:, 0], prefilled.head)
+    # A completion that has stopped is filled with zeros.
+    token_B = jnp.where(done_B, 0, top_B)
     count_B = out.count + ~done_B
     out = Completions(out.tokens.at[:, i + 1].set(token_B), count_B)
-    return i + 1, token_B, done_B | stop_V[token_B], out, kept
+    return i + 1, token_B, done_B | stop_V[token_B], out, cache
 
-  token_B = kernels.likeliest_word(text.h, text.words)
-  tokens = jnp.zeros((rows, max_tokens), jnp.int32).at[:, 0].set(token_B)
-  out = Completions(tokens, jnp.ones(rows, jnp.int32))
-  start = (jnp.int32(0), token_B, stop_V[token_B], out, text.kept)
+  # The first token follows from the prompt alone.
+  token_B = kernels.argmax_token(prefilled.h, prefilled.head)
+  tokens = jnp.zeros((count, max_tokens), jnp.int32).at[:, 0].set(token_B)
+  out = Completions(tokens, jnp.ones(count, jnp.int32))
+  start = (jnp.int32(0), token_B, stop_V[token_B], out, prefilled.cache)
   return jax.lax.while_loop(go_on, step, start)[3]
 
 
 class _Beams(NamedTuple):
-  """Hypotheses of each prompt, the best first; scores -inf are none."""
+  """Hypotheses of each prompt, the best first; a score of -inf marks no beam."""
 
   score: Array  # [B, K]
   tokens: Array  # [B, K, T]
   count: Array  # [B, K]
 
 
-def _no_beams(rows: int, beams: int, max_tokens: int) -> _Beams:
-  count = jnp.zeros((rows, beams), jnp.int32)
-  tokens = jnp.zeros((rows, beams, max_tokens), jnp.int32)
-  return _Beams(jnp.full((rows, beams), -jnp.inf), tokens, count)
+def _no_beams(prompts: int, beams: int, max_tokens: int) -> _Beams:
+  count = jnp.zeros((prompts, beams), jnp.int32)
+  tokens = jnp.zeros((prompts, beams, max_tokens), jnp.int32)
+  return _Beams(jnp.full((prompts, beams), -jnp.inf), tokens, count)
 
 
 def _take(tree: PyTree, index_BK: Array) -> PyTree:
-  """Takes hypotheses [B, K, ...] of each prompt by their index."""
+  """Selects hypotheses [B, K, ...] of each prompt by their index."""
   rows = jnp.arange(index_BK.shape[0])[:, None]
   return jax.tree.map(lambda x: x[rows, index_BK], tree)
 
 
 def _best(some: _Beams, others: _Beams, beams: int) -> _Beams:
-  """Keeps the best of both."""
+  """Returns the best `beams` hypotheses of both."""
   both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], 1), some, others)
   return _take(both, jax.lax.top_k(both.score, beams)[1])
 
 
-def _extend(words, i, h_BKD, live: _Beams) -> tuple[_Beams, Array]:
-  """Returns the 2K best of each prompt, a token longer, and their parents.
+def _extend(head: Array, i, h_BKD: Array, live: _Beams) -> tuple[_Beams, Array]:
+  """Returns each prompt's 2K best hypotheses of one more token, and their parents.
 
-  At most K of them stop, so that K are left.
+  At most K of the 2K end with a stop token, so at least K can go on.
   """
-  rows, beams, _ = live.tokens.shape
-  n = min(2 * beams, words.shape[0])
-  word, logit, log_sum = kernels.best_words(h_BKD, words, n)
+  prompts, beams, _ = live.tokens.shape
+  n = min(2 * beams, head.shape[0])
+  # The best n of a prompt are among the best n of each of its beams.
+  token, logit, log_sum = kernels.top_k_tokens(h_BKD, head, n)
   score = live.score[..., None] + logit - log_sum[..., None]
-  score, index = jax.lax.top_k(score.reshape(rows, -1), n)
+  score, index = jax.lax.top_k(score.reshape(prompts, -1), n)
   parent = index // n
-  token = jnp.take_along_axis(word.reshape(rows, -1), index, 1)
+  token = jnp.take_along_axis(token.reshape(prompts, -1), index, 1)
   tokens = _take(live.tokens, parent).at[:, :, i].set(token)
   return _Beams(score, tokens, jnp.full_like(parent, i + 1)), parent
 
 
 def _beam(
-  text: _Text, max_tokens: int, stop_V: Array, beams: int, alpha: float
+  prefilled: _Prefilled, max_tokens: int, stop_V: Array, beams: int, alpha: float
 ) -> Completions:
-  """Beam search: the highest log p / length**alpha of what stopped or is full.
+  """Searches for the highest log p / length**alpha of completions that ended.
 
-  The rule by which a search ends is exact: no live beam could still win.
+  A completion ends at a stop token or at `max_tokens`. The search ends when no
+  live beam can still win; this rule is exact, not a heuristic.
   """
-  rows, own = text.h.shape[0], jnp.arange(beams)
+  prompts, beam_K = prefilled.h.shape[0], jnp.arange(beams)
 
   def extend(i, h_BKD, live, done, visible):
-    longer, parent = _extend(text.words, i, h_BKD, live)
+    longer, parent = _extend(prefilled.head, i, h_BKD, live)
+    # Sort them into those that ended, by normalized score, and those that live.
     stopped = stop_V[longer.tokens[:, :, i]] | (i + 1 == max_tokens)
     score = longer.score / longer.count.astype(jnp.float32) ** alpha
     ended = longer._replace(score=jnp.where(stopped, score, -jnp.inf))
     score = jnp.where(stopped, -jnp.inf, longer.score)
     live_score, index = jax.lax.top_k(score, beams)
     live = _take(longer, index)._replace(score=live_score)
+    # A beam attends to the slots that its parent attended to.
     visible = _take(visible, jnp.take_along_axis(parent, index, 1))
     return live, _best(done, ended, beams), visible
 
   def go_on(carry):
     i, live, done, *_ = carry
-    hope_B = live.score[:, 0] / max_tokens**alpha
-    return (i < max_tokens - 1) & (done.score[:, 0] < hope_B).any()
+    # Log p only falls with more tokens, and the longest completion divides it most.
+    bound_B = live.score[:, 0] / max_tokens**alpha
+    return (i < max_tokens - 1) & (done.score[:, 0] < bound_B).any()
 
   def step(carry):
-    i, live, done, visible, kept = carry
-    visible = visible.at[:, own, i * beams + own].set(True)
-    h, kept = text.read(i, live.tokens[:, :, i], visible, kept)
-    return i + 1, *extend(i + 1, h, live, done, visible), kept
+    i, live, done, visible, cache = carry
+    visible = visible.at[:, beam_K, i * beams + beam_K].set(True)
+    h, cache = prefilled.decode(i, live.tokens[:, :, i], visible, cache)
+    return i + 1, *extend(i + 1, h, live, done, visible), cache
 
-  none = _no_beams(rows, beams, max_tokens)
+  # All beams start as one, whose first token follows from the prompt alone.
+  none = _no_beams(prompts, beams, max_tokens)
   first = none._replace(score=none.score.at[:, 0].set(0.0))
-  h_BKD = jnp.broadcast_to(text.h[:, None], (rows, beams, text.h.shape[-1]))
-  visible = jnp.zeros((rows, beams, max_tokens * beams), bool)
+  h_BKD = jnp.broadcast_to(
+    prefilled.h[:, None], (prompts, beams, prefilled.h.shape[-1])
+  )
+  visible = jnp.zeros((prompts, beams, max_tokens * beams), bool)
   start = extend(0, h_BKD, first, none, visible)
-  carry = (jnp.int32(0), *start, text.kept)
+  carry = (jnp.int32(0), *start, prefilled.cache)
   done = jax.lax.while_loop(go_on, step, carry)[2]
   return Completions(done.tokens[:, 0], done.count[:, 0])
 
@@ -253,16 +277,20 @@ def make_generate(
 ) -> Callable[..., Completions]:
   """Returns (base, adapters, scale, prompts, stop_V) -> Completions.
 
-  Adapters and scale are of all prompts, or, if each has a row, of each: factors
-  [L, B, ...] and [B, 1, 1]. `stop_V` marks the tokens that end a completion.
+  Adapters and scale are shared by all prompts. Or each prompt has a row and
+  adapters of its own: factors [L, B, ...] and a scale [B, 1, 1]. `stop_V` marks
+  the tokens that end a completion.
 
   Args:
     config: the model's shape.
     dtype: to compute in.
-    max_tokens: of a completion, the one that stops it included.
-    beams: 1 is greedy.
+    max_tokens: the longest completion, with the token that stops it.
+    beams: how many hypotheses are searched; 1 is greedy.
     alpha: of beam search: scores are log p / length**alpha (Wu et al., 2016,
       arXiv 1609.08144, have a similar power); 0 is log p.
+
+  Raises:
+    ValueError: an argument is out of its range.
   """
   if max_tokens < 1 or beams < 1 or alpha < 0:
     raise ValueError(
@@ -270,11 +298,11 @@ def make_generate(
     )
 
   def generate(base, adapters, scale, prompts: Prompts, stop_V: Array):
-    text = _read_prompts(
+    prefilled = _prefill(
       config, dtype, beams, max_tokens, base, adapters, scale, prompts
     )
     if beams == 1:
-      return _greedy(text, max_tokens, stop_V)
-    return _beam(text, max_tokens, stop_V, beams, alpha)
+      return _greedy(prefilled, max_tokens, stop_V)
+    return _beam(prefilled, max_tokens, stop_V, beams, alpha)
 
   return generate
