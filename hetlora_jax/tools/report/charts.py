@@ -5,7 +5,7 @@ Coordinates are SVG's: from the top left corner, down.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import matplotlib.ticker
@@ -17,17 +17,26 @@ _MOST_MARKERS, _MOST_COLUMNS = 16, 80
 
 
 class Line(NamedTuple):
-  """A series of a chart, in a band if it has deviations."""
+  """A series of a chart, in a band that is twice the deviation high."""
 
   name: str
   number: int  # chooses colour, dashes and marker
   x: Sequence[float]
   y: Sequence[float]
-  deviation: Sequence[float] = ()
+  deviation: Sequence[float] | float = 0.0
+
+
+class Series(NamedTuple):
+  """A placed line; its band and line are outlines `d` of SVG paths."""
+
+  number: int
+  band: str  # empty without deviations
+  line: str
+  marks: list[tuple[float, float, str]]  # x, y and the label under the pointer
 
 
 class Chart(NamedTuple):
-  """A placed chart; `d` is the outline of an SVG path."""
+  """A placed chart, either of series or a heat map."""
 
   title: str
   about: str  # its ends in words, for those who do not see it
@@ -36,7 +45,7 @@ class Chart(NamedTuple):
   y_title: str = ''
   x_ticks: Sequence[tuple[float, float]] = ()  # place and value
   y_ticks: Sequence[tuple[float, float]] = ()
-  series: Sequence[tuple] = ()  # number, band's d, line's d, markers (x, y, label)
+  series: Sequence[Series] = ()
   cells: Sequence[tuple[int, str]] = ()  # of a heat map: class and d
   over: Sequence[tuple[str, str]] = ()  # lines over a heat map: name and d
 
@@ -50,11 +59,10 @@ class Axis(NamedTuple):
   end: float
   log: bool = False
 
-  def at(self, value):
-    """Returns where values are."""
-    low, high, x = (
-      np.log10(v) if self.log else v for v in (self.low, self.high, value)
-    )
+  def at(self, value: float) -> float:
+    """Returns where a value is."""
+    numbers = (self.low, self.high, value)
+    low, high, x = np.log10(numbers) if self.log else numbers
     return self.start + (x - low) / (high - low) * (self.end - self.start)
 
   def ticks(self, whole: bool = False) -> list[tuple[float, float]]:
@@ -79,35 +87,29 @@ def _range(values: np.ndarray, log: bool, pad: float) -> tuple[float, float]:
   return low - room, high + room
 
 
-def _points(x: Sequence[float], y: Sequence[float], log: bool = False) -> np.ndarray:
-  """Returns the points [n, 2] that have a place."""
-  points = np.array([x, y], float).T
+def _points(line: Line, log: bool) -> np.ndarray:
+  """Returns x, y and deviation [n, 3] of the points that have a place."""
+  columns = np.broadcast_arrays(line.x, line.y, line.deviation)
+  points = np.stack(columns, 1).astype(float)
   return points[np.isfinite(points).all(1) & ((points[:, 0] > 0) | (not log))]
 
 
-def _band(line: Line, log: bool) -> np.ndarray:
-  """Returns the points along the lower edge of a band and back along the upper."""
-  if not len(line.deviation):
-    return np.zeros((0, 2))
-  low, high = (
-    _points(line.x, np.add(line.y, np.multiply(sign, line.deviation)), log)
-    for sign in (-1, 1)
-  )
-  return np.concatenate([low, high[::-1]])
-
-
-def _d(points: np.ndarray, x: Axis, y: Axis) -> str:
+def _d(xs: Iterable[float], ys: Iterable[float], x: Axis, y: Axis) -> str:
+  points = zip(xs, ys, strict=True)
   return 'M' + 'L'.join(f'{x.at(a):.1f} {y.at(b):.1f}' for a, b in points)
 
 
-def _placed(line: Line, x: Axis, y: Axis, tip: str) -> tuple:
-  points, band = _points(line.x, line.y, x.log), _band(line, x.log)
+def _placed(line: Line, points: np.ndarray, x: Axis, y: Axis, tip: str) -> Series:
+  xs, ys, deviation = points.T
+  band = ''
+  if deviation.any():  # along the lower edge, and back along the upper
+    edges = np.concatenate([ys - deviation, (ys + deviation)[::-1]])
+    band = _d(np.concatenate([xs, xs[::-1]]), edges, x, y) + 'z'
   marks = [
     (x.at(a), y.at(b), f'{line.name}: {tip.format(x=a, y=b)}')
-    for a, b in points[:: len(points) // _MOST_MARKERS + 1]
+    for a, b, _ in points[:: len(points) // _MOST_MARKERS + 1]
   ]
-  outline = _d(band, x, y) + 'z' if len(band) > 2 else ''
-  return line.number, outline, _d(points, x, y) if len(points) else '', marks
+  return Series(line.number, band, _d(xs, ys, x, y), marks)
 
 
 def empty(title: str) -> Chart:
@@ -127,19 +129,19 @@ def lines(
     whole: whether the ticks of the x axis are whole numbers.
     pad: room above and below, a share of the range.
   """
-  inside = [_points(line.x, line.y, log) for line in drawn]
-  if not any(map(len, inside)):
+  inside = [(line, _points(line, log)) for line in drawn]
+  inside = [(line, points) for line, points in inside if len(points)]
+  if not inside:
     return empty(title)
-  bands = [_band(line, log) for line in drawn]
-  x_range = _range(np.concatenate(inside)[:, 0], log, 0.02)
-  y_range = _range(np.concatenate(inside + bands)[:, 1], False, pad)
-  x, y = Axis(*x_range, LEFT, RIGHT, log), Axis(*y_range, BOTTOM, TOP)
+  xs, ys, deviation = np.concatenate([points for _, points in inside]).T
+  x = Axis(*_range(xs, log, 0.02), LEFT, RIGHT, log)
+  edges = np.concatenate([ys - deviation, ys + deviation])
+  y = Axis(*_range(edges, False, pad), BOTTOM, TOP)
   about = ' '.join(
-    f'{line.name}: {part[0, 1]:.4g} at first, {part[-1, 1]:.4g} at last.'
-    for line, part in zip(drawn, inside, strict=True)
-    if len(part)
+    f'{line.name}: {points[0, 1]:.4g} at first, {points[-1, 1]:.4g} at last.'
+    for line, points in inside
   )
-  series = [_placed(line, x, y, tip) for line in drawn]
+  series = [_placed(line, points, x, y, tip) for line, points in inside]
   return Chart(
     title, about, True, x_title, y_title, x.ticks(whole), y.ticks(), series
   )  # fmt: skip
@@ -180,5 +182,5 @@ def heat(
   return Chart(
     title, about, True, 'round', y_title, x.ticks(whole=True), y.ticks(whole=True),
     cells=_cells(level_TK, x, y, first),
-    over=[(name, _d(_points(rounds, v), x, y)) for name, v in over.items()],
+    over=[(name, _d(rounds, values, x, y)) for name, values in over.items()],
   )  # fmt: skip

@@ -33,7 +33,7 @@ _MOST_CHARACTERS = 48  # of a group's name
 class Person(NamedTuple):
   """A person's held-out loss at the newest evaluation."""
 
-  loss: float  # nats a target token
+  loss: float  # nats per target token
   rank: int | None  # drawn for training; unseen people have none
 
 
@@ -60,10 +60,10 @@ class Group(NamedTuple):
 
 def read(folders: Sequence[pathlib.Path]) -> list[Entry]:
   """Reads the runs in some folders, which may be sweeps, each run once."""
-  found = [path.resolve() for folder in folders for path in _run_folders(folder)]
-  if not found:
+  paths = [path.resolve() for folder in folders for path in _run_folders(folder)]
+  if not paths:
     raise ConfigError('no folder is given: name the --workdir of runs or of a sweep.')
-  found = list(dict.fromkeys(found))
+  found = dict.fromkeys(paths)
   names = [path.name for path in found]
   return [
     _read(path, path.name if names.count(path.name) == 1 else str(path))
@@ -174,11 +174,11 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 def differing(entries: Sequence[Entry]) -> list[str]:
   """Returns the fields whose values are not the same in all runs."""
-  names = dict.fromkeys(name for entry in entries for name in entry.fields)
-  values = {
-    name: {json.dumps(entry.fields.get(name)) for entry in entries} for name in names
-  }
-  return [name for name in names if len(values[name]) > 1]
+  values: dict[str, set[str]] = {}
+  for entry in entries:
+    for name, value in entry.fields.items():
+      values.setdefault(name, set()).add(json.dumps(value))
+  return [name for name, different in values.items() if len(different) > 1]
 
 
 def grouped(entries: Sequence[Entry]) -> list[Group]:
@@ -201,18 +201,15 @@ def grouped(entries: Sequence[Entry]) -> list[Group]:
   return groups
 
 
-def mean(
-  group: Group, name: str
-) -> tuple[list[int], np.ndarray, np.ndarray, list[int]]:
+def mean(group: Group, name: str) -> tuple[list[int], np.ndarray, np.ndarray]:
   """Averages a column over a group's runs.
 
   Returns:
-    rounds [T], means [T, ...] and standard deviations [T, ...] of the runs that
-    have a value at that round, and the number of those runs [T].
+    rounds [T], means [T, ...] and standard deviations [T, ...] of the runs that have a
+    value at that round; the deviation of a single run is 0.
   """
   columns = [entry.columns[name] for entry in group.entries]
   rounds = sorted(set().union(*columns))
   values = [np.array([x[r] for x in columns if r in x]) for r in rounds]
   deviations = [x.std(0, ddof=len(x) > 1) for x in values]
-  means = np.array([x.mean(0) for x in values])
-  return rounds, means, np.array(deviations), [len(x) for x in values]
+  return rounds, np.array([x.mean(0) for x in values]), np.array(deviations)

@@ -53,13 +53,12 @@ def mean(entries: Sequence[Entry], name: str) -> float:
 
 def _curve(group: Group, name: str, against: str) -> Line:
   """Returns the mean over a group's runs and one standard deviation around it."""
-  x, mean, deviation, counts = runs.mean(group, name)
+  x, mean, deviation = runs.mean(group, name)
   column, unit, _ = AGAINST[against]
   if column:
-    rounds, so_far, *_ = runs.mean(group, column)
+    rounds, so_far, _ = runs.mean(group, column)
     x = so_far[np.searchsorted(rounds, x)] / unit
-  several = max(counts, default=0) > 1
-  return Line(group.name, group.number, x, mean, deviation if several else ())
+  return Line(group.name, group.number, x, mean, deviation)
 
 
 def curves(
@@ -72,10 +71,10 @@ def curves(
   log = against != 'rounds' and max(ends, default=0) > 4 * min(ends, default=0)
   chart = charts.lines(
     f'{title} against {against}', drawn, AGAINST[against][2] + ' (log scale)' * log,
-    'nats a target token', tip='{y:.4g} at {x:.4g}', log=log,
+    'nats per target token', tip='{y:.4g} at {x:.4g}', log=log,
     whole=against == 'rounds',
   )  # fmt: skip
-  return f'Against {against}' + ', what is at 0 left out' * log, chart
+  return f'Against {against}' + ', without the points at 0' * log, chart
 
 
 def losses(groups: Sequence[Group]) -> list[tuple[object, ...]]:
@@ -91,7 +90,7 @@ def losses(groups: Sequence[Group]) -> list[tuple[object, ...]]:
 def ranks(group: Group) -> Chart:
   """Returns how many clients have which rank after each round."""
   title = f'Ranks of all clients, {group.name}'
-  rounds, count_TK, *_ = runs.mean(group, 'rank/histogram')
+  rounds, count_TK, _ = runs.mean(group, 'rank/histogram')
   if not rounds:
     return charts.empty(title)
   columns = {'mean': 'rank/mean', 'smallest': 'rank/min', 'largest': 'rank/max'}
@@ -105,7 +104,7 @@ def ranks(group: Group) -> Chart:
 def energy(group: Group) -> Chart:
   """Returns the share of the adapters' energy in each rank slot after each round."""
   title = f'Energy per rank slot of the server’s adapters, {group.name}'
-  rounds, share_TK, *_ = runs.mean(group, 'energy/slots')
+  rounds, share_TK, _ = runs.mean(group, 'energy/slots')
   if not rounds:
     return charts.empty(title)
   cumulative = np.cumsum(share_TK[-1])
@@ -144,7 +143,7 @@ def distribution(groups: Sequence[Group], kind: str) -> Chart:
     if len(loss(group, kind))
   ]
   return charts.lines(
-    f'Loss per person, {kind} people', drawn, 'loss of a person, nats a target token',
+    f'Loss per person, {kind} people', drawn, 'loss of a person, nats per target token',
     '% of people with at most that loss', tip='{y:.0f} % up to {x:.4g}', pad=0.02,
   )  # fmt: skip
 
@@ -164,7 +163,7 @@ def loss_by_rank(groups: Sequence[Group]) -> Chart:
   return charts.lines(
     'Mean loss by rank, seen people',
     [_by_rank(group) for group in groups if len(loss(group, 'seen'))],
-    'mean rank of a class of clients', 'nats a target token',
+    'mean rank of a class of clients', 'nats per target token',
     tip='{y:.4g} at rank {x:.3g}',
   )  # fmt: skip
 
