@@ -14,7 +14,7 @@ from hetlora_jax.config import ConfigError
 from hetlora_jax.tools.report import charts, runs, sections
 
 _KEPT = '\n\t\u200d'  # the last one joins the parts of an emoji
-# Every {{ value }} of a template is escaped, unless a macro has made it.
+# Every {{ value }} of a template is escaped, except what a macro has written.
 TEMPLATES = jinja2.Environment(
   loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'),
   autoescape=True,
@@ -31,7 +31,7 @@ def clean(page: str) -> str:
 
 
 def write(folders: Sequence[pathlib.Path], out: pathlib.Path) -> int:
-  """Writes a page that compares runs, and return how many runs it compares.
+  """Writes a page that compares runs, and returns how many runs it compares.
 
   Args:
     folders: of runs, or of sweeps, whose runs are all taken.

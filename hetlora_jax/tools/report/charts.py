@@ -5,6 +5,7 @@ Coordinates are SVG's: from the top left corner, down.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Line(NamedTuple):
 
 
 class Series(NamedTuple):
-  """A placed line; its band and line are outlines `d` of SVG paths."""
+  """A placed line; `band` and `line` are the `d` attributes of SVG paths."""
 
   number: int
   band: str  # empty without deviations
@@ -46,8 +47,8 @@ class Chart(NamedTuple):
   x_ticks: Sequence[tuple[float, float]] = ()  # place and value
   y_ticks: Sequence[tuple[float, float]] = ()
   series: Sequence[Series] = ()
-  cells: Sequence[tuple[int, str]] = ()  # of a heat map: class and d
-  over: Sequence[tuple[str, str]] = ()  # lines over a heat map: name and d
+  cells: Sequence[tuple[int, str]] = ()  # of a heat map: level and `d`
+  over: Sequence[tuple[str, str]] = ()  # lines over a heat map: name and `d`
 
 
 class Axis(NamedTuple):
@@ -66,7 +67,7 @@ class Axis(NamedTuple):
     return self.start + (x - low) / (high - low) * (self.end - self.start)
 
   def ticks(self, whole: bool = False) -> list[tuple[float, float]]:
-    """Returns place and value of at most eight round, or even whole, numbers."""
+    """Returns the place and value of each tick: round numbers or whole ones."""
     if self.log:
       few = self.high < 100 * self.low
       locator = matplotlib.ticker.LogLocator(subs=(1, 2, 5) if few else (1,))
@@ -75,7 +76,7 @@ class Axis(NamedTuple):
         7, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1
       )
     values = locator.tick_values(self.low, self.high)
-    hair = 1e-9 * (self.high - self.low)  # keeps a tick at an end, which is rounded
+    hair = 1e-9 * (self.high - self.low)  # keeps a tick at an end despite rounding
     return [(self.at(v), v) for v in values if self.low - hair <= v <= self.high + hair]
 
 
@@ -105,9 +106,10 @@ def _placed(line: Line, points: np.ndarray, x: Axis, y: Axis, tip: str) -> Serie
   if deviation.any():  # along the lower edge, and back along the upper
     edges = np.concatenate([ys - deviation, (ys + deviation)[::-1]])
     band = _d(np.concatenate([xs, xs[::-1]]), edges, x, y) + 'z'
+  every = math.ceil(len(points) / _MOST_MARKERS)
   marks = [
     (x.at(a), y.at(b), f'{line.name}: {tip.format(x=a, y=b)}')
-    for a, b, _ in points[:: len(points) // _MOST_MARKERS + 1]
+    for a, b, _ in points[::every]
   ]
   return Series(line.number, band, _d(xs, ys, x, y), marks)
 
@@ -121,7 +123,7 @@ def lines(
   title: str, drawn: Sequence[Line], x_title: str, y_title: str, *,
   tip: str, log: bool = False, whole: bool = False, pad: float = 0.05,
 ) -> Chart:  # fmt: skip
-  """Places series on axes whose titles have units.
+  """Places series on two axes.
 
   Args:
     tip: the label of a marker, with {x} and {y}.
@@ -148,7 +150,7 @@ def lines(
 
 
 def _cells(level_TK: np.ndarray, x: Axis, y: Axis, first: int) -> list[tuple[int, str]]:
-  """Places cells: one path a level, in which equal neighbours in time are joined."""
+  """Places cells, one path for each level; equal neighbours in time are joined."""
   wide = (x.end - x.start) / len(level_TK)
   high = y.at(0) - y.at(1)
   paths: dict[int, str] = {}

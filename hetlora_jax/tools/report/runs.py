@@ -108,7 +108,7 @@ def _read(folder: pathlib.Path, name: str) -> Entry:
 
 
 def _summary(path: pathlib.Path) -> tuple[dict[str, Any], int | None]:
-  """Returns what a run that ended has left, and its last round."""
+  """Returns summary.json and its last round, or nothing before a run has ended."""
   if not path.exists():
     return {}, None
   summary = files.read_json(path, _REMEDY)
@@ -165,7 +165,7 @@ def _lines(path: pathlib.Path) -> list[dict]:
 
 @contextlib.contextmanager
 def _naming(path: pathlib.Path) -> Iterator[None]:
-  """Names the file in any error that its content raises."""
+  """Raises an error that names the file if its content is not as expected."""
   try:
     yield
   except files.UNEXPECTED as error:

@@ -1,4 +1,4 @@
-"""What the sections of the page show, as plain numbers, texts and charts."""
+"""Computes what the sections of the page show: numbers, texts and charts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def distinct(entries: Sequence[Entry], field: str) -> str:
 
 
 def counted(group: Group) -> list[Entry]:
-  """Returns the runs that results are of: the finished ones or, without any, all."""
+  """Returns the finished runs of a group or, without any, all that were evaluated."""
   evaluated = [entry for entry in group.entries if 'last' in entry.summary]
   return [entry for entry in evaluated if entry.finished] or evaluated
 
 
 def progress(entries: Sequence[Entry], name: str, digits: int) -> str:
-  """Returns a number of the evaluations before and after training."""
+  """Returns the mean of an evaluation's number before and after training, as text."""
   first, last = (
     sweep.spread([entry.summary[when][name] for entry in entries], digits)
     for when in ('first', 'last')
@@ -47,7 +47,7 @@ def progress(entries: Sequence[Entry], name: str, digits: int) -> str:
 
 
 def mean(entries: Sequence[Entry], name: str) -> float:
-  """Returns the mean of a number of the summaries."""
+  """Returns the mean over runs of a number in their summaries."""
   return statistics.mean(entry.summary[name] for entry in entries)
 
 
@@ -88,7 +88,7 @@ def losses(groups: Sequence[Group]) -> list[tuple[object, ...]]:
 
 
 def ranks(group: Group) -> Chart:
-  """Returns how many clients have which rank after each round."""
+  """Returns the share of clients that has each rank after each round."""
   title = f'Ranks of all clients, {group.name}'
   rounds, count_TK, _ = runs.mean(group, 'rank/histogram')
   if not rounds:
@@ -149,7 +149,7 @@ def distribution(groups: Sequence[Group], kind: str) -> Chart:
 
 
 def _by_rank(group: Group) -> Line:
-  """Returns the mean loss of the seen people in each class of ranks, at its mean rank."""
+  """Returns the mean loss against the mean rank of seen people, by class of ranks."""
   seen = loss(group, 'seen')
   rank = np.array([p.rank for entry in group.entries for p in entry.people['seen']])
   classes = diagnostics.rank_classes(int(rank.min()), int(rank.max()))
