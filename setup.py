@@ -30,7 +30,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=['hetlora_jax*', 'launch*', 'configs*']),
   package_data={
     'hetlora_jax': ['py.typed'],
-    'hetlora_jax.tools.report': ['report.css'],
+    'hetlora_jax.tools.report': ['templates/*'],
     'launch': ['cluster/*'],
   },
   entry_points={
@@ -43,6 +43,7 @@ setuptools.setup(
     'gguf>=0.17.1',
     'importlib_resources>=6',  # tensorflow-datasets needs it, undeclared
     'jax>=0.7',
+    'jinja2>=3.1',
     'ml_dtypes>=0.5',
     'matplotlib>=3.8.4',
     'ml_collections>=1.0',

@@ -586,26 +586,21 @@ def built(raw: Config | ConfigDict | Mapping) -> Config:
   return fields.build(Config, raw)
 
 
-def of_folder(values: Mapping[str, Any]) -> Config:
-  """Makes a Config of a run's config.json, of this release or an earlier one.
+def fields_of_folder(values: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a run's config.json by path, unchecked.
 
   What the run did not have yet is the default. Earlier releases wrote 0 or '' where
-  None means the default now.
-
-  Raises:
-    ConfigError: it had something that this release cannot do.
+  None means the default now, and had a `methods.tail_rounding` that is gone: it is
+  left out where it was what is always done now.
   """
   old = flat(values)
-  if old.pop('methods.tail_rounding', 'floor') != 'floor':
-    raise ConfigError(
-      f'methods.tail_rounding: {fields.GONE["methods.tail_rounding"]}, and repeat the '
-      'run.'
-    )
+  if old.get('methods.tail_rounding') == 'floor':
+    del old['methods.tail_rounding']
   for path, value in old.items():
     f = FIELDS.get(path)
     if f and f.optional and f.type is not bool and value in (0, ''):
       old[path] = None
-  return resolve(fields.nested(flat(to_dict(Config())) | old))
+  return flat(to_dict(Config())) | old
 
 
 def check(config: Config) -> None:

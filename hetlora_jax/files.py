@@ -158,17 +158,16 @@ def _nested(value: Any) -> int:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads JSON objects, one a line, that we wrote; a torn line ends them.
+  """Reads JSON objects, one a line, that we wrote; a last line torn by a crash is dropped.
 
   A file that is absent has none.
   """
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else ():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
+  if not path.exists():
+    return []
+  *lines, last = path.read_bytes().split(b'\n')
+  if last.endswith(b'}'):
+    lines.append(last)
+  return [parse_json(line, path, 'delete it, or run again') for line in lines if line]
 
 
 # --- Writing ---------------------------------------------------------------

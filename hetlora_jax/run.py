@@ -65,11 +65,17 @@ class Run:
   # --- What is in the folder ------------------------------------------------
 
   @functools.cached_property
+  def fields(self) -> dict[str, Any]:
+    """The values of its fields by path, unchecked; defaults where it had none yet."""
+    path = self.folder / 'config.json'
+    return config.fields_of_folder(files.read_json(path, 'name the folder of a run'))
+
+  @functools.cached_property
   def config(self) -> Config:
     """The configuration that it was trained with; raises ConfigError or OSError."""
     path = self.folder / 'config.json'
     try:
-      return config.of_folder(files.read_json(path, 'name the folder of a run'))
+      return config.resolve(fields.nested(self.fields))
     except ConfigError as error:
       raise ConfigError(
         f'{path} is of another release, or damaged: {error} Use another --workdir.'
@@ -111,8 +117,14 @@ class Run:
   def finished(self) -> dict[str, Any] | None:
     """The summary, of a run that has done all its rounds."""
     found = self.summary
-    last = (found or {}).get('last', {}).get('round')
-    return found if last == self.config.federated.num_rounds else None
+    if found is None:
+      return None
+    try:
+      last = found['last']['round']
+    except files.UNEXPECTED as error:
+      path = self.folder / 'summary.json'
+      raise files.damaged(path, error, 'delete it, and the run ends anew') from error
+    return found if last == self.fields['federated.num_rounds'] else None
 
   # --- Its state ------------------------------------------------------------
 

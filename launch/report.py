@@ -7,7 +7,7 @@ network and no script.
 import os
 import pathlib
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # it computes nothing
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # no device is needed
 
 from absl import flags as absl_flags
 
@@ -18,15 +18,12 @@ OUT = absl_flags.DEFINE_string('out', None, 'Page to write, e.g. report.html.')
 
 
 def run(argv: list[str]) -> None:
-  """Writes the page and says where it is."""
-  if len(argv) < 2:
-    errors.fail('no folder is given: name the --workdir of runs or of a sweep')
+  """Writes the page and prints where it is."""
   if not OUT.value:
     errors.fail('--out is missing: name the page, e.g. --out=report.html')
   try:
-    count = report.write(
-      [pathlib.Path(word) for word in argv[1:]], pathlib.Path(OUT.value)
-    )
+    folders = [pathlib.Path(word) for word in argv[1:]]
+    count = report.write(folders, pathlib.Path(OUT.value))
   except (ValueError, OSError) as error:
     errors.fail(error)
   print(f'{OUT.value} compares {count} run{"s" * (count != 1)}.')

@@ -18,7 +18,7 @@ IN_WHEEL = (
   'configs/default.py',
   'hetlora_jax/py.typed',
   'hetlora_jax/rounds.py',
-  'hetlora_jax/tools/report/report.css',
+  'hetlora_jax/tools/report/templates/page.html.j2',
   'launch/train.py',
   'launch/cluster/slurm_array.sbatch',
 )

@@ -16,7 +16,7 @@ from experiment_test import small_config
 
 from hetlora_jax import config, files
 from hetlora_jax.tools import report, sweep
-from hetlora_jax.tools.report import charts, markup, runs
+from hetlora_jax.tools.report import charts, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOSTILE = '</blockquote><script>alert(1)</script><img src="http://x/y">&amp;'
@@ -283,7 +283,7 @@ def test_a_field_that_a_run_did_not_have_yet_counts_as_its_default(copied):
 
 
 def _rows_with(name, value):
-  row = {'round': 1} | dict.fromkeys(runs._OF_ROUNDS, 1.0) | {name: value}
+  row = {'round': 1, name: value}
   return json.dumps(row) + '\n'
 
 
@@ -295,11 +295,11 @@ def _rows_with(name, value):
     ('summary.json', '{"last": {}}'),
     ('metrics.jsonl', '{"round": 0\n{"round": 1}\n'),
     ('metrics.jsonl', '{"round": 0}\n3\n'),
-    ('metrics.jsonl', '{"round": "1"}\n'),
+    ('metrics.jsonl', '{"loss": 1}\n'),
     ('metrics.jsonl', _rows_with('train/loss', 'low')),
     ('metrics.jsonl', _rows_with('comm/up_bytes', 'many')),
-    ('metrics.jsonl', _rows_with('train/tokens', math.nan)),
-    ('metrics.jsonl', _rows_with('rank/histogram', 3)),
+    ('metrics.jsonl', _rows_with('train/tokens', None)),
+    ('metrics.jsonl', _rows_with('rank/histogram', 'wide')),
     ('metrics.jsonl', '{"round": 1, "rank/histogram": [1]}\n'
                       '{"round": 2, "rank/histogram": [1, 2]}\n'),
     ('people.json', '{"seen": []}'),
@@ -368,20 +368,60 @@ def test_the_program_writes_a_page_or_one_line(swept, tmp_path):
   ],
 )
 def test_ticks_are_round_numbers(low, high, whole, want):
-  assert charts.ticks(low, high, whole) == want
+  axis = charts.Axis(low, high, 0, 1)
+  assert [value for _, value in axis.ticks(whole)] == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+  'low, high, want',
+  [
+    (0.5, 20_000, [1, 10, 100, 1000, 10_000]),
+    (0.9, 30, [1, 2, 5, 10, 20]),
+    (0.45, 0.55, [0.46, 0.48, 0.5, 0.52, 0.54]),
+  ],
+)
+def test_log_ticks_are_powers_of_ten_or_closer(low, high, want):
+  axis = charts.Axis(low, high, 0, 1, log=True)
+  assert [value for _, value in axis.ticks()] == pytest.approx(want)
+
+
+def _drawn(chart):
+  macros = report.TEMPLATES.get_template('charts.html.j2').module
+  return str(macros.draw(chart))
 
 
 def test_lines_leave_out_what_is_not_finite():
   line = charts.Line('x', 0, [0, 1, 2, 3], [4.0, math.nan, math.inf, 1.0])
-  drawn = charts.lines('t', [line], 'round', 'nats', tip='{x:g} {y:g}')
+  drawn = _drawn(charts.lines('t', [line], 'round', 'nats', tip='{x:g} {y:g}'))
   assert 'nan' not in drawn and 'inf' not in drawn
   assert 'x: 4 at first, 1 at last.' in drawn
   log = charts.lines('t', [line], 'B', 'nats', tip='{x:g} {y:g}', log=True)
-  assert log.count('class="mark"') == 1  # 0 has no place on a log axis
+  assert _drawn(log).count('class="mark"') == 1  # 0 has no place on a log axis
 
 
 def test_text_is_escaped_and_markup_is_not():
-  inner = markup.tag('b', '<&"')
-  assert markup.tag('p', inner, 'x>', title='"') == (
-    '<p title="&quot;"><b>&lt;&amp;&quot;</b>x&gt;</p>'
+  template = report.TEMPLATES.from_string(
+    '{% macro bold(x) %}<b>{{ x }}</b>{% endmacro %}'
+    '<p title="{{ a }}">{{ bold(b) }}{{ b ~ bold(a) }}</p>'
   )
+  assert template.render(a='"', b='<&') == (
+    '<p title="&#34;"><b>&lt;&amp;</b>&lt;&amp;<b>&#34;</b></p>'
+  )
+  assert report.clean('a\u202eb\0c\ud800d\n\u200d') == 'a\ufffdb\ufffdc\ufffdd\n\u200d'
+
+
+def test_no_template_lets_text_through_as_markup():
+  for path in sorted((ROOT / 'hetlora_jax/tools/report/templates').glob('*.j2')):
+    assert not re.search(r'\|\s*safe|autoescape', path.read_text()), path
+
+
+def test_hostile_text_anywhere_is_text(copied, tmp_path):
+  run = copied / 'seed=0'
+  hostile = run.rename(copied / '<b>&"\u202e')
+  _edit(hostile / 'config.json', method=HOSTILE)
+  _edit(hostile / 'summary.json', command=HOSTILE, machine=HOSTILE, model=HOSTILE,
+        dtype=HOSTILE, finished=HOSTILE, versions={HOSTILE: HOSTILE})  # fmt: skip
+  page = _page([copied], tmp_path)
+  assert not page.all('script', 'img', 'b')
+  assert HOSTILE in [x.text for x in page.all('code')]
+  assert '<b>&"\ufffd' in page.text and '\u202e' not in page.text

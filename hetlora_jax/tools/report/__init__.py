@@ -1,30 +1,52 @@
-"""One page that compares runs: python -m launch.report.
+"""Writes one page that compares runs: python -m launch.report.
 
-`runs.py` reads folders, `charts.py` draws SVG, `page.py` writes the HTML (`inside.py` its
-sections on ranks, energy and people, of what `parts.py` has).
+`runs.py` reads folders, `sections.py` has what each section shows, and `charts.py`
+places it on a drawing area; all HTML, SVG and CSS is in `templates/`.
 """
 
 import pathlib
 from collections.abc import Sequence
 
-from hetlora_jax import config, files
-from hetlora_jax.tools.report import page, runs
+import jinja2
+
+from hetlora_jax import files
+from hetlora_jax.config import ConfigError
+from hetlora_jax.tools.report import charts, runs, sections
+
+_KEPT = '\n\t\u200d'  # the last one joins the parts of an emoji
+# Every {{ value }} of a template is escaped, except what a macro has written.
+TEMPLATES = jinja2.Environment(
+  loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / 'templates'),
+  autoescape=True,
+  undefined=jinja2.StrictUndefined,
+  trim_blocks=True,
+  lstrip_blocks=True,
+)
+TEMPLATES.globals.update(charts=charts, sections=sections, KINDS=runs.KINDS)
+
+
+def clean(page: str) -> str:
+  """Replaces characters that cannot be shown or that turn the direction of writing."""
+  return ''.join(c if c.isprintable() or c in _KEPT else '\ufffd' for c in page)
 
 
 def write(folders: Sequence[pathlib.Path], out: pathlib.Path) -> int:
-  """Writes a page that compares runs, whole or not at all; returns how many.
+  """Writes a page that compares runs, and returns how many runs it compares.
 
   Args:
-    folders: of runs, or of sweeps, whose runs are taken.
-    out: the page, one file that needs no other and no network.
+    folders: of runs, or of sweeps, whose runs are all taken.
+    out: the page, a file that needs no other file and no network. It is written whole
+      or, after an error, not at all.
 
   Raises:
-    ConfigError, Damaged, OSError: in one line that names the file.
+    ConfigError, Damaged, OSError: with one line that names the file.
   """
   if out.is_dir() or out.suffix not in ('.html', '.htm'):
-    raise config.ConfigError(f'--out={out} must be a file, e.g. report.html.')
+    raise ConfigError(f'--out={out} must be a file, e.g. report.html.')
   if not out.parent.is_dir():
-    raise config.ConfigError(f'--out={out}: {out.parent} is no folder: make it first.')
-  found = runs.read(folders)
-  files.write_text(out, page.render(found))
-  return len(found)
+    raise ConfigError(f'--out={out}: {out.parent} is no folder: make it first.')
+  entries = runs.read(folders)
+  template = TEMPLATES.get_template('page.html.j2')
+  page = clean(template.render(entries=entries, groups=runs.grouped(entries)))
+  files.write_text(out, page)
+  return len(entries)
