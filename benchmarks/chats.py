@@ -17,7 +17,7 @@ from benchmarks import machine
 from configs import chitchat_gemma3
 from hetlora_jax import config, experiment
 from hetlora_jax.data import people
-from hetlora_jax.data.people import Example, Group, People
+from hetlora_jax.data.people import Example, Group, Population
 from hetlora_jax.models import shapes
 
 LENGTHS = machine.ROOT / 'benchmarks' / 'results' / 'chats.json'
@@ -50,7 +50,7 @@ def report(result: dict) -> str:
   )
 
 
-def crowd(vocabulary: int, clients: int) -> People:
+def crowd(vocabulary: int, clients: int) -> Population:
   """Returns people who talk in random tokens, as long as real ones do.
 
   Args:
@@ -77,7 +77,7 @@ def crowd(vocabulary: int, clients: int) -> People:
     return Group(ids=everyone.ids[of], first=first_N[of], count=count_N[of])
 
   train = part(slice(clients))
-  return People(
+  return Population(
     groups={
       'train': train, 'heldout': train, 'unseen': part(slice(clients, None))
     },

@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from hetlora_jax import base_model, build, files, heldout, sharding
 from hetlora_jax.config import Config, ConfigError, flat, to_dict
-from hetlora_jax.data import cohorts, partition, people
+from hetlora_jax.data import cohorts, packing, people
 from hetlora_jax.methods import traffic
 from hetlora_jax.methods.registry import rule_names
 from hetlora_jax.types import Cohort, Hyperparameters, PyTree, Rules, ServerState
@@ -42,7 +41,7 @@ class Experiment:
   """Everything a run needs, built and checked; nothing written yet."""
 
   points: tuple[Config, ...]  # K, those that fill up `sweep` included
-  people: people.People
+  people: people.Population
   base: PyTree
   dims: dict[str, tuple[int, int, int]]
   evaluation: dict[str, Cohort]  # name -> evaluation set
@@ -69,50 +68,21 @@ def program_of(config: Config) -> tuple:
   return tuple((name, x) for name, x in fields if name not in VARIES)
 
 
-def packing(config: Config, examples: int) -> dict[str, int]:
-  """Returns the shape of a batch of so many examples."""
-  d = config.data
-  room = examples * d.tokens_per_example
-  row_tokens = min(d.row_tokens, room)
-  return {
-    'rows': math.ceil(room / row_tokens),
-    'row_tokens': row_tokens,
-    'num_targets': examples * d.targets_per_example,
-  }
-
-
-def _load_people(config: Config, words) -> people.People:
+def _load_people(config: Config, tokenizer: people.Tokenizer) -> people.Population:
   d = config.data
   try:
-    crowd = people.load(
-      d.name,
-      words,
-      path=d.path,
-      min_examples=d.min_examples,
-      unseen_fraction=d.unseen_fraction,
-      heldout_fraction=d.heldout_fraction,
-      max_context_turns=d.context_turns,
-      most_tokens=d.tokens_per_example,
-      num_people=d.num_people,
-      copies=d.copies,
-      by=partition.Partition(
-        name=d.partition,
-        clients=d.partition_clients,
-        alpha=d.partition_alpha,
-        seed=d.partition_seed,
-      ),
-    )
+    population = people.load(d, tokenizer)
   except ValueError as error:
     raise ConfigError(f'config.data: {error}') from error
   _check_population(
-    config, crowd,
+    config, population,
     f'of {d.name!r} with data.min_examples={d.min_examples} and '
     f'data.num_people={d.num_people}: lower it, or raise data.copies',
   )  # fmt: skip
-  return crowd
+  return population
 
 
-def _check_population(config: Config, crowd: people.People, which: str) -> None:
+def _check_population(config: Config, crowd: people.Population, which: str) -> None:
   population, wanted = len(crowd.client_ids), config.federated.clients_per_round
   if wanted > population:
     raise ConfigError(
@@ -121,16 +91,18 @@ def _check_population(config: Config, crowd: people.People, which: str) -> None:
     )
 
 
-def _evaluation_sets(config: Config, crowd) -> dict[str, Cohort]:
+def _evaluation_sets(
+  config: Config, population: people.Population
+) -> dict[str, Cohort]:
   e, out = config.eval, {}
   for name, kind in (('seen', 'heldout'), ('unseen', 'unseen')):
-    num_people = min(e.num_people, len(crowd.groups[kind].ids))
+    num_people = min(e.num_people, len(population.groups[kind].ids))
     out[name] = cohorts.evaluation_set(
-      crowd,
+      population,
       kind,
       num_people=num_people,
       examples_per_person=e.examples_per_person,
-      **packing(config, e.examples_per_person),
+      shape=packing.batch_shape(config.data, e.examples_per_person),
       multiple_of=heldout.people_at_once(num_people, config.mesh.clients),
     )
   return out
@@ -184,7 +156,7 @@ def _fill_up(points: Sequence[Config]) -> tuple[Config, ...]:
 def prepare(
   *points: Config,
   model: base_model.BaseModel | None = None,
-  crowd: people.People | None = None,
+  crowd: people.Population | None = None,
 ) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing.
 
@@ -250,22 +222,15 @@ def prepare(
 
 def _cohort(x: Experiment, seed: int, round_number: int, only: slice) -> Cohort:
   """Builds some clients of the cohort of a round, in numpy."""
-  f = x.config.federated
-  return cohorts.make_cohort(
-    x.people,
-    seed=seed,
-    round=round_number,
-    clients_per_round=f.clients_per_round,
-    local_steps=f.local_steps,
-    local_batch=f.local_batch,
-    sampling=f.sampling,
-    min_steps=f.min_local_steps or f.local_steps,
-    count=x.config.methods.count_examples,
-    pooled=rule_names(x.config)['cohort'] == 'pooled',
-    pad_to=build.clients_at_once(x.config)[1],
-    **packing(x.config, f.local_batch),
-    only=only,
+  c = x.config
+  draw = cohorts.Draw(
+    federated=c.federated,
+    shape=packing.batch_shape(c.data, c.federated.local_batch),
+    count=c.methods.count_examples,
+    pooled=rule_names(c)['cohort'] == 'pooled',
+    pad_to=build.clients_at_once(c)[1],
   )
+  return cohorts.make_cohort(x.people, draw, seed=seed, round=round_number, only=only)
 
 
 def make_cohorts(x: Experiment, first: int) -> Cohort:

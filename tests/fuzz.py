@@ -438,7 +438,7 @@ ADAPTERS = {
 # --- Data sets -------------------------------------------------------------
 
 
-def make_data(pattern: str, *, sealed: bool):
+def make_data(pattern: str):
   """Returns a maker of prepared data of which a file is damaged."""
 
   def make(folder: pathlib.Path) -> pathlib.Path:
@@ -446,8 +446,6 @@ def make_data(pattern: str, *, sealed: bool):
 
     with contextlib.redirect_stdout(io.StringIO()):
       prepared = builders.open_dataset('synthetic', folder).folder
-    if not sealed:
-      (prepared / builders.SEAL).unlink()
     (path,) = prepared.glob(pattern)
     return path
 
@@ -456,21 +454,15 @@ def make_data(pattern: str, *, sealed: bool):
 
 def read_data(folder: pathlib.Path) -> tuple:
   """Reads who there is and some of their turns."""
-  from hetlora_jax.data import builders, people
+  from hetlora_jax.data import people
 
-  place = builders._place('synthetic', '', folder)
-  was_sealed = (place / builders.SEAL).exists()
-  try:
-    group = people.load(
-      'synthetic', _tokenizer(), data_dir=folder, min_examples=2,
-      unseen_fraction=0.2, heldout_fraction=0.2,
-    )  # fmt: skip
-    count = len(group.client_ids)
-    rows = [group.example('train', i, 0).tokens.tolist() for i in range(0, count, 7)]
-    return group.client_ids, group.num_examples.tolist(), rows
-  finally:
-    if not was_sealed:
-      (place / builders.SEAL).unlink(missing_ok=True)
+  data = dataclasses.replace(
+    _config().data, name='synthetic', min_examples=2, heldout_fraction=0.2
+  )
+  group = people.load(data, _tokenizer(), folder)
+  count = len(group.client_ids)
+  rows = [group.example('train', i, 0).tokens.tolist() for i in range(0, count, 7)]
+  return group.client_ids, group.num_examples.tolist(), rows
 
 
 MESSAGE = {'text': 'hello', 'timestamp': '2020-01-01T00:00:00', 'sender': 'a'}
@@ -551,10 +543,7 @@ def read_own(name: str, file: str):
 
 DATA = {
   **{
-    f'{name}{", no seal" * (not sealed)}': Format(
-      make_data(pattern, sealed=sealed), read_data, damage
-    )
-    for sealed in (True, False)
+    name: Format(make_data(pattern), read_data, damage)
     for name, pattern, damage in (
       ('examples.array_record', '*examples.array_record*', any_file),
       ('people.array_record', '*people.array_record*', any_file),
@@ -562,9 +551,6 @@ DATA = {
       ('features.json', 'features.json', json_file),
     )
   },
-  'seal of prepared data': Format(
-    make_data('sha256.json', sealed=True), read_data, json_file
-  ),
   "chitchat's dataset.json": Format(make_chitchat, read_chitchat, json_file),
   'JSONL of text_folder': Format(
     make_lines, read_own('text_folder', 'mine.jsonl'), jsonl_file

@@ -314,7 +314,9 @@ def _judged(judge: Callable, batch: Sequence[Task]) -> Iterator[tuple]:
   count_B = [example.num_target for example in examples]
   length = _bucket(max(len(e.tokens) - 1 for e in examples), 32)
   # One a row, so that adapters of rows are those of people.
-  packed = [packing.pack([e], 1, length, e.num_target) for e in examples]
+  packed = [
+    packing.pack([e], packing.BatchShape(1, length, e.num_target)) for e in examples
+  ]
   targets = _bucket(sum(count_B), 128)
   index = [b.target_index + i * length for i, b in enumerate(packed)]
   fill = np.zeros(targets - sum(count_B), np.int32)
