@@ -3,12 +3,12 @@
 import importlib.util
 import itertools
 
-import entropy
 import numpy as np
 import pytest
 
 from hetlora_jax.data import builders
 from hetlora_jax.data.builders import chitchat, records
+from tests import entropy
 
 
 @pytest.fixture(scope='session')

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 
-import entropy
 import jax
 import numpy as np
 import pytest
@@ -29,6 +28,7 @@ from hetlora_jax import (
 from hetlora_jax.data import builders, people
 from hetlora_jax.models import shapes
 from hetlora_jax.tools import completions, dryrun
+from tests import entropy
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {

@@ -314,7 +314,7 @@ slow = pytest.mark.slow
   ('name', 'damage', 'command'),
   [
     ('GGUF, BPE', _cut, (*TRAIN, f'{SOURCE}/model.gguf')),
-    ('examples.array_record', _flip, TRAIN),
+    ('examples.array_record', _cut, TRAIN),
     ('--config file', _odd, ('launch.train', '--config={files}/mine.py')),
     pytest.param('safetensors', _cut, (*TRAIN, SOURCE), marks=slow),
     pytest.param('tokenizer.model', _cut, (*TRAIN, SOURCE), marks=slow),

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 
-import entropy
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ from configs import tiny
 from hetlora_jax import config
 from hetlora_jax.data import builders, people
 from hetlora_jax.data.builders import records
+from tests import entropy
 
 
 class Characters:

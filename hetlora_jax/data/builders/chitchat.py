@@ -43,16 +43,16 @@ class Chitchat(records.RecordBuilder):
   """Makes every turn that answers another one an example."""
 
   def examples(self) -> Iterator[records.Record]:
+    conversations = read_dataset()
     try:
       found = [
         record
-        for conversation in read_dataset().values()
+        for conversation in conversations.values()
         for record in records.replies([*_turns(conversation['messages'])])
       ]
-    except KeyError as error:
-      raise files.damaged(_dataset_path(), f'no {error}', AGAIN) from error
-    except (ArithmeticError, AttributeError, TypeError) as error:
-      raise files.damaged(_dataset_path(), error, AGAIN) from error
+    except files.UNEXPECTED as error:
+      why = f'{type(error).__name__}: {error}'
+      raise files.damaged(_dataset_path(), why, AGAIN) from error
     if not found:
       raise files.damaged(_dataset_path(), 'nobody answers', AGAIN)
     yield from found
