@@ -17,7 +17,7 @@ from benchmarks import machine
 from configs import chitchat_gemma3
 from hetlora_jax import config, points
 from hetlora_jax.data import people
-from hetlora_jax.data.people import Example, Group, People
+from hetlora_jax.data.people import Example, Group, Population
 from hetlora_jax.models import shapes
 
 LENGTHS = machine.ROOT / 'benchmarks' / 'results' / 'chats.json'
@@ -27,7 +27,7 @@ _OF_EACH = 2  # examples whose lengths are kept, of every person
 def measure() -> dict:
   """Returns everybody's count of examples, and lengths of some of them."""
   c = config.resolve(machine.config())
-  crowd = points.prepare(c).experiment.people
+  crowd = points.prepare(c).experiment.population
   lengths = []
   for person, count in enumerate(crowd.num_examples):
     for i in people.evenly_spaced(int(count), _OF_EACH):
@@ -50,7 +50,7 @@ def report(result: dict) -> str:
   )
 
 
-def crowd(vocabulary: int, clients: int) -> People:
+def crowd(vocabulary: int, clients: int) -> Population:
   """Returns people who talk in random tokens, as long as real ones do.
 
   Args:
@@ -77,7 +77,7 @@ def crowd(vocabulary: int, clients: int) -> People:
     return Group(ids=everyone.ids[of], first=first_N[of], count=count_N[of])
 
   train = part(slice(clients))
-  return People(
+  return Population(
     groups={
       'train': train, 'heldout': train, 'unseen': part(slice(clients, None))
     },
@@ -113,7 +113,7 @@ def prepare(
   for seed in range(points):
     raw.seed = seed
     configs.append(config.resolve(raw))
-  return points.prepare(*configs, crowd=crowd(vocabulary, 2 * clients))
+  return points.prepare(*configs, population=crowd(vocabulary, 2 * clients))
 
 
 if __name__ == '__main__':

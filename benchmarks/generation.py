@@ -22,7 +22,7 @@ from absl import flags
 from benchmarks import child, machine, work
 from hetlora_jax import config, formats, points
 from hetlora_jax.data import packing
-from hetlora_jax.data.people import Example, People, evenly_spaced
+from hetlora_jax.data.people import Example, Population, evenly_spaced
 from hetlora_jax.models import readout
 from hetlora_jax.tools import generation
 
@@ -33,7 +33,7 @@ _MOST_APART = 0.005  # of the perplexities
 _LEAST_EQUAL = 0.95  # of the tokens; one near tie changes all that follow
 
 
-def texts(people: People, count: int, most: int) -> list[Example]:
+def texts(people: Population, count: int, most: int) -> list[Example]:
   """Returns a held-out example of each of so many people, the shorter ones."""
   group, out = people.groups['heldout'], []
   for person in evenly_spaced(len(group.ids), len(group.ids)):
@@ -75,7 +75,9 @@ class Ours:
     """Sums the losses of the targets."""
     length = max(len(e.tokens) for e in self.chosen)
     targets = sum(e.num_target for e in self.chosen)
-    batch = packing.pack(self.chosen, len(self.chosen), length, targets)
+    batch = packing.pack(
+      self.chosen, packing.BatchShape(len(self.chosen), length, targets)
+    )
     loss = jax.jit(readout.make_loss(self.config, jnp.float32, False))
     return float(loss(self.params, {}, jnp.float32(1), batch)[0])
 
@@ -124,7 +126,7 @@ def measure() -> dict:
   rows, new_tokens = _ROWS.value, _NEW_TOKENS.value
   if machine.smoke():
     rows, new_tokens = 3, 4
-  chosen = texts(x.experiment.people, rows, x.config.data.row_tokens)
+  chosen = texts(x.experiment.population, rows, x.config.data.row_tokens)
   with work.model_files(x) as files:
     ours = Ours(files, chosen, new_tokens)
     peer = None

@@ -44,8 +44,8 @@ def dense_cohort(x: points.Points, vocabulary: int) -> Cohort:
     tokens = rng.integers(3, vocabulary, (f.local_batch, _DENSE_LENGTH + 1))
     return packing.pack(
       [Example(row.astype(np.int32), _DENSE_LENGTH) for row in tokens],
-      f.local_batch, _DENSE_LENGTH, f.local_batch * _DENSE_LENGTH,
-    )  # fmt: skip
+      packing.BatchShape(f.local_batch, _DENSE_LENGTH, f.local_batch * _DENSE_LENGTH),
+    )
 
   stack = lambda many: jax.tree.map(lambda *x: np.stack(x), *many)  # noqa: E731
   cohort = work.first_cohort(x)

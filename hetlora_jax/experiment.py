@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from hetlora_jax import base_model, build, files, heldout, sharding
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError
-from hetlora_jax.data import cohorts, partition, people
+from hetlora_jax.data import cohorts, packing, people
 from hetlora_jax.methods import traffic
 from hetlora_jax.types import Cohort, Hyperparameters, Rules, ServerState
 
@@ -28,7 +27,7 @@ class Experiment:
 
   config: Config
   model: BaseModel
-  people: people.People
+  population: people.Population
   evaluation: dict[str, Cohort]  # name -> evaluation set, in numpy
   rules: Rules
   mesh: jax.sharding.Mesh
@@ -42,69 +41,44 @@ class Start(NamedTuple):
   hyper: Hyperparameters
 
 
-def packing(config: Config, examples: int) -> dict[str, int]:
-  """Returns the shape of a batch of so many examples."""
-  d = config.data
-  room = examples * d.tokens_per_example
-  row_tokens = min(d.row_tokens, room)
-  return {
-    'rows': math.ceil(room / row_tokens),
-    'row_tokens': row_tokens,
-    'num_targets': examples * d.targets_per_example,
-  }
-
-
-def _load_people(config: Config, words) -> people.People:
+def _load_people(config: Config, tokenizer: people.Tokenizer) -> people.Population:
   d = config.data
   try:
-    crowd = people.load(
-      d.name,
-      words,
-      path=d.path or '',
-      min_examples=d.min_examples,
-      unseen_fraction=d.unseen_fraction,
-      heldout_fraction=d.heldout_fraction,
-      max_context_turns=d.context_turns,
-      most_tokens=d.tokens_per_example,
-      num_people=d.num_people or 0,
-      copies=d.copies,
-      by=partition.Partition(
-        name=d.partition,
-        clients=d.partition_clients,
-        alpha=d.partition_alpha,
-        seed=d.partition_seed,
-      ),
-    )
+    population = people.load(d, tokenizer)
   except ValueError as error:
     raise ConfigError(f'config.data: {error}') from error
   _check_population(
     config,
-    crowd,
+    population,
     f'of {d.name!r} with data.min_examples={d.min_examples} and '
     f'data.num_people={d.num_people}: lower it, or raise data.copies',
   )
-  return crowd
+  return population
 
 
-def _check_population(config: Config, crowd: people.People, which: str) -> None:
-  population, wanted = len(crowd.client_ids), config.federated.clients_per_round
-  if wanted > population:
+def _check_population(
+  config: Config, population: people.Population, which: str
+) -> None:
+  count, wanted = len(population.client_ids), config.federated.clients_per_round
+  if wanted > count:
     raise ConfigError(
-      f'config.federated.clients_per_round={wanted} exceeds the {population} '
+      f'config.federated.clients_per_round={wanted} exceeds the {count} '
       f'clients {which}.'
     )
 
 
-def _evaluation_sets(config: Config, crowd: people.People) -> dict[str, Cohort]:
+def _evaluation_sets(
+  config: Config, population: people.Population
+) -> dict[str, Cohort]:
   e, out = config.eval, {}
   for name, kind in (('seen', 'heldout'), ('unseen', 'unseen')):
-    num_people = min(e.num_people, len(crowd.groups[kind].ids))
+    num_people = min(e.num_people, len(population.groups[kind].ids))
     out[name] = cohorts.evaluation_set(
-      crowd,
+      population,
       kind,
       num_people=num_people,
       examples_per_person=e.examples_per_person,
-      **packing(config, e.examples_per_person),
+      shape=packing.batch_shape(config.data, e.examples_per_person),
       multiple_of=heldout.people_at_once(num_people, config.mesh.clients),
     )
   return out
@@ -126,7 +100,7 @@ def prepare(
   config: Config,
   *,
   model: BaseModel | None = None,
-  crowd: people.People | None = None,
+  population: people.Population | None = None,
 ) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing.
 
@@ -134,22 +108,22 @@ def prepare(
     config: checked.
     model: your own (`base_model.own`), instead of what `config.model` and
       `config.lora.targets` name.
-    crowd: your own clients and their examples, instead of what `config.data` names.
+    population: your own clients and their examples, instead of what `config.data` names.
   """
   mesh = sharding.make_mesh(config.mesh.sweep, config.mesh.clients, config.mesh.model)
   if model:
     model = base_model.place(model, mesh)
   else:
     model = base_model.of_config(config, mesh)
-  if crowd:
-    _check_population(config, crowd, 'that were given')
+  if population:
+    _check_population(config, population, 'that were given')
   else:
-    crowd = _load_people(config, model.tokenizer)
+    population = _load_people(config, model.tokenizer)
   return Experiment(
     config=config,
     model=model,
-    people=crowd,
-    evaluation=_evaluation_sets(config, crowd),
+    population=population,
+    evaluation=_evaluation_sets(config, population),
     rules=build.make_rules(config, model.loss),
     mesh=mesh,
   )
@@ -162,7 +136,7 @@ def start(x: Experiment, config: Config) -> Start:
     x: the experiment.
     config: that of `x`, but for fields that may vary (`config.VARIES`).
   """
-  rank_N = build.draw_ranks(config, x.people.num_examples)
+  rank_N = build.draw_ranks(config, x.population.num_examples)
   state = build.init_state(config, x.model.dims, x.model.params, rank_N, x.rules)
   return Start(rank_N, state, build.make_hyperparameters(config))
 
@@ -174,8 +148,8 @@ def describe(x: Experiment) -> dict[str, Any]:
     'model': x.config.model.source,
     'model_fingerprint': identity['sha256'],
     'dtype': identity['dtype'],
-    'training_people': len(x.people.client_ids),
-    'unseen_people': len(x.people.groups['unseen'].ids),
+    'training_people': len(x.population.client_ids),
+    'unseen_people': len(x.population.groups['unseen'].ids),
     'base_parameters': base_parameters(x),
     'adapter_parameters_r_max': traffic.lora_parameters(r_max, x.model.dims),
   }
@@ -191,19 +165,12 @@ def make_cohort(x: Experiment, seed: int, round: int, only: slice) -> Cohort:
 
   A cohort is a function of (seed, round).
   """
-  f = x.config.federated
-  return cohorts.make_cohort(
-    x.people,
-    seed=seed,
-    round=round,
-    clients_per_round=f.clients_per_round,
-    local_steps=f.local_steps,
-    local_batch=f.local_batch,
-    sampling=f.sampling,
-    min_steps=f.min_local_steps or f.local_steps,
-    count=x.config.methods.count_examples,
-    pooled='pooled' in x.config.traits,
-    pad_to=build.clients_at_once(x.config)[1],
-    **packing(x.config, f.local_batch),
-    only=only,
+  c = x.config
+  draw = cohorts.Draw(
+    federated=c.federated,
+    shape=packing.batch_shape(c.data, c.federated.local_batch),
+    count=c.methods.count_examples,
+    pooled='pooled' in c.traits,
+    pad_to=build.clients_at_once(c)[1],
   )
+  return cohorts.make_cohort(x.population, draw, seed=seed, round=round, only=only)

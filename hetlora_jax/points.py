@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from hetlora_jax import build, experiment, heldout, rounds, sharding
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import VARIES, Config, to_dict
-from hetlora_jax.data.people import People
+from hetlora_jax.data.people import Population
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.fields import flat
 from hetlora_jax.types import Cohort, Hyperparameters, PyTree, Rules, ServerState
@@ -83,17 +83,17 @@ def _stack(trees: Sequence[PyTree]) -> PyTree:
   'more devices that share a model, mesh.model.'
 )
 def prepare(
-  *configs: Config, model: BaseModel | None = None, crowd: People | None = None
+  *configs: Config, model: BaseModel | None = None, population: Population | None = None
 ) -> Points:
   """Builds and checks one or several runs; raises ConfigError before any writing.
 
   Args:
     *configs: differ in `config.VARIES` alone.
     model: see `experiment.prepare`.
-    crowd: see `experiment.prepare`.
+    population: see `experiment.prepare`.
   """
   configs = _fill_up(configs)
-  x = experiment.prepare(configs[0], model=model, crowd=crowd)
+  x = experiment.prepare(configs[0], model=model, population=population)
   starts = [experiment.start(x, c) for c in configs]
   state, hyper = (_stack([getattr(s, n) for s in starts]) for n in ('state', 'hyper'))
   mesh, at_once = x.mesh, x.config.mesh.points_at_once

@@ -89,7 +89,7 @@ def people(
     who_E = zip(evaluated_people(x, kind), loss_E, tokens_E, strict=False)
     out[name] = [
       {
-        'client': x.people.groups[kind].ids[i],
+        'client': x.population.groups[kind].ids[i],
         'rank': None if kind == 'unseen' else int(rank_N[i]),
         'loss_sum': float(loss),
         'tokens': int(tokens),
@@ -101,7 +101,7 @@ def people(
 
 def evaluated_people(x: Experiment, kind: str) -> np.ndarray:
   """Returns the places of the people that are evaluated, among their kind."""
-  count = len(x.people.groups[kind].ids)
+  count = len(x.population.groups[kind].ids)
   return evenly_spaced(count, min(x.config.eval.num_people, count))
 
 

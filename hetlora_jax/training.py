@@ -28,7 +28,7 @@ from hetlora_jax import (
 )
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError, to_dict
-from hetlora_jax.data.people import People
+from hetlora_jax.data.people import Population
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run, anywhere
 from hetlora_jax.types import Row, ServerState
@@ -90,7 +90,7 @@ def train(
   on_round: Callable[[Row], Any] | None = None,
   *,
   model: BaseModel | None = None,
-  crowd: People | None = None,
+  population: Population | None = None,
   branch: Branch | None = None,
   command: str = '',
 ) -> Run:
@@ -102,7 +102,7 @@ def train(
     workdir: the folder of the run; see `train_points`.
     on_round: called with every row as soon as it is written.
     model: a base model of your own (`base_model.own`).
-    crowd: clients and examples of your own.
+    population: clients and examples of your own.
     branch: a saved state to start from.
     command: a line that repeats this call, for summary.json.
 
@@ -111,7 +111,9 @@ def train(
     Interrupted: somebody asked to stop (`console.guard`); the state has been saved.
   """
   point = Point(load_config(config), pathlib.Path(workdir), command)
-  return train_points([point], on_round, model=model, crowd=crowd, branch=branch)[0]
+  return train_points(
+    [point], on_round, model=model, population=population, branch=branch
+  )[0]
 
 
 def train_points(
@@ -119,7 +121,7 @@ def train_points(
   on_round: Callable[[Row], Any] | None = None,
   *,
   model: BaseModel | None = None,
-  crowd: People | None = None,
+  population: Population | None = None,
   branch: Branch | None = None,
 ) -> list[Run]:
   """Runs or continues points in one program.
@@ -131,7 +133,7 @@ def train_points(
       saved. Of several processes the first alone writes.
     on_round: called with every row of every point.
     model: see `train`.
-    crowd: see `train`.
+    population: see `train`.
     branch: what to start from if nothing was saved in the workdirs.
 
   Raises:
@@ -146,7 +148,7 @@ def train_points(
   console.say(
     f'Loading {c.model.source} and {c.data.name}; the first time takes a while.'
   )
-  x = points.prepare(*[p.config for p in chosen], model=model, crowd=crowd)
+  x = points.prepare(*[p.config for p in chosen], model=model, population=population)
   console.say(_introduction(x, len(chosen)))
   branched = branch and not any(run.steps() for run in runs)
   start = _branched(x, branch) if branched else None

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hetlora_jax.data import builders
-from hetlora_jax.data.builders import chitchat, conversations
-from hetlora_jax.data.people import unigram_entropy
+from hetlora_jax.data.builders import chitchat, records
+from tests import entropy
 
 
 @pytest.fixture(scope='session')
@@ -22,14 +22,14 @@ def real_chats():
   if importlib.util.find_spec('chitchat_dataset') is None:
     pytest.skip('chitchat-dataset is not installed')
   # A builder reads and writes nothing before it is prepared.
-  return list(chitchat.Chitchat(data_dir='/nowhere').turns())
+  return list(chitchat.Chitchat(data_dir='/nowhere').examples())
 
 
 def conditional_entropy(sentences: list[list[bytes]]) -> float:
   """Returns the nats a word that are left when the word before is known."""
   pairs = [pair for words in sentences for pair in itertools.pairwise([b'', *words])]
-  joint = unigram_entropy(np.array([b' '.join(pair) for pair in pairs]))
-  return joint - unigram_entropy(np.array([pair[0] for pair in pairs]))
+  joint = entropy.unigram(np.array([b' '.join(pair) for pair in pairs]))
+  return joint - entropy.unigram(np.array([pair[0] for pair in pairs]))
 
 
 def test_records_are_ordered_by_person_then_time(synthetic):
@@ -37,12 +37,12 @@ def test_records_are_ordered_by_person_then_time(synthetic):
   assert order == sorted(order)
 
 
-def test_turns_may_be_given_in_any_order(synthetic, tmp_path, monkeypatch):
-  turns = builders.BUILDERS['synthetic'].turns
+def test_examples_may_be_given_in_any_order(synthetic, tmp_path, monkeypatch):
+  examples = builders.BUILDERS['synthetic'].examples
   monkeypatch.setattr(
     builders.BUILDERS['synthetic'],
-    'turns',
-    lambda self: reversed(list(turns(self))),
+    'examples',
+    lambda self: reversed(list(examples(self))),
   )
   mixed = builders.open_dataset('synthetic', tmp_path)
   for ours, theirs in zip(mixed.examples, synthetic.examples, strict=True):
@@ -83,7 +83,7 @@ def test_a_synthetic_grammar_is_easy_and_its_own(synthetic):
   for record in itertools.islice(synthetic.examples, None, None, 2):
     number = int(record['client'].decode().removeprefix('person-')) % 4
     by_grammar[number].append(record['target'].split())
-  unigram = unigram_entropy(np.concatenate(sum(by_grammar, [])))
+  unigram = entropy.unigram(np.concatenate(sum(by_grammar, [])))
   own = [conditional_entropy(sentences) for sentences in by_grammar]
   mixed = conditional_entropy(sum(by_grammar, []))
   assert max(own) < unigram / 3  # word order alone would leave a half
@@ -91,28 +91,28 @@ def test_a_synthetic_grammar_is_easy_and_its_own(synthetic):
 
 
 def test_half_prepared_data_is_prepared_again(tmp_path, monkeypatch):
-  write = conversations.ConversationBuilder._generate_examples
+  write = records.RecordBuilder._generate_examples
 
-  def stop_midway(self, turns):
-    yield from itertools.islice(write(self, turns), 5)
+  def stop_midway(self, found):
+    yield from itertools.islice(write(self, found), 5)
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(conversations.ConversationBuilder, '_generate_examples', stop_midway)
+    patch.setattr(records.RecordBuilder, '_generate_examples', stop_midway)
     with pytest.raises(KeyboardInterrupt):
       builders.open_dataset('synthetic', tmp_path)
   assert len(builders.open_dataset('synthetic', tmp_path).people) == 64
 
 
 def test_losing_a_race_to_prepare_is_no_error(tmp_path, monkeypatch):
-  turns = builders.BUILDERS['synthetic'].turns
+  examples = builders.BUILDERS['synthetic'].examples
 
   def overtaken(self):
-    monkeypatch.setattr(builders.BUILDERS['synthetic'], 'turns', turns)
+    monkeypatch.setattr(builders.BUILDERS['synthetic'], 'examples', examples)
     builders.open_dataset('synthetic', tmp_path)
-    return turns(self)
+    return examples(self)
 
-  monkeypatch.setattr(builders.BUILDERS['synthetic'], 'turns', overtaken)
+  monkeypatch.setattr(builders.BUILDERS['synthetic'], 'examples', overtaken)
   assert len(builders.open_dataset('synthetic', tmp_path).people) == 64
 
 

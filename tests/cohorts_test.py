@@ -1,36 +1,35 @@
 """A cohort is a function of (seed, round), a client's data of itself too."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from configs import tiny
+from hetlora_jax import config
 from hetlora_jax.data import cohorts
-from hetlora_jax.data.people import Example, Group, People
+from hetlora_jax.data.packing import BatchShape
+from hetlora_jax.data.people import Example, Group, Population
 
 # Uneven, and two people have fewer than a round's 3 x 5 examples.
 COUNTS = np.array([40, 4, 90, 17, 60, 25, 300, 11, 33, 52, 71])
 N = len(COUNTS)
 UNSEEN = np.array([8, 30, 19])
-SHAPE = dict(rows=2, row_tokens=16, num_targets=12)
-ARGUMENTS = SHAPE | dict(
-  seed=7,
-  clients_per_round=6,
-  local_steps=3,
-  min_steps=3,
-  local_batch=5,
-  sampling='uniform',
-  count='round',
-  pooled=False,
-  pad_to=8,
-)
+SHAPE = BatchShape(rows=2, row_tokens=16, num_targets=12)
+FEDERATED = dataclasses.replace(
+  config.build(tiny.get_config()).federated, clients_per_round=6, local_steps=3,
+  min_local_steps=3, local_batch=5, sampling='uniform',
+)  # fmt: skip
+DRAW = dict(count='round', pooled=False, pad_to=8)
 
 
-def make_people(counts=COUNTS):
-  """Makes people whose example in row i has i + 1 as its one target."""
+def make_population(counts=COUNTS):
+  """Makes clients whose example in row i has i + 1 as its one target."""
   first = np.cumsum(counts + 2) - (counts + 2)
   names = tuple(f'p{i}' for i in range(len(counts)))
   unseen_first = 10_000 + np.cumsum(UNSEEN) - UNSEEN
-  return People(
+  return Population(
     groups={
       'train': Group(ids=names, first=first, count=counts),
       'heldout': Group(ids=names, first=first + counts, count=np.full_like(counts, 2)),
@@ -40,8 +39,16 @@ def make_people(counts=COUNTS):
   )
 
 
-def make(**overrides):
-  return cohorts.make_cohort(make_people(), **({'round': 4} | ARGUMENTS | overrides))
+def make(population=None, *, seed=7, round=4, only=slice(None), **overrides):
+  """Makes a cohort; the other arguments are fields of `Draw` and `Federated`."""
+  draw = {name: overrides.pop(name, value) for name, value in DRAW.items()}
+  return cohorts.make_cohort(
+    population or make_population(),
+    cohorts.Draw(
+      federated=dataclasses.replace(FEDERATED, **overrides), shape=SHAPE, **draw
+    ),
+    seed=seed, round=round, only=only,
+  )  # fmt: skip
 
 
 def assert_same(a, b):
@@ -117,8 +124,8 @@ def test_padding_clients_and_missing_examples_weigh_nothing():
 
 
 def test_an_example_is_seen_at_most_once_and_is_the_clients_own():
-  people = make_people()
-  group = people.groups['train']
+  population = make_population()
+  group = population.groups['train']
   cohort = make(clients_per_round=N, pad_to=N)
   for place, client in enumerate(cohort.client_id):
     trained = rows_trained_on(cohort, place)
@@ -129,7 +136,7 @@ def test_an_example_is_seen_at_most_once_and_is_the_clients_own():
 
 
 def test_clients_count_by_all_their_data_or_by_the_rounds():
-  everyone = dict(clients_per_round=N, pad_to=N + 2, min_steps=1)
+  everyone = dict(clients_per_round=N, pad_to=N + 2, min_local_steps=1)
   dataset = make(count='dataset', **everyone)
   assert dataset.num_examples.tolist()[N:] == [0, 0]
   client_C = dataset.client_id[:N]
@@ -146,12 +153,13 @@ def steps_taken(cohort):
   return (cohort.batches.weight.sum(-1) > 0).sum(-1)
 
 
-UNEVEN = dict(local_steps=6, min_steps=2, clients_per_round=N, pad_to=N)
+UNEVEN = dict(local_steps=6, min_local_steps=2, clients_per_round=N, pad_to=N)
 
 
 def test_steps_are_uniform_between_the_bounds():
+  federated = dataclasses.replace(FEDERATED, min_local_steps=2, local_steps=6)
   drawn = [
-    cohorts._num_steps(7, round_, client, 2, 6)
+    cohorts._num_steps(7, round_, client, federated)
     for round_ in range(100)
     for client in range(N)
   ]
@@ -161,7 +169,7 @@ def test_steps_are_uniform_between_the_bounds():
 
 
 def test_a_slow_client_takes_the_first_of_its_steps():
-  whole = make(**UNEVEN | dict(min_steps=6))
+  whole = make(**UNEVEN | dict(min_local_steps=6))
   cohort = make(**UNEVEN)
   assert_same(cohort.client_id, whole.client_id)
   taken = steps_taken(cohort)
@@ -213,7 +221,7 @@ POOLED = dict(pooled=True, pad_to=1)
 @pytest.mark.parametrize('min_steps', [1, 3])
 @pytest.mark.parametrize('sampling', ['uniform', 'by_size'])
 def test_a_pooled_cohort_trains_on_the_federated_ones_examples(min_steps, sampling):
-  change = dict(min_steps=min_steps, sampling=sampling)
+  change = dict(min_local_steps=min_steps, sampling=sampling)
   federated, pooled = make(**change), make(**POOLED, **change)
   rows = [r for c in range(6) for r in rows_trained_on(federated, c)]
   pooled_rows = rows_trained_on(pooled, 0)
@@ -241,15 +249,14 @@ def test_a_pooled_cohort_counts_what_its_clients_do():
 
 
 def test_a_pooled_cohort_is_shuffled_by_seed_and_round():
-  people = make_people(np.full(N, 60))
+  population = make_population(np.full(N, 60))
 
   def rows(**change):
-    arguments = ARGUMENTS | dict(clients_per_round=N, pooled=True, pad_to=1)
-    return cohorts.make_cohort(people, **({'round': 4} | arguments | change))
+    return make(population, clients_per_round=N, **POOLED, **change)
 
   cohort = rows()
   assert_same(cohort, rows())
-  first = people.groups['train'].first
+  first = population.groups['train'].first
   for step in range(3):  # a client alone has 3 such steps
     b = jax.tree.map(lambda leaf, s=step: leaf[0, s], cohort.batches)
     owners = np.searchsorted(first, b.target[b.weight > 0] - 1, 'right')
@@ -271,10 +278,9 @@ def test_a_host_builds_only_its_slice_of_a_pooled_cohort(only):
 
 
 def test_clients_draw_apart_from_one_another():
-  people = make_people(np.full(N, 60))
-  arguments = ARGUMENTS | dict(clients_per_round=N, pad_to=N)
-  cohort = cohorts.make_cohort(people, round=4, **arguments)
-  first = people.groups['train'].first
+  population = make_population(np.full(N, 60))
+  cohort = make(population, clients_per_round=N, pad_to=N)
+  first = population.groups['train'].first
   draws = {
     tuple(sorted(rows_trained_on(cohort, place) - first[client]))
     for place, client in enumerate(cohort.client_id)
@@ -310,12 +316,12 @@ def test_uniform_draws_everyone_alike():
 
 def test_evaluation_spreads_over_people_and_turns():
   sets = cohorts.evaluation_set(
-    make_people(), 'heldout', num_people=5, examples_per_person=1, **SHAPE
+    make_population(), 'heldout', num_people=5, examples_per_person=1, shape=SHAPE
   )
   assert sets.client_id.tolist() == [0, 2, 4, 6, 8]
   assert sets.batches.tokens.shape == (5, 1, 2, 16)
   unseen = cohorts.evaluation_set(
-    make_people(), 'unseen', num_people=3, examples_per_person=10, **SHAPE
+    make_population(), 'unseen', num_people=3, examples_per_person=10, shape=SHAPE
   )
   assert (unseen.client_id == N).all()
   assert unseen.num_examples.tolist() == [8, 10, 10]
@@ -324,14 +330,14 @@ def test_evaluation_spreads_over_people_and_turns():
 
 
 def test_evaluation_never_meets_training_rows():
-  people = make_people()
+  population = make_population()
   trained = set()
   for round_ in range(20):
     cohort = make(round=round_, clients_per_round=N, pad_to=N)
     trained |= {int(r) for i in range(N) for r in rows_trained_on(cohort, i)}
   for kind, num_people in (('heldout', N), ('unseen', 3)):
     sets = cohorts.evaluation_set(
-      people, kind, num_people=num_people, examples_per_person=9, **SHAPE
+      population, kind, num_people=num_people, examples_per_person=9, shape=SHAPE
     )
     rows = {int(r) for i in range(num_people) for r in rows_trained_on(sets, i)}
     assert rows
@@ -343,12 +349,8 @@ def test_evaluation_never_meets_training_rows():
   [
     (dict(clients_per_round=12, pad_to=12), 'clients_per_round=12 .* 11'),
     (dict(clients_per_round=0), 'clients_per_round=0 '),
-    (dict(pad_to=5), 'pad_to=5 is below clients_per_round=6'),
-    (dict(sampling='size'), "sampling='size' must be"),
-    (dict(count='all'), "count='all' must be"),
-    (dict(min_steps=4), r'min_steps=4 must be in \[1, local_steps=3\]'),
-    (dict(min_steps=0), 'min_steps=0 must be'),
-    (dict(pooled=True, pad_to=0), 'pad_to=0 leaves no pooled client'),
+    (dict(pad_to=5), 'pad_to=5 is below 6 clients'),
+    (dict(pooled=True, pad_to=0), 'pad_to=0 is below 1 clients'),
     (dict(pooled=True, clients_per_round=12), 'clients_per_round=12 .* 11'),
   ],
 )
@@ -357,8 +359,24 @@ def test_impossible_cohorts_are_named(change, message):
     make(**change)
 
 
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('federated.sampling', 'size'),
+    ('methods.count_examples', 'all'),
+    ('federated.min_local_steps', 99),
+    ('federated.min_local_steps', -1),
+  ],
+)
+def test_a_configuration_of_impossible_cohorts_is_named(field, value):
+  raw = tiny.get_config()
+  raw.update_from_flattened_dict({field: value})
+  with pytest.raises(config.ConfigError, match=f'{field}={value!r} '):
+    config.resolve(raw)
+
+
 def test_too_many_people_to_evaluate_is_named():
   with pytest.raises(ValueError, match=r'num_people=4 .* 3\]'):
     cohorts.evaluation_set(
-      make_people(), 'unseen', num_people=4, examples_per_person=1, **SHAPE
+      make_population(), 'unseen', num_people=4, examples_per_person=1, shape=SHAPE
     )

@@ -133,10 +133,10 @@ def test_the_untouched_model_with_examples_of_others(tmp_path):
 
 def test_shots_are_of_other_people_and_cut_first():
   x = points.prepare(_config(data__copies=2)).experiment
-  name = x.people.client_ids[0]
+  name = x.population.client_ids[0]
   rng = np.random.default_rng(0)
-  others = sum(other != name for other in x.people.client_ids)
-  assert others == len(x.people.client_ids) - 2
+  others = sum(other != name for other in x.population.client_ids)
+  assert others == len(x.population.client_ids) - 2
   shots = completions._draw_shots(x, name, others, rng)
   assert len(shots) == others and all(s.num_target for s in shots)
   with pytest.raises(ConfigError, match=f'--shots={others + 1}'):

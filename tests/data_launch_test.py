@@ -101,7 +101,7 @@ def test_clients_of_at_least_so_many_are_counted(mine):
 def test_any_counts_can_be_drawn(tmp_path, count):
   same = np.ones(count, np.int64)
   found = statistics.Statistics(
-    name='x', folder=tmp_path, examples_N=same, context_E=same, target_E=same,
+    name='x', examples_N=same, context_E=same, target_E=same,
     label_counts={f'label {"long " * 9}{i}': 1 for i in range(count)},
   )  # fmt: skip
   statistics.plot(found, tmp_path / 'x.png')

@@ -36,7 +36,7 @@ def test_bytes_match_the_compilers_and_the_real_runs(method):
   per_word = 2 * c.model.random.width // 2 * 4
   trained = 2 if method == 'full_finetuning' else 1  # their changes are state
   assert report.argument - memory.argument_size_in_bytes == trained * words * per_word
-  assert report.population == len(x.experiment.people.client_ids) == 27
+  assert report.population == len(x.experiment.population.client_ids) == 27
   assert report.clients == cohorts.client_id.shape[-1] == 8
   assert report.flops > 0 and report.moved['all-reduce'] > 0
 

@@ -31,6 +31,7 @@ from hetlora_jax.data import builders, people
 from hetlora_jax.models import shapes
 from hetlora_jax.run import Run
 from hetlora_jax.tools import completions, dryrun
+from tests import entropy
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
@@ -142,16 +143,16 @@ def test_random_weights_in_a_published_shape(monkeypatch):
 
 def test_own_people_take_the_place_of_a_data_set():
   c = small_config()
-  theirs = points.prepare(c).experiment.people
+  theirs = points.prepare(c).experiment.population
   first = dataclasses.replace(theirs, read=lambda row: theirs.read(0))
-  cohort = points.make_cohorts(points.prepare(c, crowd=first), 0)
+  cohort = points.make_cohorts(points.prepare(c, population=first), 0)
   assert len(np.unique(cohort.batches.target[cohort.batches.weight > 0])) <= (
     theirs.read(0).num_target
   )
   nobody = people.Group(ids=('a',), first=np.array([0]), count=np.array([1]))
   few = dataclasses.replace(theirs, groups=theirs.groups | {'train': nobody})
   with pytest.raises(config.ConfigError, match='exceeds the 1 clients that'):
-    points.prepare(c, crowd=few)
+    points.prepare(c, population=few)
 
 
 def test_continuing_equals_an_unbroken_run_to_the_bit(unbroken, tmp_path):
@@ -396,7 +397,7 @@ def test_people_json_tells_everybodys_part_of_the_last_evaluation(unbroken):
     assert [p['tokens'] for p in told[name]] == tokens_E.tolist()
     loss = sum(p['loss_sum'] for p in told[name]) / tokens_E.sum()
     assert loss == pytest.approx(last[f'eval/{name}/loss'], rel=1e-6)
-    ids = x.experiment.people.groups[kind].ids
+    ids = x.experiment.population.groups[kind].ids
     assert [p['client'] in ids for p in told[name]] == [True] * len(tokens_E)
   ranks = [x.initial_rank[0][int(i)] for i in x.evaluation['seen'].client_id]
   assert [p['rank'] for p in told['seen']] == ranks
@@ -411,8 +412,7 @@ def test_tiny_beats_the_unigram_entropy_of_its_data(tmp_path):
     batches = cohort.batches
     targets = np.asarray(batches.target)[np.asarray(batches.weight) > 0]
     assert len(targets) > 300
-    entropy = people.unigram_entropy(targets)
-    assert summary['last'][f'eval/{name}/loss'] < entropy - 0.2
+    assert summary['last'][f'eval/{name}/loss'] < entropy.unigram(targets) - 0.2
   assert summary['rank/pruned'] > 0
 
 

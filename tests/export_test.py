@@ -281,7 +281,7 @@ def test_a_person_gets_what_a_round_would_send(tmp_path, method):
   if method == 'fedsa_lora':
     with pytest.raises(ConfigError, match='leaves b with the people'):
       _export(x, tmp_path)
-  out, _ = _export(x, tmp_path, client=x.experiment.people.client_ids[who])
+  out, _ = _export(x, tmp_path, client=x.experiment.population.client_ids[who])
   got = lora.deltas(_read(out, x), 1.7)
   mask = np.arange(SLOTS) < int(state.memory.rank[who, 0])
   for t, adapter in state.adapters.items():

@@ -451,10 +451,10 @@ def read_data(folder: pathlib.Path) -> tuple:
   """Reads who there is and some of their turns."""
   from hetlora_jax.data import people
 
-  group = people.load(
-    'synthetic', _tokenizer(), data_dir=folder, min_examples=2,
-    unseen_fraction=0.2, heldout_fraction=0.2,
-  )  # fmt: skip
+  data = dataclasses.replace(
+    _config().data, name='synthetic', min_examples=2, heldout_fraction=0.2
+  )
+  group = people.load(data, _tokenizer(), folder)
   count = len(group.client_ids)
   rows = [group.example('train', i, 0).tokens.tolist() for i in range(0, count, 7)]
   return group.client_ids, group.num_examples.tolist(), rows
@@ -544,7 +544,6 @@ DATA = {
       ('people.array_record', '*people.array_record*'),
       ('dataset_info.json', 'dataset_info.json'),
       ('features.json', 'features.json'),
-      ('seal of prepared data', 'sha256.json'),
     )
   },
   "chitchat's dataset.json": Format(make_chitchat, read_chitchat, json_file),

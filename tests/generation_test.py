@@ -246,8 +246,8 @@ def test_gemma3_270m_with_a_cache_equals_without():
       Example(np.array([*p, *row], np.int32), most)
       for p, row in zip(prompts, np.asarray(got.tokens), strict=True)
     ],
-    2, 32, 2 * most,
-  )  # fmt: skip
+    packing.BatchShape(2, 32, 2 * most),
+  )
   # Given what was generated, each of its tokens is the likeliest.
   best, _ = judge(model.params, {}, NOTHING, batch)
   np.testing.assert_array_equal(best, batch.target)

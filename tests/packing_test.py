@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hetlora_jax.data.packing import pack
+from hetlora_jax.data.packing import BatchShape, pack
 from hetlora_jax.data.people import Example
 
 BOS = 1
@@ -57,13 +57,13 @@ def expected_predictions(examples):
 @pytest.mark.parametrize('seed', range(20))
 def test_every_target_is_predicted_once_from_its_own_context(seed):
   examples = make_examples(seed, count=9)
-  batch = pack(examples, rows=7, row_tokens=31, num_targets=70)
+  batch = pack(examples, BatchShape(rows=7, row_tokens=31, num_targets=70))
   assert predictions(batch) == expected_predictions(examples)
 
 
 def test_padding_is_zero_and_has_no_weight():
   examples = make_examples(seed=0, count=3)
-  batch = pack(examples, rows=5, row_tokens=23, num_targets=41)
+  batch = pack(examples, BatchShape(rows=5, row_tokens=23, num_targets=41))
   empty = batch.segment == 0
   assert empty.any()
   assert not batch.tokens[empty].any()
@@ -75,7 +75,7 @@ def test_padding_is_zero_and_has_no_weight():
 
 
 def test_shapes_and_types():
-  batch = pack(make_examples(0, 3), rows=5, row_tokens=23, num_targets=41)
+  batch = pack(make_examples(0, 3), BatchShape(rows=5, row_tokens=23, num_targets=41))
   assert batch.tokens.shape == batch.segment.shape == (5, 23)
   assert batch.position.shape == (5, 23)
   assert batch.target.shape == batch.weight.shape == (41,)
@@ -84,7 +84,7 @@ def test_shapes_and_types():
 
 
 def test_no_examples_are_a_batch_of_padding():
-  batch = pack([], rows=3, row_tokens=5, num_targets=7)
+  batch = pack([], BatchShape(rows=3, row_tokens=5, num_targets=7))
   assert batch.tokens.shape == (3, 5)
   assert not any(leaf.any() for leaf in batch)
 
@@ -92,7 +92,7 @@ def test_no_examples_are_a_batch_of_padding():
 def test_several_examples_share_a_row():
   examples = make_examples(seed=1, count=6)
   total = sum(len(e.tokens) - 1 for e in examples)
-  batch = pack(examples, rows=1, row_tokens=total, num_targets=50)
+  batch = pack(examples, BatchShape(rows=1, row_tokens=total, num_targets=50))
   assert (batch.segment > 0).all()
   assert predictions(batch) == expected_predictions(examples)
 
@@ -102,7 +102,7 @@ def test_the_longest_lose_their_oldest_context_but_not_bos():
     Example(np.array([BOS, *range(start, start + n)], np.int32), 2)
     for start, n in ((100, 10), (200, 20), (300, 4))
   )
-  batch = pack([long, longer, short], rows=1, row_tokens=18, num_targets=9)
+  batch = pack([long, longer, short], BatchShape(rows=1, row_tokens=18, num_targets=9))
   cut = [  # 7 + 7 + 4 positions
     Example(np.array([BOS, *range(103, 110)], np.int32), 2),
     Example(np.array([BOS, *range(213, 220)], np.int32), 2),
@@ -116,7 +116,7 @@ def test_the_longest_targets_are_cut_at_their_end():
     Example(np.array([BOS, *range(start, start + n)], np.int32), n - 1)
     for start, n in ((100, 9), (200, 4))
   )
-  batch = pack([big, small], rows=2, row_tokens=16, num_targets=8)
+  batch = pack([big, small], BatchShape(rows=2, row_tokens=16, num_targets=8))
   cut = Example(big.tokens[:7], 5)  # 5 + 3 targets
   assert predictions(batch) == expected_predictions([cut, small])
 
@@ -128,7 +128,7 @@ def test_packing_succeeds_whenever_one_token_each_fits(seed):
   count = int(rng.integers(1, rows * row_tokens + 1))
   num_targets = int(rng.integers(count, 3 * count + 1))
   examples = make_examples(seed, count)
-  got = predictions(pack(examples, rows, row_tokens, num_targets))
+  got = predictions(pack(examples, BatchShape(rows, row_tokens, num_targets)))
   targets = {target for _, target in got}
   for example in examples:
     own = example.tokens[len(example.tokens) - example.num_target :].tolist()
@@ -142,7 +142,7 @@ def test_packing_succeeds_whenever_one_token_each_fits(seed):
 def test_no_higher_cap_would_have_fitted(seed):
   examples = make_examples(seed, count=8, longest_context=25)
   rows, row_tokens = 3, 24
-  batch = pack(examples, rows, row_tokens, num_targets=100)
+  batch = pack(examples, BatchShape(rows, row_tokens, 100))
   kept = np.bincount(batch.segment.reshape(-1), minlength=9)[1:]
   full = np.array([len(e.tokens) - 1 for e in examples])
   if (kept == full).all():
@@ -165,7 +165,7 @@ def first_fit_succeeds(lengths, rows, row_tokens):
 
 
 def test_packing_is_deterministic():
-  first, second = (pack(make_examples(3, 9), 2, 31, 20) for _ in range(2))
+  first, second = (pack(make_examples(3, 9), BatchShape(2, 31, 20)) for _ in range(2))
   for a, b in zip(first, second, strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -179,4 +179,4 @@ def test_packing_is_deterministic():
 )
 def test_too_small_a_batch_is_named(shape):
   with pytest.raises(ValueError, match='3 examples cannot fit in rows='):
-    pack(make_examples(0, 3), **shape)
+    pack(make_examples(0, 3), BatchShape(**shape))

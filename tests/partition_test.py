@@ -1,11 +1,14 @@
 """Clients made by a rule: nothing lost, nothing random but by its own seed."""
 
+import dataclasses
 import inspect
 
 import numpy as np
 import pytest
 
-from hetlora_jax.data import builders, cohorts, partition, people
+from configs import tiny
+from hetlora_jax import config
+from hetlora_jax.data import builders, cohorts, packing, partition, people
 
 LABELS = np.repeat([f'p{i}' for i in range(7)], [40, 60, 30, 110, 50, 70, 40])
 CLIENTS = 20
@@ -100,21 +103,22 @@ def load(tmp_path_factory):
   data_dir = tmp_path_factory.mktemp('tfds')
 
   def load(name='dirichlet', **overrides):
-    by = partition.Partition(name=name, clients=50, alpha=1.0, seed=3)
-    arguments = dict(min_examples=20, unseen_fraction=0.3, heldout_fraction=0.25)
-    return people.load(
-      'synthetic', Letters(), data_dir=data_dir, by=by, **arguments | overrides
-    )
+    data = dataclasses.replace(
+      config.build(tiny.get_config()).data, name='synthetic', min_examples=20,
+      unseen_fraction=0.3, heldout_fraction=0.25, partition=name,
+      partition_clients=50, partition_alpha=1.0, partition_seed=3,
+    )  # fmt: skip
+    return people.load(dataclasses.replace(data, **overrides), Letters(), data_dir)
 
   return load
 
 
 def test_made_clients_are_people_like_others(load):
-  crowd = load(num_people=20, copies=2)
-  groups = crowd.groups
+  population = load(num_people=20, copies=2)
+  groups = population.groups
   assert groups['train'].ids == groups['heldout'].ids * 2
   assert not set(groups['train'].ids) & set(groups['unseen'].ids)
-  assert all(i.startswith('dirichlet-0000') for i in crowd.client_ids)
+  assert all(i.startswith('dirichlet-0000') for i in population.client_ids)
   assert (groups['train'].count[:20] + groups['heldout'].count).min() >= 20
   seen = set()
   for group in (load(min_examples=2).groups[k] for k in ('train', 'heldout', 'unseen')):  # fmt: skip
@@ -125,14 +129,14 @@ def test_made_clients_are_people_like_others(load):
 
 
 def test_a_made_client_reads_examples_of_several_people(load, tmp_path):
-  crowd = load('iid', unseen_fraction=0, min_examples=2)
+  population = load('iid', unseen_fraction=0, min_examples=2)
   records = builders.open_dataset('synthetic', tmp_path).examples
   by = partition.Partition(name='iid', clients=50, seed=3)
   rows = partition.draw(by, np.zeros(len(records)))
   for client in (0, 49):
     for i in (0, 5):
       record = records[int(rows[client][i])]
-      example = crowd.example('train', client, i)
+      example = population.example('train', client, i)
       text = ''.join(map(chr, example.tokens[-example.num_target :]))
       assert text == f' {record["target"].decode()}\n'
 
@@ -144,13 +148,19 @@ def test_ids_do_not_depend_on_the_runs_seed(load):
 
 
 def test_cohorts_are_drawn_from_made_clients(load):
-  crowd = load('pathological')
+  population = load('pathological')
   cohort = cohorts.make_cohort(
-    crowd, seed=0, round=0, clients_per_round=3, local_steps=2, min_steps=2,
-    local_batch=2, rows=2, row_tokens=160, num_targets=160, sampling='by_size',
-    count='dataset', pooled=False, pad_to=4,
+    population, cohorts.Draw(
+      federated=dataclasses.replace(
+        config.build(tiny.get_config()).federated, clients_per_round=3,
+        local_steps=2, min_local_steps=2, local_batch=2, sampling='by_size',
+      ),
+      shape=packing.BatchShape(rows=2, row_tokens=160, num_targets=160),
+      count='dataset', pooled=False, pad_to=4,
+    ),
+    seed=0, round=0,
   )  # fmt: skip
   np.testing.assert_array_equal(
     cohort.num_examples[:3],
-    crowd.groups['train'].count[cohort.client_id[:3]],
+    population.groups['train'].count[cohort.client_id[:3]],
   )

@@ -1,12 +1,16 @@
 """Who is trained on what, and how a turn becomes tokens."""
 
+import dataclasses
 import time
 
 import numpy as np
 import pytest
 
+from configs import tiny
+from hetlora_jax import config
 from hetlora_jax.data import builders, people
-from hetlora_jax.data.builders import conversations
+from hetlora_jax.data.builders import records
+from tests import entropy
 
 
 class Characters:
@@ -22,7 +26,10 @@ def text_of(tokens):
   return ''.join(map(chr, tokens))
 
 
-ARGUMENTS = dict(min_examples=25, unseen_fraction=0.3, heldout_fraction=0.25)
+DATA = dataclasses.replace(
+  config.build(tiny.get_config()).data,
+  name='synthetic', min_examples=25, unseen_fraction=0.3, heldout_fraction=0.25,
+)  # fmt: skip
 
 
 @pytest.fixture(scope='session')
@@ -33,8 +40,8 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def load(data_dir):
   def load(**overrides):
-    arguments = ARGUMENTS | overrides
-    return people.load('synthetic', Characters(), data_dir=data_dir, **arguments)
+    data = dataclasses.replace(DATA, **overrides)
+    return people.load(data, Characters(), data_dir)
 
   return load
 
@@ -45,12 +52,12 @@ def rows(group, i):
 
 def test_heldout_turns_are_a_persons_latest(load, data_dir):
   groups = load().groups
-  records = builders.open_dataset('synthetic', data_dir).examples
+  examples = builders.open_dataset('synthetic', data_dir).examples
   train, heldout = groups['train'], groups['heldout']
   assert train.ids == heldout.ids
   for i, name in enumerate(train.ids):
-    early = [records[int(row)] for row in rows(train, i)]
-    late = [records[int(row)] for row in rows(heldout, i)]
+    early = [examples[int(row)] for row in rows(train, i)]
+    late = [examples[int(row)] for row in rows(heldout, i)]
     assert {r['client'].decode() for r in early + late} == {name}
     assert max(r['time'] for r in early) < min(r['time'] for r in late)
     assert len(late) == max(1, (len(early) + len(late)) // 4)
@@ -159,7 +166,7 @@ def test_one_turn_is_held_out_even_of_a_fraction_of_zero(load):
 
 
 def test_a_transcript_ends_with_the_target_after_a_prompt():
-  example = people.encode(Characters(), 'A: hi\nB: oh\nA:', ' yes\n')
+  example = people.encode(Characters(), records.Rendered('A: hi\nB: oh\nA:', ' yes\n'))
   assert example.tokens.dtype == np.int32
   assert example.tokens[0] == 2
   assert text_of(example.tokens[1:]) == 'A: hi\nB: oh\nA: yes\n'
@@ -167,12 +174,12 @@ def test_a_transcript_ends_with_the_target_after_a_prompt():
 
 
 def test_an_example_is_the_persons_turn(load, data_dir):
-  crowd = load()
+  population = load()
   client, i = 3, 5
-  name = crowd.client_ids[client]
+  name = population.client_ids[client]
   everyone = builders.open_dataset('synthetic', data_dir)
   record = [r for r in everyone.examples if r['client'].decode() == name][i]
-  example = crowd.example('train', client, i)
+  example = population.example('train', client, i)
   context, target = record['context'][0].decode(), record['target'].decode()
   assert text_of(example.tokens[1:]) == f'B: {context}\nA: {target}\n'
 
@@ -181,16 +188,16 @@ def test_context_is_the_latest_turns():
   record = dict(
     context=[b'one', b'two', b'three'], mine=[True, False, True], target=b'x'
   )
-  chat = conversations.render_chat
+  chat = records.render_chat
   assert people._render(chat, record, 2) == ('B: two\nA: three\nA:', ' x\n', '')
   assert people._render(chat, record, 4).prompt.startswith('A: one\nB: two\nA:')
 
 
 def test_an_example_that_is_not_there_is_named(load):
-  crowd = load()
-  count = crowd.num_examples[1]
+  population = load()
+  count = population.num_examples[1]
   with pytest.raises(IndexError, match=f'train example {count} of person-'):
-    crowd.example('train', 1, count)
+    population.example('train', 1, count)
 
 
 def test_people_are_read_without_their_turns(load, monkeypatch):
@@ -209,7 +216,8 @@ def test_a_million_people_split_quickly():
     count=counts,
   )
   start = time.perf_counter()
-  groups = people._split(everyone, 0.2, 0.2)
+  unseen = people._is_unseen(everyone.ids, 0.2)
+  groups = people._split(everyone, unseen, 0.2)
   assert time.perf_counter() - start < 15  # seconds; 3 when measured
   assert abs(len(groups['unseen'].ids) / 10**6 - 0.2) < 0.002
 
@@ -221,15 +229,21 @@ def test_a_million_people_split_quickly():
     ('unseen_fraction', -0.1),
     ('heldout_fraction', 1.5),
     ('heldout_fraction', float('nan')),
-    ('min_examples', 1),
     ('num_people', -1),
-    ('max_context_turns', 0),
-    ('max_context_turns', 5),
+    ('context_turns', 0),
+    ('context_turns', 5),
   ],
 )
-def test_impossible_values_are_named(load, field, value):
-  with pytest.raises(ValueError, match=f'{field}={value} must be in'):
-    load(**{field: value})
+def test_impossible_values_are_named(field, value):
+  raw = tiny.get_config()
+  raw.data[field] = value
+  with pytest.raises(config.ConfigError, match=rf'config\.data\.{field}={value} '):
+    config.resolve(raw)
+
+
+def test_one_example_cannot_be_trained_on_and_held_out(load):
+  with pytest.raises(ValueError, match=r'min_examples=1 must be at least 2'):
+    load(min_examples=1)
 
 
 def test_too_many_examples_asked_for_is_named(load):
@@ -250,7 +264,5 @@ def test_corpus_covers_people_evenly(data_dir):
 
 
 def test_unigram_entropy_of_known_distributions():
-  assert people.unigram_entropy(np.array([7, 7, 7])) == 0
-  np.testing.assert_allclose(
-    people.unigram_entropy(np.array([0, 1, 0, 2])), 1.5 * np.log(2)
-  )
+  assert entropy.unigram(np.array([7, 7, 7])) == 0
+  np.testing.assert_allclose(entropy.unigram(np.array([0, 1, 0, 2])), 1.5 * np.log(2))

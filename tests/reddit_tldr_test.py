@@ -1,10 +1,13 @@
 """Webis-TLDR-17 in its own form: who trains, what of a post is kept."""
 
+import dataclasses
 import json
 
 import pytest
 import tensorflow_datasets as tfds
 
+from configs import tiny
+from hetlora_jax import config
 from hetlora_jax.data import builders, people
 from hetlora_jax.data.builders import reddit_tldr
 
@@ -54,12 +57,12 @@ def test_a_post_is_its_authors_in_the_order_of_the_file(tmp_path):
 
 
 def test_a_post_does_not_hold_its_summary():
-  found = reddit_tldr.turn(post(content='A car it is.\nTL;DR: a car'), 0)
+  found = reddit_tldr.example(post(content='A car it is.\nTL;DR: a car'), 0)
   assert found.context == ['A car it is.']
   whole = post(content='I did buy a car, you see. a carpet', summary='buy a car')
-  assert reddit_tldr.turn(whole, 0).context == ['I did , you see. a carpet']
+  assert reddit_tldr.example(whole, 0).context == ['I did , you see. a carpet']
   word = post(content='My car is red.', summary='car')
-  assert reddit_tldr.turn(word, 0).context == ['My car is red.']
+  assert reddit_tldr.example(word, 0).context == ['My car is red.']
 
 
 @pytest.mark.parametrize(
@@ -70,8 +73,8 @@ def test_a_post_does_not_hold_its_summary():
   ],
 )  # fmt: skip
 def test_posts_of_nobody_and_nothing_are_dropped(fields):
-  assert reddit_tldr.turn(post(), 0) is not None
-  assert reddit_tldr.turn(post(**fields), 0) is None
+  assert reddit_tldr.example(post(), 0) is not None
+  assert reddit_tldr.example(post(**fields), 0) is None
 
 
 def test_an_author_of_one_post_is_left_out(tmp_path):
@@ -80,11 +83,12 @@ def test_an_author_of_one_post_is_left_out(tmp_path):
 
 
 def load(tmp_path, posts, **overrides):
-  arguments = dict(min_examples=2, unseen_fraction=0.5, heldout_fraction=0.2)
-  return people.load(
-    'reddit_tldr', Letters(), data_dir=tmp_path / 'd',
-    path=str(write(tmp_path, posts)), **arguments | overrides,
+  data = dataclasses.replace(
+    config.build(tiny.get_config()).data, name='reddit_tldr',
+    path=str(write(tmp_path, posts)), min_examples=2, unseen_fraction=0.5,
+    heldout_fraction=0.2, **overrides,
   )  # fmt: skip
+  return people.load(data, Letters(), tmp_path / 'd')
 
 
 def test_who_wrote_much_trains_and_all_others_are_unseen(tmp_path, monkeypatch):
@@ -103,8 +107,8 @@ def test_the_paper_trains_on_authors_of_a_hundred_posts(tmp_path):
 
 def test_a_post_reads_as_a_text_and_its_summary(tmp_path, monkeypatch):
   monkeypatch.setattr(reddit_tldr.RedditTldr, 'train_from', 2)
-  crowd = load(tmp_path, [post(summary='wheels')] * 3, most_tokens=25)
-  tokens = crowd.example('train', 0, 0).tokens
+  population = load(tmp_path, [post(summary='wheels')] * 3, tokens_per_example=25)
+  tokens = population.example('train', 0, 0).tokens
   assert ''.join(map(chr, tokens[1:])) == 'I bought a\nTL;DR: wheels\n'
 
 

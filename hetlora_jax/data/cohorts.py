@@ -1,10 +1,11 @@
-"""The people of a round and their batches: a function of (seed, round).
+"""The clients of a round and their batches: a function of (seed, round).
 
 What a client trains on is a function of (seed, round, client) alone, so it
 does not depend on who else was sampled nor on which host builds it. Pooled
 cohorts, of centralised training, draw the very same examples.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -12,13 +13,43 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
-from hetlora_jax import prng
+from hetlora_jax import config, prng
 from hetlora_jax.data import packing
-from hetlora_jax.data.people import Example, Kind, People, evenly_spaced
+from hetlora_jax.data.people import Example, Kind, Population, evenly_spaced
 from hetlora_jax.types import Batch, Cohort
 
-Sampling = Literal['uniform', 'by_size']
-Count = Literal['dataset', 'round']
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draw:
+  """How cohorts are drawn, the same in every round of a run.
+
+  A pooled cohort, of centralised training, has instead of the sampled clients
+  one of id 0 with all of their examples, shuffled, in as many steps as theirs
+  together; its `num_examples` is their sum.
+  """
+
+  federated: config.Federated
+  shape: packing.BatchShape  # of the batch of a step
+  # What `num_examples` is: all training examples that a client has (n_k of
+  # FedAvg), or those that it trains on in this round.
+  count: Literal['dataset', 'round']
+  pooled: bool
+  pad_to: int  # padding clients, of id N and no examples, fill up to so many
+
+  def __post_init__(self):
+    """Raises ValueError if `pad_to` leaves no room for the clients."""
+    if self.pad_to < self.num_clients:
+      raise ValueError(f'pad_to={self.pad_to} is below {self.num_clients} clients.')
+
+  @property
+  def num_clients(self) -> int:
+    return 1 if self.pooled else self.federated.clients_per_round
+
+  @property
+  def num_steps(self) -> int:
+    """Returns how many steps a client takes at most."""
+    f = self.federated
+    return f.local_steps * (f.clients_per_round if self.pooled else 1)
 
 
 class _Share(NamedTuple):
@@ -26,6 +57,52 @@ class _Share(NamedTuple):
 
   num_examples: int
   examples: list[Example]
+
+
+_NOTHING = _Share(0, [])
+
+
+def make_cohort(
+  population: Population,
+  draw: Draw,
+  *,
+  seed: int,
+  round: int,
+  only: slice = slice(None),
+) -> Cohort:
+  """Samples a round's clients and packs their batches; leaves are in numpy.
+
+  A client sees each example at most once a round; one who has too few for all
+  steps has padding in the last. `only` builds just that slice of the clients.
+  """
+  padding = len(population.client_ids)
+  by_size = draw.federated.sampling == 'by_size'
+  sampled_C = sample_clients(
+    seed,
+    round,
+    padding,
+    draw.federated.clients_per_round,
+    population.num_examples if by_size else None,
+  )
+  client_C = np.full(draw.pad_to, padding)
+  client_C[: draw.num_clients] = 0 if draw.pooled else sampled_C
+  share = functools.partial(_share, population, draw, seed, round)
+
+  def share_at(place: int) -> _Share:
+    if client_C[place] == padding:
+      return _NOTHING
+    if draw.pooled:
+      rng = prng.host_stream(seed, 'pool', round)
+      return _pool([share(int(client)) for client in sampled_C], rng)
+    return share(int(client_C[place]))
+
+  return _pack(
+    client_C[only],
+    [share_at(place) for place in range(draw.pad_to)[only]],
+    steps=draw.num_steps,
+    batch=draw.federated.local_batch,
+    shape=draw.shape,
+  )
 
 
 def sample_clients(
@@ -49,67 +126,49 @@ def sample_clients(
   return client_C.astype(np.int32)
 
 
-def _weights(people: People, sampling: Sampling) -> np.ndarray | None:
-  if sampling not in ('uniform', 'by_size'):
-    raise ValueError(f"{sampling=} must be 'uniform' or 'by_size'.")
-  return people.num_examples if sampling == 'by_size' else None
-
-
-def _stack(batches: Sequence) -> Batch:
-  return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-
-
-def _num_steps(
-  seed: int, round: int, client: int, min_steps: int, local_steps: int
-) -> int:
-  """Draws how many of `local_steps` a client takes, `min_steps` at least."""
-  if min_steps == local_steps:
-    return local_steps
-  rng = prng.host_stream(seed, 'steps', round, client)
-  return int(rng.integers(min_steps, local_steps, endpoint=True))
-
-
-def _draw(
-  people: People,
-  seed: int,
-  round: int,
-  client: int,
-  *,
-  count: Count,
-  min_steps: int,
-  local_steps: int,
-  local_batch: int,
+def _share(
+  population: Population, draw: Draw, seed: int, round: int, client: int
 ) -> _Share:
   """Draws a client's examples, each at most once; fewer steps are a prefix."""
+  f = draw.federated
   rng = prng.host_stream(seed, 'examples', round, client)
-  available = int(people.num_examples[client])
-  wanted = min(local_steps * local_batch, available)
-  steps = _num_steps(seed, round, client, min_steps, local_steps)
-  chosen = rng.choice(available, wanted, replace=False)[: steps * local_batch]
-  examples = [people.example('train', client, int(i)) for i in chosen]
-  return _Share(available if count == 'dataset' else len(examples), examples)
+  available = int(population.num_examples[client])
+  wanted = min(f.local_steps * f.local_batch, available)
+  steps = _num_steps(seed, round, client, f)
+  chosen = rng.choice(available, wanted, replace=False)[: steps * f.local_batch]
+  examples = [population.example('train', client, int(i)) for i in chosen]
+  return _Share(available if draw.count == 'dataset' else len(examples), examples)
+
+
+def _num_steps(seed: int, round: int, client: int, f: config.Federated) -> int:
+  """Draws how many of the local steps a client takes in a round."""
+  fewest = f.min_local_steps or f.local_steps
+  if fewest == f.local_steps:
+    return f.local_steps
+  rng = prng.host_stream(seed, 'steps', round, client)
+  return int(rng.integers(fewest, f.local_steps, endpoint=True))
 
 
 def _pool(shares: Sequence[_Share], rng: np.random.Generator) -> _Share:
-  """Shuffles everybody's examples together; what they count adds up."""
+  """Shuffles all clients' examples together; what they count adds up."""
   examples = [example for share in shares for example in share.examples]
   order = rng.permutation(len(examples))
   total = sum(share.num_examples for share in shares)
   return _Share(total, [examples[i] for i in order])
 
 
-def _cohort(
+def _pack(
   client_id: np.ndarray,
   shares: Sequence[_Share],
   steps: int,
   batch: int,
-  shape: dict,
+  shape: packing.BatchShape,
 ) -> Cohort:
   """Packs the examples of each client, `batch` of them a step."""
   starts = range(0, steps * batch, batch)
 
   def pack(examples: list[Example]) -> Batch:
-    return _stack([packing.pack(examples[i : i + batch], **shape) for i in starts])
+    return _stack([packing.pack(examples[i : i + batch], shape) for i in starts])
 
   return Cohort(
     client_id=client_id.astype(np.int32),
@@ -118,132 +177,26 @@ def _cohort(
   )
 
 
-def _check_cohort(
-  *,
-  clients_per_round: int,
-  local_steps: int,
-  min_steps: int,
-  count: Count,
-  pooled: bool,
-  pad_to: int,
-) -> None:
-  """Raises ValueError at the first value that cannot work."""
-  if pooled and pad_to < 1:
-    raise ValueError(f'{pad_to=} leaves no pooled client; raise it to 1.')
-  if not pooled and pad_to < clients_per_round:
-    raise ValueError(f'{pad_to=} is below {clients_per_round=}; raise it.')
-  if not 1 <= min_steps <= local_steps:
-    raise ValueError(f'{min_steps=} must be in [1, {local_steps=}].')
-  if count not in ('dataset', 'round'):
-    raise ValueError(f"{count=} must be 'dataset' or 'round'.")
-
-
-def make_cohort(
-  people: People,
-  *,
-  seed: int,
-  round: int,
-  clients_per_round: int,
-  local_steps: int,
-  min_steps: int,
-  local_batch: int,
-  rows: int,
-  row_tokens: int,
-  num_targets: int,
-  sampling: Sampling,
-  count: Count,
-  pooled: bool,
-  pad_to: int,
-  only: slice = slice(None),
-) -> Cohort:
-  """Samples a round's clients and packs their batches; leaves are in numpy.
-
-  A client sees each example at most once a round; one who has too few for all
-  steps has padding in the last. `only` builds just that slice of the clients.
-
-  Args:
-    people: the population, N.
-    seed: with `round`, of everything drawn.
-    round: counts from 0.
-    clients_per_round: how many are sampled.
-    local_steps: most steps of a client.
-    min_steps: fewest; a client's number is drawn from min_steps..local_steps,
-      and its later steps are padding.
-    local_batch: examples a step.
-    rows: of a step's batch, as are `row_tokens` and `num_targets`.
-    row_tokens: positions of a row.
-    num_targets: room for target tokens.
-    sampling: 'uniform', or 'by_size' of people's data.
-    count: what `num_examples` is: 'dataset', all training examples a person
-      has (n_k of FedAvg), or 'round', those it trains on in this round.
-    pooled: centralised training: instead of the clients, one of id 0 with all
-      of their examples, shuffled, in clients_per_round * local_steps steps;
-      its `num_examples` is their sum.
-    pad_to: padding clients, of id N and no examples, fill up to so many.
-    only: which of these to build.
-  """
-  _check_cohort(
-    clients_per_round=clients_per_round,
-    local_steps=local_steps,
-    min_steps=min_steps,
-    count=count,
-    pooled=pooled,
-    pad_to=pad_to,
-  )
-  population = len(people.client_ids)
-  sampled_C = sample_clients(
-    seed, round, population, clients_per_round, _weights(people, sampling)
-  )
-  real_C = np.zeros(1) if pooled else sampled_C
-  client_C = np.full(pad_to, population)
-  client_C[: len(real_C)] = real_C
-  client_C = client_C[only]
-  draw = functools.partial(
-    _draw,
-    people,
-    seed,
-    round,
-    count=count,
-    min_steps=min_steps,
-    local_steps=local_steps,
-    local_batch=local_batch,
-  )
-
-  def share(client: int) -> _Share:
-    if client == population:
-      return _Share(0, [])
-    if pooled:
-      rng = prng.host_stream(seed, 'pool', round)
-      return _pool([draw(int(c)) for c in sampled_C], rng)
-    return draw(client)
-
-  return _cohort(
-    client_C,
-    [share(int(client)) for client in client_C],
-    steps=local_steps * (clients_per_round if pooled else 1),
-    batch=local_batch,
-    shape=dict(rows=rows, row_tokens=row_tokens, num_targets=num_targets),
-  )
+def _stack(batches: Sequence) -> Batch:
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
 def evaluation_set(
-  people: People,
+  population: Population,
   kind: Kind,
   *,
   num_people: int,
   examples_per_person: int,
-  rows: int,
-  row_tokens: int,
-  num_targets: int,
+  shape: packing.BatchShape,
   multiple_of: int = 1,
 ) -> Cohort:
-  """Packs one batch a person, of people and turns spread evenly over all.
+  """Packs one batch a person, of people and examples spread evenly over all.
 
   The same for every seed. Leaves of `batches` are [E, 1, ...]; `client_id` is
   N for the unseen, who have no place among the clients. People without any
   target fill up to a multiple of `multiple_of`.
   """
-  group = people.groups[kind]
+  group = population.groups[kind]
   if not 0 < num_people <= len(group.ids):
     raise ValueError(
       f'{num_people=} must be in [1, {len(group.ids)}], the {kind} people; '
@@ -253,19 +206,17 @@ def evaluation_set(
 
   def share(person: int) -> _Share:
     chosen = evenly_spaced(int(group.count[person]), examples_per_person)
-    examples = [people.example(kind, person, int(i)) for i in chosen]
+    examples = [population.example(kind, person, int(i)) for i in chosen]
     return _Share(len(examples), examples)
 
-  population = len(people.client_ids)
   padding = -num_people % multiple_of
-  client_E = np.full(num_people + padding, population)
+  client_E = np.full(num_people + padding, len(population.client_ids))
   if kind != 'unseen':
     client_E[:num_people] = person_E
-  nobody = [_Share(0, [])] * padding
-  return _cohort(
+  return _pack(
     client_E,
-    [*[share(int(person)) for person in person_E], *nobody],
+    [*[share(int(person)) for person in person_E], *[_NOTHING] * padding],
     steps=1,
     batch=examples_per_person,
-    shape=dict(rows=rows, row_tokens=row_tokens, num_targets=num_targets),
+    shape=shape,
   )

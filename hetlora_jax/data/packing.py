@@ -1,16 +1,38 @@
-"""Several examples to a row: on chats, a third of the positions is padding.
+"""Packs several examples into one row, so that few positions are padding.
 
 An example of L tokens takes L - 1 positions, since nothing follows the last.
 """
 
 import bisect
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from hetlora_jax import config
 from hetlora_jax.data.people import Example
 from hetlora_jax.types import Batch
+
+
+class BatchShape(NamedTuple):
+  """The room that one batch has: tokens are [rows, row_tokens]."""
+
+  rows: int
+  row_tokens: int
+  num_targets: int
+
+
+def batch_shape(data: config.Data, num_examples: int) -> BatchShape:
+  """Returns the shape of a batch with the configured room for each example."""
+  room = num_examples * data.tokens_per_example
+  row_tokens = min(data.row_tokens, room)
+  return BatchShape(
+    rows=math.ceil(room / row_tokens),
+    row_tokens=row_tokens,
+    num_targets=num_examples * data.targets_per_example,
+  )
 
 
 def first_fit(
@@ -50,10 +72,9 @@ def _highest_below(
   return bisect.bisect(caps, budget, key=lambda cap: length_at(cap).sum())
 
 
-def _cap_targets(
-  target_E: np.ndarray, rows: int, row_tokens: int, num_targets: int
-) -> np.ndarray:
-  """Cuts targets only where they would not fit beside bare bos tokens."""
+def _cap_targets(target_E: np.ndarray, shape: BatchShape) -> np.ndarray:
+  """Returns lengths of targets, cut only where bos and targets would not fit."""
+  rows, row_tokens, num_targets = shape
   length_at = functools.partial(np.minimum, target_E)
   top = min(target_E.max(), row_tokens)
   top = _highest_below(length_at, top, num_targets)
@@ -63,7 +84,7 @@ def _cap_targets(
 def _cap_lengths(
   length_E: np.ndarray, target_E: np.ndarray, rows: int, row_tokens: int
 ) -> np.ndarray:
-  """Cuts context, but leaves room for targets beside bare bos tokens."""
+  """Returns lengths of examples, cut in the context but never in the target."""
 
   def length_at(cap: int) -> np.ndarray:
     return np.maximum(target_E, np.minimum(length_E, cap))
@@ -79,49 +100,50 @@ def _trim(example: Example, length: int, num_target: int) -> np.ndarray:
   return np.concatenate([tokens[:1], tokens[len(tokens) - length :]])
 
 
-def empty_batch(rows: int, row_tokens: int, num_targets: int) -> Batch:
-  """Returns a batch of padding alone."""
-  tokens, segment, position = np.zeros((3, rows, row_tokens), np.int32)
-  target_index, target = np.zeros((2, num_targets), np.int32)
-  weight = np.zeros(num_targets, np.float32)
+def empty_batch(shape: BatchShape) -> Batch:
+  """Returns a batch of padding alone, in numpy."""
+  tokens, segment, position = np.zeros((3, shape.rows, shape.row_tokens), np.int32)
+  target_index, target = np.zeros((2, shape.num_targets), np.int32)
+  weight = np.zeros(shape.num_targets, np.float32)
   return Batch._make(  # numpy arrays, which Batch's types do not know of
     [tokens, segment, position, target_index, target, weight]
   )
 
 
-def pack(
-  examples: Sequence[Example], rows: int, row_tokens: int, num_targets: int
-) -> Batch:
+def pack(examples: Sequence[Example], shape: BatchShape) -> Batch:
   """Packs all examples, in numpy: longest first, each into the first free row.
 
   What does not fit is cut, the longest first, by one common cap: the end of
   targets beyond `num_targets` in all, then the oldest context, bos kept.
   Raises ValueError if not even one target token of each example fits.
   """
-  batch = empty_batch(rows, row_tokens, num_targets)
+  batch = empty_batch(shape)
   if not examples:
     return batch
+  rows, row_tokens, num_targets = shape
   if len(examples) > min(rows * row_tokens, num_targets):
     raise ValueError(
       f'{len(examples)} examples cannot fit in {rows=} of {row_tokens=} with '
       f'{num_targets=}, at one position and one target each; raise these.'
     )
+  # Cut what does not fit.
   length_E = np.array([len(example.tokens) - 1 for example in examples])
   wanted_E = np.array([example.num_target for example in examples])
-  target_E = _cap_targets(wanted_E, rows, row_tokens, num_targets)
+  target_E = _cap_targets(wanted_E, shape)
   length_E = length_E - (wanted_E - target_E)
   length_E = _cap_lengths(length_E, target_E, rows, row_tokens)
+  # Place the rest.
   row_E, offset_E, _ = first_fit(length_E, rows, row_tokens)
   filled = 0
   for e, (row, offset) in enumerate(zip(row_E, offset_E, strict=True)):
     tokens = _trim(examples[e], length_E[e], target_E[e])
-    _place(batch, tokens, e + 1, row, offset)
-    _aim(batch, tokens[-target_E[e] :], filled, row, offset + length_E[e])
+    _write_inputs(batch, tokens, e + 1, row, offset)
+    _write_targets(batch, tokens[-target_E[e] :], filled, row, offset + length_E[e])
     filled += target_E[e]
   return batch
 
 
-def _place(
+def _write_inputs(
   batch: Batch, tokens: np.ndarray, segment: int, row: int, offset: int
 ) -> None:
   """Writes all tokens but the last into a row."""
@@ -131,7 +153,9 @@ def _place(
   batch.position[where] = np.arange(len(tokens) - 1)
 
 
-def _aim(batch: Batch, target: np.ndarray, filled: int, row: int, end: int) -> None:
+def _write_targets(
+  batch: Batch, target: np.ndarray, filled: int, row: int, end: int
+) -> None:
   """Writes the targets that the positions up to column `end` predict."""
   where = np.s_[filled : filled + len(target)]
   last = row * batch.tokens.shape[1] + end

@@ -1,4 +1,4 @@
-"""Clients made by a rule from anybody's examples, instead of natural ones.
+"""Makes clients by a rule from all examples, in place of the natural clients.
 
 Each rule is (labels [E], clients, alpha, rng) -> the client of each example,
 [E]; a label is the author, or what the data set says an example is about. The

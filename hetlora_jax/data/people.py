@@ -1,24 +1,23 @@
-"""Who takes part, and each person's turns as tokens, read when needed.
+"""The population: who the clients are, and each one's examples as tokens.
 
 People are set aside as unseen by a hash of their name (or, where the data set
-says so, by how much they wrote) and turns held out by time, so runs of every
-seed are evaluated on the same people and turns. A turn held out for one person
-may still be context, which bears no loss, for another.
+says so, by how much they wrote) and examples are held out by time, so runs of
+every seed are evaluated on the same people and examples. What is held out of
+one person may still be context, which bears no loss, of another.
 """
 
 import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from hetlora_jax import files
+from hetlora_jax import config
 from hetlora_jax.data import builders, partition
-from hetlora_jax.data.builders import conversations
-from hetlora_jax.data.partition import Partition
+from hetlora_jax.data.builders import records
 
 Kind = Literal['train', 'heldout', 'unseen']
 
@@ -36,7 +35,7 @@ class Tokenizer(Protocol):
 
 
 class Example(NamedTuple):
-  """A transcript whose last `num_target` tokens bear the loss."""
+  """A text as tokens, of which the last `num_target` bear the loss."""
 
   tokens: np.ndarray  # [L] int32, bos first, L > num_target
   num_target: int
@@ -44,19 +43,30 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-  """People, and which rows of the data set are theirs."""
+  """Some clients, and which rows of the data set are theirs."""
 
   ids: tuple[str, ...]
-  first: np.ndarray  # [N] int64, a person's first row
-  count: np.ndarray  # [N] int64, how many rows follow
+  first: np.ndarray  # [N] int64, a client's first row
+  count: np.ndarray  # [N] int64, how many rows are the client's
+
+  def select(self, mask_N: np.ndarray) -> 'Group':
+    """Returns the clients at which the mask is true, in their order."""
+    keep_N = np.flatnonzero(mask_N)
+    ids = tuple(self.ids[i] for i in keep_N)
+    return Group(ids=ids, first=self.first[keep_N], count=self.count[keep_N])
+
+  def repeat(self, copies: int) -> 'Group':
+    """Returns all clients in their order, `copies` times over."""
+    first, count = np.tile([self.first, self.count], copies)
+    return Group(ids=self.ids * copies, first=first, count=count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class People:
-  """The population: one group of people a kind of example.
+class Population:
+  """All clients by the kind of their examples, and how an example is read.
 
-  'train' and 'heldout' are earlier and later turns of the same people; 'train'
-  repeats them all in their order if each stands for several clients.
+  'train' and 'heldout' are earlier and later examples of the same people;
+  'train' repeats them all in their order if each stands for several clients.
   """
 
   groups: dict[Kind, Group]
@@ -72,7 +82,7 @@ class People:
     return self.groups['train'].count
 
   def example(self, kind: Kind, client: int, i: int) -> Example:
-    """Returns example `i` of the person at index `client` of that kind."""
+    """Returns example `i` of the client at index `client` of that kind."""
     group = self.groups[kind]
     if not 0 <= i < group.count[client]:
       raise IndexError(
@@ -81,59 +91,97 @@ class People:
     return self.read(int(group.first[client]) + i)
 
 
-def encode(
-  tokenizer: Tokenizer,
-  prompt: str,
-  completion: str,
-  cue: str = '',
-  most_tokens: int = 0,
-) -> Example:
-  """Encodes all apart, as they are when text is generated.
+def load(
+  data: config.Data, tokenizer: Tokenizer, data_dir: str | os.PathLike | None = None
+) -> Population:
+  """Splits the clients of the configured data set, which is prepared if needed.
 
-  A prompt that has a cue is cut before it to `most_tokens` positions in all,
-  unless that is 0; one without is left whole, for packing to cut.
+  Clients with fewer than `min_examples` are left out. The latest
+  `heldout_fraction` of the others' examples, one at least, is held out. Of those
+  trained on, `num_people` are kept, by a hash of their id, or all if it is not
+  given. Each of them stands for `copies` clients, who share their examples but
+  have ranks and draws of their own. Clients that are made by a partition have
+  examples in no order, so what is held out of them is drawn, not the latest.
+
+  Raises ValueError, which names the field, if nobody is left to train on.
   """
-  prompt_tokens = tokenizer.encode(prompt)
-  target_tokens = tokenizer.encode(completion)
-  if cue:
-    cue_tokens = tokenizer.encode(cue)
-    room = max(0, most_tokens - len(cue_tokens) - len(target_tokens))
-    prompt_tokens = prompt_tokens[: room if most_tokens else None] + cue_tokens
-  tokens = [tokenizer.bos_id, *prompt_tokens, *target_tokens]
-  return Example(np.asarray(tokens, np.int32), len(target_tokens))
-
-
-def _render(
-  render: Callable, record: dict, max_context_turns: int
-) -> conversations.Rendered:
-  """Renders a record of the split 'examples'."""
-  return render(
-    [text.decode() for text in record['context'][-max_context_turns:]],
-    record['mine'][-max_context_turns:],
-    record['target'].decode(),
+  dataset = builders.open_dataset(data.name, data_dir, data.path)
+  by = partition.Partition(
+    name=data.partition,
+    clients=data.partition_clients,
+    alpha=data.partition_alpha,
+    seed=data.partition_seed,
   )
+  clients, order_E = all_clients(dataset, by)
+  clients = _with_enough(clients, data.min_examples)
+  natural = by.name == partition.NATURAL
+  unseen_N = _unseen(clients, data, dataset.builder.train_from if natural else 0)
+  groups = _split(clients, unseen_N, data.heldout_fraction)
+  if data.num_people:
+    groups = _keep(groups, data.num_people)
+  groups['train'] = groups['train'].repeat(data.copies)
+  read = reader(
+    dataset, tokenizer, data.context_turns, data.tokens_per_example, order_E
+  )
+  return Population(groups=groups, read=read)
 
 
-def corpus(
-  dataset: str,
-  *,
-  data_dir: str | os.PathLike | None = None,
-  path: str = '',
-  num_texts: int = 4096,
-) -> Iterator[str]:
-  """Yields transcripts, spread evenly over people, to train a tokenizer on."""
-  prepared = builders.open_dataset(dataset, data_dir, path)
-  most = conversations.MAX_CONTEXT_TURNS
-  for row in evenly_spaced(len(prepared.examples), num_texts):
-    record = prepared.examples[int(row)]
-    text = _render(prepared.builder.render, record, most)
-    yield text.prompt + text.cue + text.completion
+def all_clients(
+  dataset: builders.Dataset, by: partition.Partition
+) -> tuple[Group, np.ndarray | None]:
+  """Returns all clients, and which example each of their rows is.
+
+  None means that a row is an example's own, as it is with natural clients.
+  """
+  people = list(dataset.people)
+  ids = tuple(person['client'].decode() for person in people)
+  count = np.array([person['count'] for person in people])
+  if by.name == partition.NATURAL:
+    return Group(ids=ids, first=np.cumsum(count) - count, count=count), None
+  labels = np.repeat(ids, count)
+  if dataset.builder.labelled:
+    labels = np.concatenate([person['labels'] for person in people])
+  rows = partition.draw(by, labels)
+  count = np.array([len(r) for r in rows])
+  ids = tuple(f'{by.name}-{i:06d}' for i in range(len(rows)))
+  made = Group(ids=ids, first=np.cumsum(count) - count, count=count)
+  return made, np.concatenate(rows)
 
 
-def evenly_spaced(available: int, count: int) -> np.ndarray:
-  """Returns `count` numbers below `available`, or all if there are fewer."""
-  count = min(count, available)
-  return np.arange(count) * available // max(count, 1)
+def _with_enough(clients: Group, min_examples: int) -> Group:
+  if min_examples < 2:
+    raise ValueError(
+      f'{min_examples=} must be at least 2: one to train on, one to hold out.'
+    )
+  if min_examples > clients.count.max():
+    raise ValueError(
+      f'{min_examples=} leaves nobody: the busiest client has '
+      f'{clients.count.max()} examples; lower min_examples.'
+    )
+  return clients.select(clients.count >= min_examples)
+
+
+def _unseen(clients: Group, data: config.Data, train_from: int) -> np.ndarray:
+  """Tells who is never trained on: who has too few examples, or by a hash."""
+  if train_from:
+    unseen_N = clients.count < train_from
+    why = (
+      f'{data.name!r} trains on people of {train_from} examples or more, and '
+      'there are none: give it all of its data.'
+    )
+  else:
+    unseen_N = _is_unseen(clients.ids, data.unseen_fraction)
+    why = (
+      f'unseen_fraction={data.unseen_fraction} sets aside all {len(clients.ids)} '
+      f'people with min_examples={data.min_examples}; lower either.'
+    )
+  if unseen_N.all():
+    raise ValueError(why)
+  return unseen_N
+
+
+def _is_unseen(ids: tuple[str, ...], fraction: float) -> np.ndarray:
+  return np.array([_hash(i) < fraction * 2**64 for i in ids])
 
 
 def _hash(client_id: str, salt: bytes = b'') -> int:
@@ -143,28 +191,17 @@ def _hash(client_id: str, salt: bytes = b'') -> int:
   return int.from_bytes(digest, 'big')
 
 
-def _is_unseen(client_id: str, fraction: float) -> bool:
-  return _hash(client_id) < fraction * 2**64
-
-
 def _split(
-  everyone: Group,
-  unseen_fraction: float,
-  heldout_fraction: float,
-  train_from: int = 0,
+  clients: Group, unseen_N: np.ndarray, heldout_fraction: float
 ) -> dict[Kind, Group]:
-  if train_from:
-    unseen_N = everyone.count < train_from
-  else:
-    unseen_N = np.array([_is_unseen(i, unseen_fraction) for i in everyone.ids])
-  unseen = _select(everyone, unseen_N)
-  known = _select(everyone, ~unseen_N)
-  late_N = np.maximum(1, (known.count * heldout_fraction).astype(np.int64))
-  early_N = known.count - late_N
+  """Sets the unseen aside, and the latest examples of all others."""
+  seen = clients.select(~unseen_N)
+  late_N = np.maximum(1, (seen.count * heldout_fraction).astype(np.int64))
+  early_N = seen.count - late_N
   return {
-    'train': dataclasses.replace(known, count=early_N),
-    'heldout': dataclasses.replace(known, first=known.first + early_N, count=late_N),
-    'unseen': unseen,
+    'train': dataclasses.replace(seen, count=early_N),
+    'heldout': dataclasses.replace(seen, first=seen.first + early_N, count=late_N),
+    'unseen': clients.select(unseen_N),
   }
 
 
@@ -179,81 +216,18 @@ def _keep(groups: dict[Kind, Group], num_people: int) -> dict[Kind, Group]:
   hash_N = np.array([_hash(i, b'kept') for i in ids], np.uint64)
   keep_N = np.zeros(len(ids), bool)
   keep_N[np.argsort(hash_N, kind='stable')[:num_people]] = True
-  kept: dict[Kind, Group] = {
-    'train': _select(groups['train'], keep_N),
-    'heldout': _select(groups['heldout'], keep_N),
+  return {
+    'train': groups['train'].select(keep_N),
+    'heldout': groups['heldout'].select(keep_N),
+    'unseen': groups['unseen'],
   }
-  return groups | kept
-
-
-def _select(group: Group, mask_N: np.ndarray) -> Group:
-  keep_N = np.flatnonzero(mask_N)
-  return Group(
-    ids=tuple(group.ids[i] for i in keep_N),
-    first=group.first[keep_N],
-    count=group.count[keep_N],
-  )
-
-
-def everyone(
-  dataset: builders.Dataset, by: Partition
-) -> tuple[Group, np.ndarray | None]:
-  """Returns all clients, and which example each of their rows is.
-
-  None means that a row is an example's own, as it is with natural clients.
-  """
-  records = list(dataset.people)
-  _check_rows(dataset, records)
-  ids = tuple(record['client'].decode() for record in records)
-  count = np.array([record['count'] for record in records])
-  if by.name == partition.NATURAL:
-    first = np.array([record['first'] for record in records])
-    return Group(ids=ids, first=first, count=count), None
-  labels = np.repeat(ids, count)
-  if dataset.builder.labelled:
-    labels = np.concatenate([record['labels'] for record in records])
-  rows = partition.draw(by, labels)
-  count = np.array([len(r) for r in rows])
-  made = Group(
-    ids=tuple(f'{by.name}-{i:06d}' for i in range(len(rows))),
-    first=np.cumsum(count) - count,
-    count=count,
-  )
-  return made, np.concatenate(rows)
-
-
-def _busy(clients: Group, min_examples: int) -> Group:
-  if min_examples > clients.count.max():
-    raise ValueError(
-      f'{min_examples=} leaves nobody: the busiest person has '
-      f'{clients.count.max()} examples; lower min_examples.'
-    )
-  return _select(clients, clients.count >= min_examples)
-
-
-def _check_rows(dataset: builders.Dataset, records: Sequence[dict]) -> None:
-  """Raises ValueError unless people share out all examples, in order."""
-  end = 0
-  for record in records:
-    if record['first'] != end or record['count'] < 1:
-      break
-    end += record['count']
-  if not end or end != len(dataset.examples):
-    why = 'its people are not those of its examples'
-    raise files.damaged(dataset.folder, why, builders.ANEW)
-
-
-def _check(field: str, value: float, low: float, high: float) -> None:
-  """Raises ValueError unless low <= value < high."""
-  if not low <= value < high:
-    raise ValueError(f'{field}={value} must be in [{low}, {high}).')
 
 
 def reader(
   dataset: builders.Dataset,
   tokenizer: Tokenizer,
-  max_context_turns: int = conversations.MAX_CONTEXT_TURNS,
-  most_tokens: int = 0,
+  max_context_turns: int = records.MAX_CONTEXT_TURNS,
+  most_tokens: int | None = None,
   order_E: np.ndarray | None = None,
 ) -> Callable[[int], Example]:
   """Returns row -> its example; rows are those of `order_E`, if given."""
@@ -262,75 +236,56 @@ def reader(
   def read(row: int) -> Example:
     row = row if order_E is None else int(order_E[row])
     text = _render(dataset.builder.render, dataset.examples[row], max_context_turns)
-    return encode(tokenizer, *text, most_tokens=most_tokens)
+    return encode(tokenizer, text, most_tokens)
 
   return read
 
 
-def load(
+def _render(render: Callable, record: dict, max_context_turns: int) -> records.Rendered:
+  """Renders a record of the split 'examples'."""
+  return render(
+    [text.decode() for text in record['context'][-max_context_turns:]],
+    record['mine'][-max_context_turns:],
+    record['target'].decode(),
+  )
+
+
+def encode(
+  tokenizer: Tokenizer, text: records.Rendered, most_tokens: int | None = None
+) -> Example:
+  """Encodes prompt, cue and completion apart, as they are in generation.
+
+  A prompt that has a cue is cut before it so that all three take at most
+  `most_tokens` positions; one without is left whole, for packing to cut.
+  """
+  prompt_tokens = tokenizer.encode(text.prompt)
+  target_tokens = tokenizer.encode(text.completion)
+  if text.cue:
+    cue_tokens = tokenizer.encode(text.cue)
+    if most_tokens is not None:
+      room = most_tokens - len(cue_tokens) - len(target_tokens)
+      prompt_tokens = prompt_tokens[: max(0, room)]
+    prompt_tokens = prompt_tokens + cue_tokens
+  tokens = [tokenizer.bos_id, *prompt_tokens, *target_tokens]
+  return Example(np.asarray(tokens, np.int32), len(target_tokens))
+
+
+def corpus(
   dataset: str,
-  tokenizer: Tokenizer,
   *,
   data_dir: str | os.PathLike | None = None,
   path: str = '',
-  min_examples: int,
-  unseen_fraction: float,
-  heldout_fraction: float,
-  max_context_turns: int = conversations.MAX_CONTEXT_TURNS,
-  most_tokens: int = 0,
-  num_people: int = 0,
-  copies: int = 1,
-  by: Partition = partition.NATURALLY,
-) -> People:
-  """Splits a data set's people, preparing it first if it never was.
-
-  People with fewer than `min_examples` are left out. The latest
-  `heldout_fraction` of everyone else's turns, one at least, is held out. Of
-  those trained on, `num_people` are kept, by a hash of their id; 0 keeps all.
-  Each of them stands for `copies` clients, who have the same turns and whatever
-  else is a client's (ranks, draws) for themselves. A text to be summed up is cut
-  to `most_tokens` positions, its cue and target included; 0 leaves it whole.
-  With a partition `by` a rule, clients are made by it; what is held out of them
-  is then drawn, not the latest.
-  """
-  most_turns = conversations.MAX_CONTEXT_TURNS
-  _check('min_examples', min_examples, 2, np.inf)
-  _check('unseen_fraction', unseen_fraction, 0, 1)
-  _check('heldout_fraction', heldout_fraction, 0, 1)
-  _check('max_context_turns', max_context_turns, 1, most_turns + 1)
-  _check('num_people', num_people, 0, np.inf)
+  num_texts: int = 4096,
+) -> Iterator[str]:
+  """Yields texts, spread evenly over clients, to train a tokenizer on."""
   prepared = builders.open_dataset(dataset, data_dir, path)
-  clients, order_E = everyone(prepared, by)
-  busy = _busy(clients, min_examples)
-  natural = by.name == partition.NATURAL
-  train_from = prepared.builder.train_from if natural else 0
-  groups = _split(busy, unseen_fraction, heldout_fraction, train_from)
-  if not groups['train'].ids:
-    if train_from:
-      raise ValueError(
-        f'{dataset!r} trains on people of {train_from} examples or more, and '
-        'there are none: give it all of its data.'
-      )
-    raise ValueError(
-      f'{unseen_fraction=} sets aside all {len(busy.ids)} people with '
-      f'{min_examples=}; lower either.'
-    )
-  if num_people:
-    groups = _keep(groups, num_people)
-  train = groups['train']
-  groups['train'] = Group(
-    ids=train.ids * copies,
-    first=np.tile(train.first, copies),
-    count=np.tile(train.count, copies),
-  )
-  return People(
-    groups=groups,
-    read=reader(prepared, tokenizer, max_context_turns, most_tokens, order_E),
-  )
+  for row in evenly_spaced(len(prepared.examples), num_texts):
+    record = prepared.examples[int(row)]
+    text = _render(prepared.builder.render, record, records.MAX_CONTEXT_TURNS)
+    yield text.prompt + text.cue + text.completion
 
 
-def unigram_entropy(tokens: np.ndarray) -> float:
-  """Returns the nats a token of the best guess that ignores all context."""
-  _, count_V = np.unique(tokens, return_counts=True)
-  p_V = count_V / count_V.sum()
-  return float(-np.sum(p_V * np.log(p_V)))
+def evenly_spaced(available: int, count: int) -> np.ndarray:
+  """Returns `count` numbers below `available`, or all if there are fewer."""
+  count = min(count, available)
+  return np.arange(count) * available // max(count, 1)

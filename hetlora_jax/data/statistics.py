@@ -1,4 +1,4 @@
-"""What a data set is like: people, examples, lengths, labels."""
+"""What a data set is like: clients, examples, lengths, labels."""
 
 import collections
 import dataclasses
@@ -21,11 +21,17 @@ class Statistics:
   """Counts of a data set; tokens are of MOST_READ examples at most."""
 
   name: str
-  folder: pathlib.Path
   examples_N: np.ndarray  # examples of each client
   context_E: np.ndarray  # tokens of a context, bos and cue included
   target_E: np.ndarray
   label_counts: dict[str, int]  # largest first; empty where there are none
+
+  @property
+  def title(self) -> str:
+    return (
+      f'{self.name}: {self.examples_N.sum():,} examples of '
+      f'{len(self.examples_N):,} clients'
+    )
 
 
 def collect(
@@ -36,18 +42,17 @@ def collect(
 ) -> Statistics:
   """Counts a data set, preparing it first if it never was."""
   dataset = builders.open_dataset(name, path=path)
-  group, _ = people.everyone(dataset, by)
+  clients, _ = people.all_clients(dataset, by)
   read = people.reader(dataset, tokenizer)
   rows = people.evenly_spaced(len(dataset.examples), MOST_READ)
   examples = [read(int(row)) for row in rows]
   labels = collections.Counter()
   if dataset.builder.labelled:
-    for record in dataset.people:
-      labels.update(label.decode() for label in record['labels'])
+    for person in dataset.people:
+      labels.update(label.decode() for label in person['labels'])
   return Statistics(
     name=name,
-    folder=dataset.folder,
-    examples_N=group.count,
+    examples_N=clients.count,
     context_E=np.array([len(x.tokens) - x.num_target for x in examples]),
     target_E=np.array([x.num_target for x in examples]),
     label_counts=dict(labels.most_common()),
@@ -55,11 +60,10 @@ def collect(
 
 
 def table(found: Statistics) -> str:
-  """Returns lines of text: quantiles, people by examples, largest labels."""
+  """Returns lines of text: quantiles, clients by examples, largest labels."""
   heads = ['mean', 'min', *(f'{p} %' for p in PERCENTILES[1:-1]), 'max']
   lines = [
-    f'{found.name}: {found.examples_N.sum():,} examples of '
-    f'{len(found.examples_N):,} clients; tokens of {len(found.target_E):,}',
+    f'{found.title}; tokens of {len(found.target_E):,}',
     ' ' * 20 + ''.join(f'{head:>8}' for head in heads),
   ]
   for title, values in (
@@ -69,23 +73,33 @@ def table(found: Statistics) -> str:
   ):
     cells = [values.mean(), *np.percentile(values, PERCENTILES)]
     lines.append(f'{title:20}' + ''.join(f'{cell:8.5g}' for cell in cells))
-  counts = [(n, int((found.examples_N >= n).sum())) for n in AT_LEAST]
-  lines.append(
-    'clients of at least  ' + ', '.join(f'{n}: {count:,}' for n, count in counts)
-  )
+  counts = [f'{n}: {(found.examples_N >= n).sum():,}' for n in AT_LEAST]
+  lines.append('clients of at least  ' + ', '.join(counts))
   if found.label_counts:
     shown = list(found.label_counts.items())[:_LABELS_SHOWN]
-    lines.append(
-      f'labels ({len(found.label_counts):,})'.ljust(21)
-      + ', '.join(f'{label} {count:,}' for label, count in shown)
-    )
+    head = f'labels ({len(found.label_counts):,})'.ljust(21)
+    lines.append(head + ', '.join(f'{label} {count:,}' for label, count in shown))
   return '\n'.join(lines)
 
 
-def _sizes(axis, examples_N: np.ndarray) -> None:
+def plot(found: Statistics, path: pathlib.Path) -> None:
+  """Draws histograms of examples a client, lengths and labels."""
+  panels = 3 + bool(found.label_counts)
+  figure = matplotlib.figure.Figure((4.4 * panels, 3.9), layout='constrained')
+  figure.suptitle(found.title)
+  sizes, context, target, *labels = figure.subplots(1, panels)
+  _draw_sizes(sizes, found.examples_N)
+  _draw_lengths(context, found.context_E, 'Context')
+  _draw_lengths(target, found.target_E, 'Target')
+  for axis in labels:
+    _draw_labels(axis, found.label_counts)
+  figure.savefig(path, dpi=110)
+
+
+def _draw_sizes(axis, examples_N: np.ndarray) -> None:
   """Draws how many clients have how many examples; both are very uneven."""
   edges = np.unique(np.geomspace(1, max(examples_N) + 1, 24).astype(int))
-  axis.hist(examples_N, bins=edges - 0.5, color='C0', alpha=0.85)
+  _draw_histogram(axis, examples_N, edges - 0.5)
   axis.set(title='Examples a client', xlabel='examples', ylabel='clients')
   axis.set(xscale='log', yscale='symlog')
   wide = max(examples_N) > 500
@@ -97,26 +111,25 @@ def _sizes(axis, examples_N: np.ndarray) -> None:
   axis.set(xlim=(0.7, None), ylim=(0, None))
 
 
-def _lengths(axis, tokens_E: np.ndarray, title: str) -> None:
+def _draw_lengths(axis, tokens_E: np.ndarray, title: str) -> None:
   """Draws how long texts are; the longest hundredth falls into the last bar."""
   top = int(np.percentile(tokens_E, 99)) + 1
   edges = np.arange(0, top + 1, max(1, round(top / 40))) - 0.5
-  tokens = np.minimum(tokens_E, int(edges[-1]))
-  axis.hist(tokens, bins=edges, color='C0', alpha=0.85)
+  _draw_histogram(axis, tokens_E, edges)
   axis.set(title=title, xlabel='tokens', ylabel='examples')
 
 
-def _mark(axis, values: np.ndarray) -> None:
-  """Marks the median and the 95th percentile."""
-  for share, style in ((50, '--'), (95, ':')):
+def _draw_histogram(axis, values: np.ndarray, edges: np.ndarray) -> None:
+  """Draws bars, and marks the median and the 95th percentile."""
+  axis.hist(np.minimum(values, int(edges[-1])), bins=edges, color='C0', alpha=0.85)
+  for share, style, name in ((50, '--', 'median'), (95, ':', '95 % have at most')):
     at = float(np.percentile(values, share))
-    name = 'median' if share == 50 else f'{share} % have at most'
     axis.axvline(at, color='C3', ls=style, label=f'{name} {at:,.4g}')
   axis.legend(edgecolor='none', fontsize='small')
   axis.grid(axis='y', alpha=0.3)
 
 
-def _labels(axis, counts: dict[str, int]) -> None:
+def _draw_labels(axis, counts: dict[str, int]) -> None:
   """Draws the largest labels and all others together."""
   shown = list(counts.items())[:_LABELS_SHOWN]
   rest = sum(counts.values()) - sum(count for _, count in shown)
@@ -129,23 +142,3 @@ def _labels(axis, counts: dict[str, int]) -> None:
   axis.invert_yaxis()
   axis.margins(x=0.12)
   axis.set(title='Labels', xlabel='examples')
-
-
-def plot(found: Statistics, path: pathlib.Path) -> None:
-  """Draws histograms of examples a client, lengths and labels."""
-  panels = 3 + bool(found.label_counts)
-  figure = matplotlib.figure.Figure((4.4 * panels, 3.9), layout='constrained')
-  figure.suptitle(
-    f'{found.name}: {found.examples_N.sum():,} examples of '
-    f'{len(found.examples_N):,} clients'
-  )
-  axes = figure.subplots(1, panels)
-  _sizes(axes[0], found.examples_N)
-  _lengths(axes[1], found.context_E, 'Context')
-  _lengths(axes[2], found.target_E, 'Target')
-  values = (found.examples_N, found.context_E, found.target_E)
-  for axis, value in zip(axes[:3], values, strict=True):
-    _mark(axis, value)
-  if found.label_counts:
-    _labels(axes[3], found.label_counts)
-  figure.savefig(path, dpi=110)

@@ -142,12 +142,12 @@ def _tasks(x: Experiment, tokenizer, state, choice: Choice) -> Iterator[Task]:
   between = tokenizer.encode('\n')
   room = x.config.data.row_tokens * (1 + choice.shots)
   for name_of_set, kind in KINDS.items():
-    group = x.people.groups[kind]
+    group = x.population.groups[kind]
     for person in evenly_spaced(len(group.ids), e.num_people):
       name = group.ids[person]
       rank = None if kind == 'unseen' else int(rank_NG[person].max())
       for i in evenly_spaced(int(group.count[person]), e.examples_per_person):
-        example = x.people.example(kind, int(person), int(i))
+        example = x.population.example(kind, int(person), int(i))
         rng = prng.host_stream(0, f'shots {kind}', int(person), int(i))
         shots = _draw_shots(x, name, choice.shots, rng)
         example = _cut(_with_shots(example, shots, between), room)
@@ -158,7 +158,7 @@ def _draw_shots(
   x: Experiment, name: str, count: int, rng: np.random.Generator
 ) -> list[Example]:
   """Draws training examples of other people."""
-  group = x.people.groups['train']
+  group = x.population.groups['train']
   others = np.flatnonzero(np.array(group.ids) != name) if count else ()
   if count > len(others):
     raise ConfigError(
@@ -166,7 +166,8 @@ def _draw_shots(
     )
   chosen = rng.choice(others, count, replace=False) if count else ()
   return [
-    x.people.example('train', int(p), int(rng.integers(group.count[p]))) for p in chosen
+    x.population.example('train', int(p), int(rng.integers(group.count[p])))
+    for p in chosen
   ]
 
 
@@ -306,7 +307,9 @@ def _judged(judge: Callable, batch: Sequence[Task]) -> Iterator[tuple]:
   count_B = [example.num_target for example in examples]
   length = _bucket(max(len(e.tokens) - 1 for e in examples), 32)
   # One a row, so that adapters of rows are those of people.
-  packed = [packing.pack([e], 1, length, e.num_target) for e in examples]
+  packed = [
+    packing.pack([e], packing.BatchShape(1, length, e.num_target)) for e in examples
+  ]
   targets = _bucket(sum(count_B), 128)
   index = [b.target_index + i * length for i, b in enumerate(packed)]
   fill = np.zeros(targets - sum(count_B), np.int32)

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from hetlora_jax import base_model, build, experiment, points, prng, sharding
+from hetlora_jax import base_model, build, points, prng, sharding
 from hetlora_jax.config import Config, ConfigError
+from hetlora_jax.data import packing
 from hetlora_jax.models import decoder, kernels, readout, shapes
 from hetlora_jax.tools import flops, hlo
 from hetlora_jax.types import Batch, Cohort, PyTree
@@ -138,16 +139,14 @@ def _held(tree: PyTree) -> int:
 
 def _cohorts(config: Config, points: int) -> Cohort:
   """Returns the shapes of a call's cohorts: [rounds, K, C, ...]."""
-  f, pack = (
-    config.federated,
-    experiment.packing(config, config.federated.local_batch),
-  )
+  f = config.federated
+  batch = packing.batch_shape(config.data, f.local_batch)
   clients = build.clients_at_once(config)[1]
   pooled = 'pooled' in config.traits
   lead = (f.rounds_per_call, points, clients)
   steps = f.local_steps * (f.clients_per_round if pooled else 1)
-  room = (*lead, steps, pack['rows'], pack['row_tokens'])
-  targets = (*lead, steps, pack['num_targets'])
+  room = (*lead, steps, batch.rows, batch.row_tokens)
+  targets = (*lead, steps, batch.num_targets)
   shape = jax.ShapeDtypeStruct
   tokens, index = shape(room, jnp.int32), shape(targets, jnp.int32)
   return Cohort(

@@ -122,7 +122,7 @@ def _select(x: Points, state: ServerState, choice: Choice) -> Server:
 
 def _number(x: Experiment, client_id: str | None) -> int:
   """Returns a person's number; raises ConfigError if nobody is called so."""
-  ids = x.people.client_ids
+  ids = x.population.client_ids
   if client_id in ids:
     return ids.index(client_id)
   near = difflib.get_close_matches(str(client_id), ids, 3, 0)

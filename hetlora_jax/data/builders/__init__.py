@@ -7,7 +7,7 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
@@ -15,15 +15,15 @@ import tensorflow_datasets as tfds
 from hetlora_jax import files
 from hetlora_jax.data.builders import (
   chitchat,
-  conversations,
   mail_subject,
   multi_session_chat,
+  records,
   reddit_tldr,
   synthetic,
   text_folder,
 )
 
-BUILDERS: dict[str, type[conversations.ConversationBuilder]] = {
+BUILDERS: dict[str, type[records.RecordBuilder]] = {
   'chitchat': chitchat.Chitchat,
   'mail_subject': mail_subject.MailSubject,
   'multi_session_chat': multi_session_chat.MultiSessionChat,
@@ -32,94 +32,51 @@ BUILDERS: dict[str, type[conversations.ConversationBuilder]] = {
   'text_folder': text_folder.TextFolder,
 }
 
-
-SEAL = 'sha256.json'  # beside the data: the SHA-256 of every file
 ANEW = 'delete the folder, it is made anew'
 
 
 class Dataset(NamedTuple):
-  """Records by row, as `conversations` describes them; strings are bytes."""
+  """Rows of the splits that `RecordBuilder` writes; strings are bytes."""
 
   examples: Sequence[dict]
   people: Sequence[dict]
-  folder: pathlib.Path = pathlib.Path()  # where they were prepared
-  builder: type[conversations.ConversationBuilder] = chitchat.Chitchat
+  folder: pathlib.Path  # where they were prepared
+  builder: type[records.RecordBuilder]
 
 
-class _Records(Sequence):
-  """Records of a split; raises ValueError where one cannot be read."""
+class _Split(Sequence):
+  """Rows of a split, read when needed; errors name the folder."""
 
-  def __init__(self, records: Sequence[dict], folder: pathlib.Path):
-    self._records, self._folder = records, folder
+  def __init__(self, rows: Sequence[dict], folder: pathlib.Path):
+    self._rows, self._folder = rows, folder
 
   def __len__(self) -> int:
-    return len(self._records)
+    return len(self._rows)
 
   def __getitem__(self, row):
     if not 0 <= row < len(self):
       raise IndexError(f'row {row} of {len(self)}')
-    try:
-      return self._records[row]
-    except MemoryError:
-      raise
-    except Exception as error:  # TFDS has no narrower type
-      why = f'row {row}: {error}'
-      raise files.damaged(self._folder, why, ANEW) from error
+    with _reading(self._folder):
+      found = self._rows[row]
+      if found['client'] is None:  # so array_record reads what has been cut off
+        raise ValueError(f'row {row} is missing')
+      return found
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-  print(f'Preparing {builder.info.full_name} in {builder.data_dir}.')
-  if not sys.stderr.isatty():
-    tfds.disable_progress_bar()
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+  """Names the folder in any error of reading what was prepared in it."""
   try:
-    # TFDS speaks of downloads on stdout, and there are none.
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(file_format='array_record')
-  except OSError:
-    # Another process may have finished first: same code, same records.
-    if not builder.data_path.exists():
-      raise
-
-
-def _place(kind: str, config: str, data_dir: pathlib.Path) -> pathlib.Path:
-  """Returns the folder that a data set has, or will have once prepared."""
-  configs = [c.name for c in BUILDERS[kind].BUILDER_CONFIGS]
-  config = config or (configs[0] if configs else '')
-  return data_dir / kind / config / str(BUILDERS[kind].VERSION)
-
-
-def _digests(folder: pathlib.Path) -> dict[str, str]:
-  digests = {}
-  for path in sorted(folder.iterdir()):
-    if path.is_file() and path.name != SEAL:
-      with path.open('rb') as file:
-        digests[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
-  return digests
-
-
-def _check_seal(folder: pathlib.Path) -> None:
-  """Raises ValueError if a file is not what it was; seals an unsealed folder.
-
-  TFDS moves a folder into place when it is whole, so one that is there is.
-  """
-  path = folder / SEAL
-  if not path.exists():
-    with contextlib.suppress(OSError):  # a folder that may only be read
-      files.write_json(path, _digests(folder))
-    return
-  sealed, found = files.read_json(path, ANEW), _digests(folder)
-  altered = [name for name in sealed if sealed[name] != found.get(name)]
-  if altered or not sealed:
-    raise files.damaged(folder, f'{altered[0] if altered else SEAL}', ANEW)
-
-
-def _open_prepared(builder: tfds.core.DatasetBuilder) -> Dataset:
-  folder = pathlib.Path(builder.data_path)
-  open_split: Any = builder.as_data_source
-  examples, people = open_split('examples'), open_split('people')
-  return Dataset(
-    _Records(examples, folder), _Records(people, folder), folder, type(builder)
-  )
+    yield
+  except MemoryError:
+    raise
+  except OSError as error:
+    raise OSError(
+      f'{folder} cannot be read ({files.short(error, 200)}): change its '
+      f'permissions, or {ANEW}.'
+    ) from error
+  except Exception as error:  # TFDS has no narrower type
+    raise files.damaged(folder, error, ANEW) from error
 
 
 def open_dataset(
@@ -128,8 +85,8 @@ def open_dataset(
   """Opens a data set, preparing it if it never was.
 
   A name may end in one of the builder's configs, as in 'synthetic/seed1'.
-  Without `data_dir` it lives in $HETLORA_CACHE or ~/.cache/hetlora_jax. Files
-  of a user at `path` are prepared anew if their content has changed.
+  Without `data_dir` it lives in the cache folder. Files of a user at `path` are
+  prepared anew if their content has changed.
 
   Raises:
     ValueError: no such data set, or its folder is damaged.
@@ -151,15 +108,28 @@ def open_dataset(
   folder = _place(kind, config, data_dir)
   if not folder.exists():
     _prepare(make_builder())
+  with _reading(folder):
+    open_split: Any = make_builder().as_data_source
+    examples, people = (_Split(open_split(s), folder) for s in ('examples', 'people'))
+  return Dataset(examples, people, folder, BUILDERS[kind])
+
+
+def _place(kind: str, config: str, data_dir: pathlib.Path) -> pathlib.Path:
+  """Returns the folder that a data set has, or will have once prepared."""
+  configs = [c.name for c in BUILDERS[kind].BUILDER_CONFIGS]
+  config = config or (configs[0] if configs else '')
+  return data_dir / kind / config / str(BUILDERS[kind].VERSION)
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+  print(f'Preparing {builder.info.full_name} in {builder.data_dir}.')
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
   try:
-    _check_seal(folder)
-    return _open_prepared(make_builder())
-  except OSError as error:
-    raise OSError(
-      f'{folder} cannot be read ({files.short(error, 200)}): change its '
-      f'permissions, or {ANEW}.'
-    ) from error
-  except (files.Damaged, MemoryError):
-    raise
-  except Exception as error:  # TFDS has no narrower type
-    raise files.damaged(folder, error, ANEW) from error
+    # TFDS speaks of downloads on stdout, and there are none.
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare(file_format='array_record')
+  except OSError:
+    # Another process may have finished first: same code, same records.
+    if not builder.data_path.exists():
+      raise

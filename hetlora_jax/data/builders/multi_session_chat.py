@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from hetlora_jax import files
-from hetlora_jax.data.builders import conversations
+from hetlora_jax.data.builders import records
 
 SESSIONS = range(2, 6)
 SPLITS = ('train', 'valid', 'test')
@@ -22,7 +22,7 @@ def _speaker(turn: dict, i: int) -> str:
   return turn.get('id') or f'Speaker {i % 2 + 1}'
 
 
-def session_turns(record: dict, session: int) -> Iterator[conversations.Turn]:
+def session_records(record: dict, session: int) -> Iterator[records.Record]:
   """Yields the answers of a session; a client is a person of a conversation."""
   pair = record['metadata']['initial_data_id']
   spoken = [
@@ -30,22 +30,19 @@ def session_turns(record: dict, session: int) -> Iterator[conversations.Turn]:
     for i, turn in enumerate(record['dialog'][:_MOST_TURNS])
   ]
   spoken = [(who, text) for who, text in spoken if text]
-  for i, (who, text) in enumerate(spoken[1:], start=1):
-    context = spoken[max(0, i - conversations.MAX_CONTEXT_TURNS) : i]
-    yield conversations.Turn(
-      client=f'{pair}/{who}',
-      time=session * _MOST_TURNS + i,
-      context=[text for _, text in context],
-      mine=[other == who for other, _ in context],
-      target=text,
-    )
+  return records.replies(
+    [
+      (f'{pair}/{who}', session * _MOST_TURNS + i, text)
+      for i, (who, text) in enumerate(spoken)
+    ]
+  )
 
 
 def _session(file: pathlib.Path) -> int:
   return int(file.parent.name.removeprefix('session_'))
 
 
-class MultiSessionChat(conversations.ConversationBuilder):
+class MultiSessionChat(records.RecordBuilder):
   """Makes every turn that answers another one an example."""
 
   @classmethod
@@ -68,11 +65,11 @@ class MultiSessionChat(conversations.ConversationBuilder):
       )
     return sorted(found)
 
-  def turns(self) -> Iterator[conversations.Turn]:
+  def examples(self) -> Iterator[records.Record]:
     for file in self.files(self.path):
       for place, record in files.json_lines(file, AGAIN):
         try:
-          yield from session_turns(record, _session(file))
+          yield from session_records(record, _session(file))
         except files.UNEXPECTED as error:
           why = f'{type(error).__name__}: {error}'
           raise files.damaged(place, why, AGAIN) from error

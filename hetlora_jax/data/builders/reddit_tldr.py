@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from hetlora_jax import files
-from hetlora_jax.data.builders import conversations
+from hetlora_jax.data.builders import records
 
 FILE = 'corpus-webis-tldr-17.json'
 AGAIN = 'fetch the corpus again'
@@ -25,35 +25,35 @@ _PHRASE = 3  # words; a post may well hold the words of a shorter summary
 _TLDR = re.compile(r'\btl\s*[;:,.\-/]?\s*dr\b.*', re.I | re.S)
 
 
-def _text(record: dict, name: str) -> str:
-  value = record.get(name) or ''
+def _text(post: dict, name: str) -> str:
+  value = post.get(name) or ''
   value = value.decode() if isinstance(value, bytes) else value
   if not isinstance(value, str):
     raise ValueError(f'{name}={value!r}')
   return ' '.join(value.split())
 
 
-def _content(record: dict, summary: str) -> str:
+def _content(post: dict, summary: str) -> str:
   """Returns a post without its summary and what introduces that."""
-  content = _TLDR.sub('', _text(record, 'content'))
+  content = _TLDR.sub('', _text(post, 'content'))
   if len(summary.split()) >= _PHRASE:
     content = re.sub(rf'(?<!\w){re.escape(summary)}(?!\w)', '', content)
   return ' '.join(content.split())[:MOST_CHARACTERS]
 
 
-def turn(record: dict, row: int) -> conversations.Turn | None:
+def example(post: dict, row: int) -> records.Record | None:
   """Returns the example of a post, or None if its author or text is gone."""
-  author, summary = _text(record, 'author'), _text(record, 'summary')
-  content = _content(record, summary) if summary else ''
+  author, summary = _text(post, 'author'), _text(post, 'summary')
+  content = _content(post, summary) if summary else ''
   if author in NOBODY or not content or content in NOBODY:
     return None
-  return conversations.Turn(
+  return records.Record(
     client=author,
     time=row,  # the corpus has no dates
     context=[content],
     mine=[True],
     target=summary,
-    label=_text(record, 'subreddit'),
+    label=_text(post, 'subreddit'),
   )
 
 
@@ -75,7 +75,7 @@ def find(path: str) -> pathlib.Path:
   )
 
 
-def _records(path: str) -> Iterator[tuple[pathlib.Path, dict]]:
+def _posts(path: str) -> Iterator[tuple[pathlib.Path, dict]]:
   """Yields the posts of a user's file, or those that TFDS has prepared."""
   if not path:
     builder: Any = tfds.builder('reddit', data_dir=_tfds_folder())
@@ -86,17 +86,17 @@ def _records(path: str) -> Iterator[tuple[pathlib.Path, dict]]:
   yield from files.json_lines(find(path), AGAIN)
 
 
-def _checked(path: str) -> Iterator[conversations.Turn]:
-  for row, (place, record) in enumerate(_records(path)):
+def _examples(path: str) -> Iterator[records.Record]:
+  for row, (place, post) in enumerate(_posts(path)):
     try:
-      post = turn(record, row)
+      found = example(post, row)
     except ValueError as error:
       raise files.damaged(place, error, AGAIN) from error
-    if post is not None:
-      yield post
+    if found is not None:
+      yield found
 
 
-class RedditTldr(conversations.ConversationBuilder):
+class RedditTldr(records.RecordBuilder):
   """Makes every post an example of its author: content, then summary."""
 
   labelled: ClassVar[bool] = True  # by subreddit
@@ -109,13 +109,13 @@ class RedditTldr(conversations.ConversationBuilder):
   @staticmethod
   def render(
     context: Sequence[str], mine: Sequence[bool], target: str
-  ) -> conversations.Rendered:
+  ) -> records.Rendered:
     del mine
-    return conversations.render_summary(context, 'TL;DR:', target)
+    return records.render_summary(context, 'TL;DR:', target)
 
-  def turns(self) -> Iterator[conversations.Turn]:
+  def examples(self) -> Iterator[records.Record]:
     # Read twice: most authors posted once, and only the others must fit memory.
-    posts = collections.Counter(post.client for post in _checked(self.path))
-    for post in _checked(self.path):
+    posts = collections.Counter(post.client for post in _examples(self.path))
+    for post in _examples(self.path):
       if posts[post.client] >= FEWEST_POSTS:
         yield post

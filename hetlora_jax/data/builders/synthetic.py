@@ -8,60 +8,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from hetlora_jax import prng
-from hetlora_jax.data.builders import conversations
+from hetlora_jax.data.builders import records
 
 NUM_PEOPLE = 64
 NUM_GRAMMARS = 4
 _FEWEST, _MOST = 20, 200  # examples a person
 _FAVOURITE = 0.85  # how often a word is followed by its favourite
 
-_ADJECTIVES = (
-  'big',
-  'small',
-  'red',
-  'blue',
-  'old',
-  'new',
-  'warm',
-  'cold',
-  'dark',
-  'kind',
-)
-_NOUNS = (
-  'dog',
-  'cat',
-  'bird',
-  'fish',
-  'tree',
-  'house',
-  'river',
-  'stone',
-  'boat',
-  'child',
-  'king',
-  'song',
-)
-_VERBS = (
-  'sees',
-  'likes',
-  'finds',
-  'moves',
-  'calls',
-  'paints',
-  'hears',
-  'carries',
-  'wants',
-)
-_ADVERBS = (
-  'today',
-  'slowly',
-  'often',
-  'never',
-  'gladly',
-  'again',
-  'here',
-  'soon',
-)
+_ADJECTIVES = 'big small red blue old new warm cold dark kind'.split()
+_NOUNS = 'dog cat bird fish tree house river stone boat child king song'.split()
+_VERBS = 'sees likes finds moves calls paints hears carries wants'.split()
+_ADVERBS = 'today slowly often never gladly again here soon'.split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +52,7 @@ class _Grammar:
     return f'{subject} {_VERBS[verb]} {thing} {adverb}'
 
 
-def _person_turns(
-  person: int, rng: np.random.Generator
-) -> Iterator[conversations.Turn]:
+def _records_of(person: int, rng: np.random.Generator) -> Iterator[records.Record]:
   """Yields a person's answers to strangers of any grammar.
 
   A stranger's grammar is no hint, so only adapting to the person tells it.
@@ -106,7 +61,7 @@ def _person_turns(
   count = int(np.clip(rng.lognormal(mean=4.0, sigma=0.7), _FEWEST, _MOST))
   for time in range(count):
     stranger = _Grammar(int(rng.integers(NUM_GRAMMARS)))
-    yield conversations.Turn(
+    yield records.Record(
       client=f'person-{person:03d}',
       time=time,
       context=[stranger.sentence(rng)],
@@ -122,15 +77,15 @@ class Config(tfds.core.BuilderConfig):
   seed: int = 0
 
 
-class Synthetic(conversations.ConversationBuilder):
+class Synthetic(records.RecordBuilder):
   """Lets 64 people answer strangers; person i speaks grammar i modulo 4."""
 
   BUILDER_CONFIGS: ClassVar = [
     Config(name=f'seed{seed}', seed=seed) for seed in range(3)
   ]
 
-  def turns(self) -> Iterator[conversations.Turn]:
+  def examples(self) -> Iterator[records.Record]:
     config = cast(Config, self.builder_config)
     for person in range(NUM_PEOPLE):
       rng = prng.host_stream(config.seed, 'synthetic', person)
-      yield from _person_turns(person, rng)
+      yield from _records_of(person, rng)

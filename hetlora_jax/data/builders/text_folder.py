@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from hetlora_jax import files
-from hetlora_jax.data.builders import conversations
+from hetlora_jax.data.builders import records
 
 FIELDS = {'client': str, 'context': list, 'target': str}
 OPTIONAL = {'mine': list, 'time': int, 'label': str}
@@ -65,20 +65,20 @@ def _problem(record: dict) -> str:
   return ''
 
 
-def _turn(record: dict, place: pathlib.Path, line: int) -> conversations.Turn:
-  if isinstance(record.get('context'), str):
-    record['context'] = [record['context']]
-  if problem := _problem(record):
+def _record(line: dict, place: pathlib.Path, number: int) -> records.Record:
+  if isinstance(line.get('context'), str):
+    line['context'] = [line['context']]
+  if problem := _problem(line):
     raise files.damaged(place, problem, REMEDY)
-  most = conversations.MAX_CONTEXT_TURNS
-  context = record['context'][-most:]
-  return conversations.Turn(
-    client=record['client'],
-    time=record.get('time', line),
+  most = records.MAX_CONTEXT_TURNS
+  context = line['context'][-most:]
+  return records.Record(
+    client=line['client'],
+    time=line.get('time', number),
     context=context,
-    mine=record.get('mine', [False] * len(context))[-most:],
-    target=record['target'],
-    label=record.get('label', record['client']),
+    mine=line.get('mine', [False] * len(context))[-most:],
+    target=line['target'],
+    label=line.get('label', line['client']),
   )
 
 
@@ -94,7 +94,7 @@ def jsonl_files(path: str) -> list[pathlib.Path]:
   return files
 
 
-class TextFolder(conversations.ConversationBuilder):
+class TextFolder(records.RecordBuilder):
   """Makes every line of a user's files an example."""
 
   labelled: ClassVar[bool] = True
@@ -103,7 +103,7 @@ class TextFolder(conversations.ConversationBuilder):
   def files(cls, path: str) -> list[pathlib.Path]:
     return jsonl_files(path)
 
-  def turns(self) -> Iterator[conversations.Turn]:
+  def examples(self) -> Iterator[records.Record]:
     if not self.path:
       raise ValueError(
         "data set 'text_folder' is yours: give the path of its .jsonl files as "
@@ -113,6 +113,6 @@ class TextFolder(conversations.ConversationBuilder):
     for file in jsonl_files(self.path):
       for place, record in files.json_lines(file, REMEDY):
         lines += 1
-        yield _turn(record, place, lines)
+        yield _record(record, place, lines)
     if not lines:
       raise files.damaged(pathlib.Path(self.path), 'it has no lines', REMEDY)

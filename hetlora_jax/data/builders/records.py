@@ -1,0 +1,155 @@
+"""What every data set shares: its records, their order, how they are rendered."""
+
+import abc
+import dataclasses
+import itertools
+import operator
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+MAX_CONTEXT_TURNS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+  """One text that a client wrote, and what it was written about or after."""
+
+  client: str
+  time: int  # any unit that only grows
+  context: list[str]  # texts, oldest first
+  mine: list[bool]  # which of them the client wrote
+  target: str
+  label: str = ''  # what it is about, of a `labelled` data set
+
+
+def replies(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
+  """Yields a record of every turn of a chat that follows another one.
+
+  Turns are (client, time, text). The context is what was said before by both,
+  MAX_CONTEXT_TURNS at most.
+  """
+  for i, (client, time, text) in enumerate(turns[1:], start=1):
+    context = turns[max(0, i - MAX_CONTEXT_TURNS) : i]
+    yield Record(
+      client=client,
+      time=time,
+      context=[said for *_, said in context],
+      mine=[who == client for who, *_ in context],
+      target=text,
+    )
+
+
+class Rendered(NamedTuple):
+  """A prompt and its completion, which bears the loss.
+
+  Where the prompt must be cut to fit, it loses its start; or, if it has a cue,
+  which ends it, what is right before the cue.
+  """
+
+  prompt: str  # without the cue
+  completion: str
+  cue: str = ''
+
+
+def render_chat(context: Sequence[str], mine: Sequence[bool], target: str) -> Rendered:
+  """Renders a line a turn; A writes the target."""
+  names = ['A' if m else 'B' for m in mine]
+  turns = [f'{n}: {text}\n' for n, text in zip(names, context, strict=True)]
+  return Rendered(''.join(turns) + 'A:', f' {target}\n')
+
+
+def render_summary(context: Sequence[str], cue: str, target: str) -> Rendered:
+  """Renders a text, a line such as 'Subject:', and what sums the text up."""
+  return Rendered(' '.join(context), f' {target}\n', f'\n{cue}')
+
+
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
+  """Writes records by client, then time, and where each client's records start.
+
+  Split 'examples' has a row a record, 'people' a row a client, with the row of
+  their first example and how many follow. A data set gives its `examples`; one
+  that reads a user's files says which in `files`.
+  """
+
+  VERSION = tfds.core.Version('1.0.0')
+  labelled: ClassVar[bool] = False  # whether records have a label of their own
+  # People with fewer examples are the unseen ones; 0: a hash of the name tells.
+  train_from: ClassVar[int] = 0
+
+  def __init__(self, *, path: str = '', **options: Any):
+    """Makes a builder that reads `path`, or without one what it finds itself."""
+    self.path = path
+    super().__init__(**options)
+
+  @classmethod
+  def files(cls, path: str) -> list[pathlib.Path]:
+    """Returns the files at a user's path; raises ValueError or OSError."""
+    raise ValueError(
+      f'{cls.name!r} reads no files of yours: leave data.path={path!r} empty.'
+    )
+
+  @staticmethod
+  def render(context: Sequence[str], mine: Sequence[bool], target: str) -> Rendered:
+    """Renders an example for a language model."""
+    return render_chat(context, mine, target)
+
+  @abc.abstractmethod
+  def examples(self) -> Iterator[Record]:
+    """Yields all records; those of equal time stay in the order given."""
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    # A Tensor of strings encodes at once where a Sequence goes one by one.
+    strings = tfds.features.Tensor(shape=(None,), dtype=np.str_)
+    features = {
+      'client': tfds.features.Text(),
+      'time': np.int64,
+      'context': strings,
+      'mine': tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+      'target': tfds.features.Text(),
+      'first': np.int64,
+      'count': np.int64,
+    }
+    if self.labelled:
+      features['labels'] = strings
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager) -> dict:
+    del dl_manager  # Nothing is downloaded.
+    records = sorted(self.examples(), key=operator.attrgetter('client', 'time'))
+    return {
+      'examples': enumerate(map(self._example, records)),
+      'people': self._generate_examples(records),
+    }
+
+  def _example(self, record: Record) -> dict:
+    return self._row(
+      client=record.client,
+      time=record.time,
+      context=record.context,
+      mine=record.mine,
+      target=record.target,
+    )
+
+  def _generate_examples(self, records: list[Record]) -> Iterator[tuple[int, dict]]:
+    first = 0
+    by_client = itertools.groupby(records, operator.attrgetter('client'))
+    for row, (client, group) in enumerate(by_client):
+      labels = [record.label for record in group]
+      yield row, self._row(client=client, first=first, count=len(labels), labels=labels)
+      first += len(labels)
+
+  def _row(self, **values: Any) -> dict:
+    """Returns a row of either split; TFDS has one schema for both."""
+    empty = dict(time=0, context=[], mine=[], target='', first=0, count=0, labels=[])
+    row = empty | values
+    if not self.labelled:
+      del row['labels']
+    return row
