@@ -71,7 +71,7 @@ PARTS = {
   'peft': Part('peft', 'The same by torch and peft', {'JAX_PLATFORMS': 'cpu'}),
   'gemma3_1b': Part('rounds', 'Gemma 3 1B, chats', _ALL_MEMORY),
   'gemma3_4b': Part('rounds', 'Gemma 3 4B, chats', _ALL_MEMORY),
-  'kernels': Part('kernels', 'Attention, and words of the vocabulary'),
+  'kernels': Part('kernels', 'Attention, and vocabulary chunks'),
   'deterministic': Part(
     'rounds',
     'Gemma 3 270M, equal to the bit when resumed',

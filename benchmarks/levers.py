@@ -4,7 +4,7 @@ python -m benchmarks.levers [--source=gemma3_270m] [--dtype=float32] [--at_once=
 
 Variants patch one thing and are timed in turn in one process: the loss alone,
 then the step. The median time is a ratio to the code as it is: the table "lever by
-lever" in WORKSPACE_NOTES.
+lever" in docs/log.md.
 """
 
 import contextlib

@@ -293,7 +293,7 @@ def report(result: dict) -> str:
   theirs = variant.get('dtype', 'not run')
   versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
   return (
-    f'{machine.table(head, rows)}\n\n{result["clients"]} people a round; ours '
+    f'{machine.table(head, rows)}\n\n{result["clients"]} clients a round; ours '
     f'in {result["our_dtype"]}, peft in {theirs} (its best); GFLOP of the chats: '
     f'{counted}. {versions}. {machine.told(result["machine"])}.'
   )

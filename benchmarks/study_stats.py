@@ -131,7 +131,7 @@ def reported(people: Sequence[dict], kind: str) -> list[dict]:
 
 
 def verdict(gaps: Sequence[Gap]) -> str:
-  """Says whether all gaps are above 0, or one below, beyond doubt."""
+  """Says whether all gaps are significantly above 0, or one significantly below."""
   if all(g.low > 0 for g in gaps):
     return 'confirmed'
   if any(g.high < 0 for g in gaps):

@@ -118,7 +118,7 @@ def ranking(task: str, found: Found) -> str:
   )
   return (
     f'**{NAMES[task]}, against {OURS}** ({len(study.SEEDS)} seeds, people never '
-    f'seen, nats a token). Better: {better}. Not told apart: {alike}. Worse: '
+    f'seen, nats a token). Better: {better}. Not significantly different: {alike}. Worse: '
     f'{worse}.'
   )
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import pathlib
 import re
 import sys
@@ -204,10 +205,23 @@ def on_files(files, config):
   return files
 
 
+def on_post_build(config):
+  """Says where the site is, since pages open from a folder."""
+  print(f'Open {config.site_dir}/index.html, or run `make docs-serve` to search too.')
+
+
+def _code(name: str) -> str:
+  """Returns the source of a function, named by its module and its own name."""
+  module, _, function = name.rpartition('.')
+  source = inspect.getsource(getattr(importlib.import_module(module), function))
+  return f'```python\n{source}```'
+
+
 def on_page_markdown(markdown, page, config, files):
-  """Puts pictures in place of <!-- picture: NAME -->."""
-  return re.sub(
+  """Puts pictures in place of <!-- picture: NAME -->, functions of <!-- code: NAME -->."""
+  markdown = re.sub(
     r'<!-- picture: (\w+) -->',
     lambda found: f'<div class="picture">{pictures.draw(found[1])}</div>',
     markdown,
   )
+  return re.sub(r'<!-- code: ([\w.]+) -->', lambda found: _code(found[1]), markdown)

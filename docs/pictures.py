@@ -1,6 +1,7 @@
-"""Draws the pictures of docs/concepts.md: python docs/pictures.py FOLDER.
+"""The pictures of docs/concepts.md as SVG: python docs/pictures.py FOLDER.
 
-Colours follow the page that a picture stands in, light or dark.
+Ink follows the page that a picture stands in, light or dark; colours of clients are
+legible on both.
 """
 
 import pathlib
@@ -20,11 +21,10 @@ def _text(x, y, words, size=13, anchor='middle', weight='normal', colour=INK):
   )
 
 
-def _slot(x, y, width, height, colour, share, dash=''):
+def _slot(x, y, width, height, colour, share, outline=''):
   return (
     f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="1.5" '
-    f'fill="{colour}" fill-opacity="{share}" stroke="{colour}" '
-    f'stroke-opacity="0.7"{dash}/>'
+    f'fill="{colour}" fill-opacity="{share}" stroke="{colour}"{outline}/>'
   )
 
 
@@ -36,12 +36,13 @@ def adapter(x, y, colour, rank, tail=0, gone=0):
     in_tail = rank - tail <= slot < rank
     given_up = rank <= slot < rank + gone
     share = 0.3 if in_tail else 0.85 if owned else 0
-    dash = '' if owned else ' stroke-dasharray="2 2"'
+    outline = '' if owned else ' stroke-dasharray="2 2"'
+    outline += '' if owned or given_up else ' stroke-opacity="0.6"'
     tint = GONE if given_up else colour
     across = slot * STEP
     out += [
-      _slot(x + across, y, STEP - 2, LONG, tint, share, dash),
-      _slot(x + SLOTS * STEP + 8, y + across, LONG, STEP - 2, tint, share, dash),
+      _slot(x + across, y, STEP - 2, LONG, tint, share, outline),
+      _slot(x + SLOTS * STEP + 8, y + across, LONG, STEP - 2, tint, share, outline),
     ]
   return ''.join(out)
 
@@ -49,9 +50,9 @@ def adapter(x, y, colour, rank, tail=0, gone=0):
 WIDE = SLOTS * STEP + 8 + LONG  # an adapter's width
 
 
-def _arrow(x0, y0, x1, y1):
+def _arrow(x0, y0, x1, y1, width=1.5):
   return (
-    f'<path d="M{x0} {y0} L{x1} {y1}" stroke="{INK}" stroke-width="1.5" '
+    f'<path d="M{x0} {y0} L{x1} {y1}" stroke="{INK}" stroke-width="{width}" '
     'fill="none" marker-end="url(#head)"/>'
   )
 
@@ -61,7 +62,7 @@ def _picture(width, height, title, *parts):
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
     f'width="{width}" role="img" font-family="sans-serif"><title>{title}</title>'
     '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" '
-    'markerWidth="7" markerHeight="7" orient="auto">'
+    'markerUnits="userSpaceOnUse" markerWidth="10" markerHeight="10" orient="auto">'
     f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker></defs>'
     f'{"".join(parts)}</svg>'
   )
@@ -72,23 +73,27 @@ def round_():
   parts = [
     _text(75, 128, 'server', weight='bold'),
     adapter(6, 140, SERVER, SLOTS),
-    _text(75, 238, 'global adapters, R slots', 12),
-    _text(255, 20, '1  truncate', weight='bold'),
-    _text(480, 20, '2  train, self-prune', weight='bold'),
-    _text(700, 20, '3  weigh, average', weight='bold'),
+    _text(75, 230, 'global adapter A B,', 12),
+    _text(75, 246, f'{SLOTS} rank slots', 12),
+    _text(258, 20, '1  receive a truncation', weight='bold'),
+    _text(478, 20, '2  train, self-prune', weight='bold'),
+    _text(700, 20, '3  weigh, aggregate', weight='bold'),
     adapter(700 - WIDE / 2, 140, SERVER, SLOTS),
-    _text(700, 238, 'next round', 12),
+    _text(700, 128, 'server', weight='bold'),
+    _text(700, 230, 'weighted mean, where', 12),
+    _text(700, 246, 'weights follow ‖BA‖', 12),
   ]
-  for i, (rank, kept) in enumerate(((2, 2), (5, 4), (8, 8))):
+  for i, (rank, kept, weight) in enumerate(((2, 2, 1), (5, 4, 2.5), (8, 8, 5))):
     y = 40 + 115 * i
+    pruned = f'rank {kept}: pruned' if kept < rank else f'rank {kept}'
     parts += [
       _arrow(152, 170, 182, y + 30),
       adapter(190, y, COLOURS[i], rank),
-      _text(258, y + 90, f'rank {rank}', 12),
+      _text(258, y + 90, f'client of rank {rank}', 12),
       _arrow(338, y + 30, 402, y + 30),
       adapter(410, y, COLOURS[i], kept, gone=rank - kept),
-      _text(478, y + 90, f'rank {kept}', 12),
-      _arrow(556, y + 30, 622, 170),
+      _text(478, y + 90, pruned, 12),
+      _arrow(556, y + 30, 622, 170, weight),
     ]
   return _picture(780, 370, 'One round: distribute, train, aggregate', *parts)
 

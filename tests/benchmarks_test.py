@@ -7,11 +7,12 @@ import pathlib
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import pytest
 from absl import flags
 
-from benchmarks import figures, machine
+from benchmarks import figures, machine, pictures
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / 'benchmarks'
@@ -68,7 +69,7 @@ def check(name: str, result: dict) -> str:
 
 def test_every_program_is_run_by_a_test():
   programs = {*HERE, 'start', 'grid', 'accelerator', 'study', 'study_report'}
-  assert programs | {'chats', 'figures'} == PROGRAMS
+  assert programs | {'chats', 'figures', 'pictures'} == PROGRAMS
   for name in PROGRAMS:
     assert '__main__' in (FOLDER / f'{name}.py').read_text(), name
 
@@ -92,6 +93,12 @@ def test_study_runs(name):
   done = run(f'benchmarks.{name}', '--smoke')
   assert done.returncode == 0, done.stderr[-3000:]
   assert 'hetlora_0.99' in done.stdout or 'results.md is what' in done.stdout
+
+
+def test_readmes_pictures_are_what_is_drawn_now():
+  for path, text in pictures.drawn().items():
+    xml.etree.ElementTree.fromstring(text)
+    assert path.read_text() == text, f'{path.name}: python -m benchmarks.pictures'
 
 
 def check_parts(out: pathlib.Path, names: set[str]) -> dict:
@@ -212,6 +219,8 @@ def test_a_page_with_another_number_is_noticed():
 def test_numbers_of_benchmarks_are_in_blocks():
   """A paragraph that tells how to run a benchmark has no number of its own."""
   for page in figures.pages():
+    if page.name == 'log.md':
+      continue  # dated entries, which stay as they were
     rest = figures._BLOCK.sub('', page.read_text())
     for paragraph in re.split(r'\n\s*\n', rest):
       for name in re.findall(r'python -m benchmarks\.(\w+)', paragraph):

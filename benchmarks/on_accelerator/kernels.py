@@ -186,5 +186,5 @@ def report(result: dict) -> str:
      f'{row["flops_per_s"] / 1e12:.0f}']
     for row in result.get('words', [])
   ]  # fmt: skip
-  head = 'words at once | ms, loss and its gradient | temporary MB | TFLOP/s'
+  head = 'vocabulary chunk | ms, loss and its gradient | temporary MB | TFLOP/s'
   return f'{text}\n\n{machine.table(head, rows)}'
