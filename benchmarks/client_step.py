@@ -37,8 +37,9 @@ def load_model() -> tuple[decoder.DecoderConfig, PyTree]:
   """Returns shape and parameters of --source, or with --smoke of a tiny model."""
   if machine.smoke():
     c = config.resolve(machine.smoke_config())
-    model = base_model.load(c, sharding.make_mesh())
-    return model.config, model.params
+    model = base_model.of_config(c, sharding.make_mesh())
+    assert model.decoder, 'of a model that a configuration names'
+    return model.decoder, model.params
   model = formats.load(_SOURCE.value, dtype=jnp.dtype(_DTYPE.value))
   return model.config, jax.device_put(model.params)
 

@@ -26,7 +26,7 @@ def _a_round(c: config.Config):
   """Returns the compiled round of clients one after the other."""
   x = points.prepare(c.replace(**{'federated.clients_at_once': 1}))
   cohort = points.make_cohorts(x, 1)
-  return x.run_rounds.lower(x.base, x.initial_state, cohort, x.hyper).compile()
+  return x.run_rounds.lower(*points.arguments(x, x.initial_state, cohort)).compile()
 
 
 class Evaluation:
@@ -37,10 +37,10 @@ class Evaluation:
       x = points.prepare(c)
       self._arguments = {
         name: (x.base, x.initial_state, x.evaluation[name], x.hyper)
-        for name in x.evaluate
+        for name in x.evaluators
       }
       programs = {
-        name: x.evaluate[name].lower(*arguments).compile()
+        name: x.evaluators[name].lower(*arguments).compile()
         for name, arguments in self._arguments.items()
       }
     self._programs = programs

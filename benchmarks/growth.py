@@ -18,7 +18,7 @@ from absl import flags
 
 from benchmarks import machine
 from configs import tiny
-from hetlora_jax import build, config, points, sharding
+from hetlora_jax import config, points, sharding
 from hetlora_jax.types import Memory
 
 _SIZE = flags.DEFINE_string('size', '', 'How the sizes to grow begin.')
@@ -89,16 +89,18 @@ def grown(point: dict) -> dict:
     state = sharding.place(
       state, sharding.by_name(x.experiment.mesh, state, points=True)
     )
-  run_rounds = build.make_rounds(x.experiment.rules, x.experiment.mesh, state)
+  run_rounds = points.make_rounds(x.experiment.rules, x.experiment.mesh, state)
   start = time.perf_counter()
-  memory = run_rounds.lower(x.base, state, cohorts, x.hyper).compile().memory_analysis()
+  memory = (
+    run_rounds.lower(*points.arguments(x, state, cohorts)).compile().memory_analysis()
+  )
   compile_s = time.perf_counter() - start
   state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   times = []
   for i in range(machine.repeats() + 1):
     cohorts = points.make_cohorts(x, i)
     start = time.perf_counter()
-    state, out = run_rounds(x.base, state, cohorts, x.hyper)
+    state, out = run_rounds(*points.arguments(x, state, cohorts))
     jax.block_until_ready(out)
     times.append(time.perf_counter() - start)
   return {

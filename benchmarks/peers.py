@@ -214,7 +214,7 @@ def measure() -> dict:
   if child.PEERS.value:
     child.check()
   x = _prepare()
-  model = base_model.load(x.config, x.experiment.mesh).config
+  model = x.experiment.model.decoder
   cohorts = {
     'chat': work.first_cohort(x), 'dense': dense_cohort(x, model.vocab_size)
   }  # fmt: skip

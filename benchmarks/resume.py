@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import machine
-from hetlora_jax import checkpoint, config, experiment, points, training
+from hetlora_jax import checkpoint, config, points, training
 
 machine.define_config()
 _TRACE = flags.DEFINE_string('trace', None, 'File of the trace.')
@@ -69,8 +69,8 @@ def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
   raw.federated.num_rounds, raw.checkpoint.every = rounds, 1
   prepare, save = points.prepare, checkpoint.Checkpoints.save
 
-  def traced(*points, **more):
-    x = prepare(*points, **more)
+  def traced(*configs, **more):
+    x = prepare(*configs, **more)
     rounds = trace.timed('round', 'devices', x.run_rounds)
     return dataclasses.replace(x, run_rounds=rounds)
 
@@ -84,7 +84,7 @@ def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
   restore = trace.timed('restore', 'main loop', checkpoint.Checkpoints.restore_newest)
   patch = mock.patch.object
   with (
-    patch(experiment, 'prepare', traced),
+    patch(points, 'prepare', traced),
     patch(checkpoint.Checkpoints, 'save', watched),
     patch(checkpoint.Checkpoints, 'restore_newest', restore),
   ):

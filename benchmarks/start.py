@@ -40,7 +40,7 @@ def child() -> dict[str, float]:
   x = points.prepare(config.resolve(machine.config()))
   cohorts = points.make_cohorts(x, 0)
   done['prepared'] = _age()
-  lowered = x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper)
+  lowered = x.run_rounds.lower(*points.arguments(x, x.initial_state, cohorts))
   done['traced'] = _age()
   lowered.compile()
   done['compiled'] = _age()

@@ -31,12 +31,13 @@ from hetlora_jax import (
   console,
   files,
   points,
-  processes,
   rows,
   training,
 )
 from hetlora_jax.run import Run
 from hetlora_jax.tools import completions, scores, sweep
+from hetlora_jax.types import Row
+from launch import processes, signals
 
 _RAW = flags.DEFINE_string('raw', 'docs/results/raw', 'Folder of the results.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs/study', 'Folder of the runs.')
@@ -142,7 +143,7 @@ def runs(
     yield _run(task, arm, rate, seed, folder)
 
 
-def _curve(rows: Sequence[rows.Row]) -> dict[str, list]:
+def _curve(rows: Sequence[Row]) -> dict[str, list]:
   """Returns losses, and what was sent and seen until then, at evaluations."""
   sent = {0: (0, 0, 0)}
   for row in rows:
@@ -197,7 +198,8 @@ def _texts(found: dict) -> dict[str, list[dict]]:
 def _untouched(c: config.Config) -> dict[str, list[dict]]:
   """Returns everybody's loss before the first round, as runs evaluate it."""
   x = points.prepare(c)
-  return rows.people(x, points.evaluate(x, x.initial_state), 0)
+  (found,) = points.evaluate(x, x.initial_state)
+  return rows.people(x.experiment, x.initial_rank[0], found)
 
 
 def _do_floors(task: str) -> None:
@@ -226,12 +228,13 @@ def _do(task: str, arm: str, chosen: Sequence[sweep.Job]) -> None:
   """Runs points of one program in this process and writes their results."""
   folder = pathlib.Path(_RAW.value) / task
   folder.mkdir(parents=True, exist_ok=True)
-  summaries = training.train_points(
+  console.guard = signals.stop_after_the_round
+  trained = training.train_points(
     [training.Point(r.config, r.workdir, r.command) for r in chosen]
   )
   results = {
-    run.name: collect(task, arm, run, summary)
-    for run, summary in zip(chosen, summaries, strict=True)
+    run.name: collect(task, arm, run, done.summary)
+    for run, done in zip(chosen, trained, strict=True)
   }
   for run in chosen:
     if task in study.WRITTEN and _may_be_chosen(run, results):
@@ -298,7 +301,7 @@ def _floors_missing(task: str) -> bool:
 def _only(names: Sequence[str]) -> None:
   """Does what one process was started for."""
   if processes.CHILD in os.environ:
-    console.end_with_parent()
+    signals.end_with_parent()
   if len(_TASKS.value) != 1:
     raise ValueError(f'--only={",".join(names)} needs one of --tasks.')
   (task,) = _TASKS.value

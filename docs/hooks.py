@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from absl import flags
 from mkdocs.structure.files import File
 
-from configs import default
 from docs import pictures
 from hetlora_jax import config as config_lib
 from hetlora_jax.methods import registry
@@ -43,13 +42,13 @@ def _own_flags(program: str) -> list[flags.Flag]:
 
 
 def _fields() -> Iterator[str]:
-  values = config_lib.flat(config_lib.to_dict(
-    config_lib.resolve(default.get_config())
-  ))  # fmt: skip
   sections: dict[str, list] = {}
-  for name, gloss in config_lib.glosses().items():
-    sections.setdefault(name.rpartition('.')[0], []).append(
-      (f'`{name}`', f'`{values[name]!r}`', gloss)
+  for path, f in config_lib.FIELDS.items():
+    says = f.declaration
+    notes = [says.help, says.range() and f'It is {says.range()}.']
+    notes += ['May vary within a program.'] if path in config_lib.VARIES else []
+    sections.setdefault(path.rpartition('.')[0], []).append(
+      (f'`{path}`', f'`{f.default!r}`', ' '.join(filter(None, notes)))
     )
   for section, rows in sections.items():
     yield f'### {section or "run"}\n'
@@ -60,7 +59,7 @@ def flags_page() -> str:
   """Lists every field of a configuration and every flag of a launcher."""
   lines = [
     '# Fields and flags\n',
-    'Made from `configs/default.py` and the launchers. Any field is a flag: '
+    'Made from `hetlora_jax/config.py` and the launchers. Any field is a flag: '
     '`--config.federated.r_max=32`; `--print_config` shows those of a run.\n',
     '## Fields\n',
     *_fields(),
@@ -106,7 +105,7 @@ def methods_page() -> str:
     '# Methods\n',
     'Made from `hetlora_jax/methods/registry.py`. A method is a row of names of '
     'rules; `--config.method` chooses one, and `--config.methods.ROLE` puts '
-    'another rule in its place.\n',
+    'another rule in its place. The traits of rules decide which fit together.\n',
     _table(('method', 'rules that differ from the default', 'source'), *methods),
     '## Rules\n',
   ]
@@ -116,11 +115,12 @@ def methods_page() -> str:
     rows = [
       (
         f'`{name}`' + (' (default)' if usual[role] == name else ''),
-        _linked(_first_line(rule)) if callable(rule) else '',
+        _linked(_first_line(rule.function)) if rule.function else '',
+        ', '.join(sorted(rule.traits)),
       )
       for name, rule in rules.items()
     ]
-    lines += [f'### {role}\n', f'{about}\n', _table(('rule', 'what'), *rows)]
+    lines += [f'### {role}\n', f'{about}\n', _table(('rule', 'what', 'traits'), *rows)]
   return '\n'.join(lines)
 
 
@@ -166,7 +166,7 @@ def api_pages() -> dict[str, str]:
     pages[f'api/{name}.md'] = f'# {name}\n\n::: {name}\n'
     rows.append((f'[{name}](api/{name}.md)', about))
   head = (
-    '# API\n\nStart with [experiment](api/hetlora_jax.experiment.md) and '
+    '# API\n\nStart with [the package](api/hetlora_jax.md) and '
     '[training](api/hetlora_jax.training.md); a round is '
     '[rounds](api/hetlora_jax.rounds.md), its types '
     '[types](api/hetlora_jax.types.md).\n\n'

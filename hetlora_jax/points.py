@@ -212,6 +212,11 @@ def measured(config: Config, done: int) -> np.ndarray:
   return (after_R % every == 0) | (after_R == f.num_rounds)
 
 
+def arguments(x: Points, state: ServerState, cohorts: Cohort, done: int = 0) -> tuple:
+  """Returns what `run_rounds` is called with, for the call that ends at round `done`."""
+  return x.base, state, cohorts, x.hyper, measured(x.config, done)
+
+
 def call(x: Points, state: ServerState, cohorts: Cohort, done: int = 0):
   """Runs the rounds of a call, the last of them being round `done`.
 
@@ -219,7 +224,7 @@ def call(x: Points, state: ServerState, cohorts: Cohort, done: int = 0):
     The next state, which takes the place of the one given, and metrics
     [rounds, K, ...].
   """
-  return x.run_rounds(x.base, state, cohorts, x.hyper, measured(x.config, done))
+  return x.run_rounds(*arguments(x, state, cohorts, done))
 
 
 def _evaluators(x: Experiment, at_once: int | None) -> dict[str, Callable]:

@@ -18,7 +18,7 @@ N = len(COUNTS)
 UNSEEN = np.array([8, 30, 19])
 SHAPE = BatchShape(rows=2, row_tokens=16, num_targets=12)
 FEDERATED = dataclasses.replace(
-  config.build(tiny.get_config()).federated, clients_per_round=6, local_steps=3,
+  config.built(tiny.get_config()).federated, clients_per_round=6, local_steps=3,
   min_local_steps=3, local_batch=5, sampling='uniform',
 )  # fmt: skip
 DRAW = dict(count='round', pooled=False, pad_to=8)

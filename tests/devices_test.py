@@ -89,8 +89,7 @@ def _gathers(mesh, method, **overrides):
   """Returns the experiment, its compiled rounds' text and their gathers."""
   x = points.prepare(many_rounds(method, mesh, **overrides))
   cohorts = points.make_cohorts(x, 0)
-  asked = points.measured(x.config, 0)
-  program = x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper, asked)
+  program = x.run_rounds.lower(*points.arguments(x, x.initial_state, cohorts))
   text = program.compile().as_text()
   found = collectives(text)
   assert any(c.kind == 'all-reduce' for c in found)  # it does say something

@@ -27,7 +27,7 @@ def test_bytes_match_the_compilers_and_the_real_runs(method):
   x = points.prepare(c)
   cohorts = points.make_cohorts(x, 0)
   memory = (
-    x.run_rounds.lower(x.base, x.initial_state, cohorts, x.hyper)
+    x.run_rounds.lower(*points.arguments(x, x.initial_state, cohorts))
     .compile()
     .memory_analysis()
   )

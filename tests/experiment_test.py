@@ -19,7 +19,6 @@ from hetlora_jax import (
   base_model,
   checkpoint,
   config,
-  experiment,
   files,
   heldout,
   points,
@@ -244,7 +243,7 @@ def fill_memory(*_):
 
 
 def test_what_does_not_fit_in_memory_names_the_dials(unbroken, tmp_path, monkeypatch):
-  monkeypatch.setattr(experiment, 'evaluate', fill_memory)
+  monkeypatch.setattr(points, 'evaluate', fill_memory)
   monkeypatch.setattr(completions, '_answer', fill_memory)
   full = 'RESOURCE_EXHAUSTED.*: lower '
   with pytest.raises(config.ConfigError, match=f'{full}eval.examples_per_person'):

@@ -183,7 +183,7 @@ def test_sections_of_another_kind_are_named():
   for raw in ({'federated': 3}, {'mesh': None}, {}):
     whole = to_dict(fuzz._config()) | raw if raw else {}
     with pytest.raises(ConfigError, match=r'default\.py'):
-      config.build(ml_collections.ConfigDict(whole))
+      config.built(ml_collections.ConfigDict(whole))
 
 
 # --- One at a time ---------------------------------------------------------

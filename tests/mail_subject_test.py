@@ -186,7 +186,7 @@ class Letters:
 @pytest.mark.parametrize(('most', 'left'), [(999, 93), (40, 17), (22, 0), (10, 0)])
 def test_a_body_loses_its_end_not_its_start(tmp_path, mails, most, left):
   data = dataclasses.replace(
-    config.build(tiny.get_config()).data, name='mail_subject', path=str(mails),
+    config.built(tiny.get_config()).data, name='mail_subject', path=str(mails),
     min_examples=2, unseen_fraction=0, heldout_fraction=0.2, tokens_per_example=most,
   )  # fmt: skip
   example = people.load(data, Letters(), tmp_path / 'd').example('train', 0, 0)

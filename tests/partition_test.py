@@ -104,7 +104,7 @@ def load(tmp_path_factory):
 
   def load(name='dirichlet', **overrides):
     data = dataclasses.replace(
-      config.build(tiny.get_config()).data, name='synthetic', min_examples=20,
+      config.built(tiny.get_config()).data, name='synthetic', min_examples=20,
       unseen_fraction=0.3, heldout_fraction=0.25, partition=name,
       partition_clients=50, partition_alpha=1.0, partition_seed=3,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def test_cohorts_are_drawn_from_made_clients(load):
   cohort = cohorts.make_cohort(
     population, cohorts.Draw(
       federated=dataclasses.replace(
-        config.build(tiny.get_config()).federated, clients_per_round=3,
+        config.built(tiny.get_config()).federated, clients_per_round=3,
         local_steps=2, min_local_steps=2, local_batch=2, sampling='by_size',
       ),
       shape=packing.BatchShape(rows=2, row_tokens=160, num_targets=160),

@@ -27,7 +27,7 @@ def text_of(tokens):
 
 
 DATA = dataclasses.replace(
-  config.build(tiny.get_config()).data,
+  config.built(tiny.get_config()).data,
   name='synthetic', min_examples=25, unseen_fraction=0.3, heldout_fraction=0.25,
 )  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_an_author_of_one_post_is_left_out(tmp_path):
 
 def load(tmp_path, posts, **overrides):
   data = dataclasses.replace(
-    config.build(tiny.get_config()).data, name='reddit_tldr',
+    config.built(tiny.get_config()).data, name='reddit_tldr',
     path=str(write(tmp_path, posts)), min_examples=2, unseen_fraction=0.5,
     heldout_fraction=0.2, **overrides,
   )  # fmt: skip

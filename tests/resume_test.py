@@ -27,6 +27,7 @@ from experiment_test import (
 from tensorboard.backend.event_processing import event_accumulator
 
 from hetlora_jax import checkpoint, config, files, points, training
+from hetlora_jax.fields import flat
 
 # tensorstore's futures outlive the event loop of a read that failed.
 pytestmark = pytest.mark.filterwarnings(
@@ -211,7 +212,7 @@ def test_every_field_that_differs_is_named_with_both_values(done):
     training.train(other, done)
   said, old, new = (
     str(error.value),
-    *(config.flat(config.to_dict(c)) for c in (small_config(), other)),
+    *(flat(config.to_dict(c)) for c in (small_config(), other)),
   )
   differ = [name for name in old if old[name] != new[name]]
   assert len(differ) == 5

@@ -83,7 +83,7 @@ def run(method: str, dtype: str) -> dict[str, np.ndarray]:
   raw.update_from_flattened_dict(_FIELDS | {'method': method, 'model.dtype': dtype})
   c = config.resolve(raw)
   x = points.prepare(c)
-  state, out = x.run_rounds(x.base, x.initial_state, points.make_cohorts(x, 0), x.hyper)
+  state, out = points.call(x, x.initial_state, points.make_cohorts(x, 0))
   state, out = jax.device_get((state, out))
   one = jax.tree.map(lambda leaf: leaf[0], state)
   return changes(one, c.lora.scale) | {

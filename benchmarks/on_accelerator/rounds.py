@@ -76,7 +76,7 @@ class Round:
     """Compiles, alone or beside others."""
     x, start = self.x, time.perf_counter()
     cohorts = points.make_cohorts(x, 0)
-    lowered = x.run_rounds.lower(x.base, self._state, cohorts, x.hyper)
+    lowered = x.run_rounds.lower(*points.arguments(x, self._state, cohorts))
     self.program = lowered.compile()
     self.compile_s = time.perf_counter() - start
 
@@ -99,7 +99,7 @@ class Round:
     start, targets = time.perf_counter(), 0
     for cohorts in points.cohorts_ahead(x, 0, count * each):
       targets += jax.device_get(self.run(cohorts)['tokens']).sum()
-    seconds, calls = time.perf_counter() - start, each * len(x.points)
+    seconds, calls = time.perf_counter() - start, each * len(x.configs)
     return {
       'device_s': statistics.median(device) / calls,
       'host_s': host_s / calls,

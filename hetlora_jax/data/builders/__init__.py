@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
 import pathlib
