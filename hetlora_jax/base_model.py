@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from hetlora_jax import formats, prng, sharding
+from hetlora_jax import prng, sharding
 from hetlora_jax.config import Config, ConfigError, Model, RandomModel
 from hetlora_jax.data import people
-from hetlora_jax.models import decoder, readout, shapes
+from hetlora_jax.models import Pretrained, decoder, readout, shapes
 from hetlora_jax.models.decoder import DecoderConfig
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.types import Array, Loss, PyTree
@@ -138,7 +138,7 @@ def compute_dtype(config: Config) -> jnp.dtype:
   return jnp.dtype('bfloat16' if has_amx else 'float32')
 
 
-def load(config: Config, mesh: Mesh) -> formats.Pretrained:
+def load(config: Config, mesh: Mesh) -> Pretrained:
   """Loads or draws the base model, in the type to compute in, on its devices.
 
   The last one is kept, and only there: the points of a sweep share it.
@@ -162,14 +162,14 @@ def check_split(config: Config, shape: decoder.DecoderConfig) -> None:
 
 
 @functools.lru_cache(1)
-def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> formats.Pretrained:
+def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
+  from hetlora_jax import formats  # only what is read needs its readers
+
   return _place(formats.load(source, dtype=dtype), mesh)
 
 
 @functools.lru_cache(1)
-def _draw(
-  c: Model, data: str, path: str, dtype: jnp.dtype, mesh: Mesh
-) -> formats.Pretrained:
+def _draw(c: Model, data: str, path: str, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
   """Draws parameters, each where it lives; trains a tokenizer on the data."""
   words = people.corpus(data, path=path)
   tokenizer = Tokenizer.train(words, c.random.vocab_size)
@@ -179,10 +179,10 @@ def _draw(
   where = sharding.by_name(mesh, jax.eval_shape(draw, key))
   params = jax.jit(draw, out_shardings=where)(key)
   name = f'{c.source}-{c.random.seed}'
-  return formats.Pretrained(shape, params, name, tokenizer)
+  return Pretrained(shape, params, name, tokenizer)
 
 
-def _place(model: formats.Pretrained, mesh: Mesh) -> formats.Pretrained:
+def _place(model: Pretrained, mesh: Mesh) -> Pretrained:
   return dataclasses.replace(model, params=_placed(model.params, mesh))
 
 

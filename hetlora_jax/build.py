@@ -13,7 +13,6 @@ import numpy as np
 from hetlora_jax import client, lora, optimizers, prng, ranks, robust, server, sharding
 from hetlora_jax.config import FIELDS, SCALE_RULES, Config, ConfigError
 from hetlora_jax.fields import lookup
-from hetlora_jax.formats import peft
 from hetlora_jax.methods import tail
 from hetlora_jax.types import (
   Adapters,
@@ -76,8 +75,8 @@ def clients_at_once(config: Config) -> tuple[int, int]:
   a device trains one at a time unless told otherwise.
   """
   f, traits = config.federated, config.traits
-  clients = 1 if 'pooled' in traits else f.clients_per_round
-  at_once = f.clients_at_once or (1 if 'base' in traits else None)
+  clients = 1 if 'pools data' in traits else f.clients_per_round
+  at_once = f.clients_at_once or (1 if 'trains base' in traits else None)
   return sharding.chunks(clients, at_once, config.mesh.clients)
 
 
@@ -105,7 +104,7 @@ def make_rules(config: Config, loss: Loss) -> Rules:
   at_once, clients = clients_at_once(config)
 
   def client_optimizer(hyper: Hyperparameters):
-    full = 'base' in traits
+    full = 'trains base' in traits
     rate = hyper.full_learning_rate if full else hyper.client_learning_rate
     return optimizers.CLIENT[o.name](rate, o.weight_decay)
 
@@ -117,7 +116,7 @@ def make_rules(config: Config, loss: Loss) -> Rules:
     personal=config.rules['personal'].own_factors,
     objective=_bound_rule(config, 'objective'),
     trainable=_bound_rule(config, 'trainable'),
-    trains_base='base' in traits,
+    trains_base='trains base' in traits,
     client_optimizer=client_optimizer,
     tamper=_tamper(config),
     bound=_norm_bound(config),
@@ -154,7 +153,7 @@ def draw_ranks(config: Config, num_examples_N: np.ndarray) -> np.ndarray:
   """
   f, traits = config.federated, config.traits
   if 'all slots' in traits:
-    rank = 0 if 'base' in traits else f.r_max
+    rank = 0 if 'trains base' in traits else f.r_max
     return np.full(len(num_examples_N), rank, np.int32)
   return ranks.draw(
     prng.host_stream(config.seed, 'ranks'),
@@ -168,7 +167,7 @@ def draw_ranks(config: Config, num_examples_N: np.ndarray) -> np.ndarray:
 
 def _residual(config: Config, dims: dict, base: PyTree) -> Deltas:
   """Returns zeros for whatever the method changes of the base, by name."""
-  if 'base' in config.traits:
+  if 'trains base' in config.traits:
     leaves = jax.tree.leaves_with_path(base)
     return {path[-1].key: jnp.zeros(x.shape) for path, x in leaves}
   if 'folds' in config.traits:
@@ -183,6 +182,8 @@ def _from_peft(
 
   Slots beyond its rank keep their A beside B = 0, so that they can be trained.
   """
+  from hetlora_jax.formats import peft
+
   folder, hyper = config.lora.from_peft, make_hyperparameters(config)
   with jax.ensure_compile_time_eval():  # a dry run only asks for shapes
     whole = jnp.full(groups, config.federated.r_max)

@@ -20,6 +20,7 @@ from hetlora_jax.methods.registry import METHODS, ROLES, Rule
 from hetlora_jax.models import decoder, shapes
 
 SCALE_RULES = {'constant': 0.0, 'alpha_over_r': 1.0, 'alpha_over_sqrt_r': 0.5}
+MAX_CONTEXT_TURNS = 4  # that data sets keep
 WIRE_DTYPES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # bytes
 
 
@@ -377,7 +378,7 @@ class Data:
     below=1,
   )
   context_turns: int = field(
-    4, 'Turns of context before the target, at most 4.', at_least=1, at_most=4
+    4, 'Turns of context before the target.', at_least=1, at_most=MAX_CONTEXT_TURNS
   )
   row_tokens: int = field(256, 'Tokens of a packed row.', at_least=1)
   tokens_per_example: int = field(
@@ -680,7 +681,7 @@ def _of_model(c: Config) -> Iterator[_Condition]:
   )
   yield (
     'lora.from_peft',
-    not c.lora.from_peft or 'base' not in c.traits,
+    not c.lora.from_peft or 'trains base' not in c.traits,
     'full fine-tuning has no adapters; merge it and give that as model.source',
   )
   yield (

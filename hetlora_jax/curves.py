@@ -1,12 +1,16 @@
 """Curves of a run, as matplotlib draws them."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import matplotlib.figure
-import matplotlib.ticker
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from hetlora_jax.types import Row
+
+if TYPE_CHECKING:
+  import matplotlib.figure
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
@@ -32,6 +36,10 @@ def _draw_energy(figure, axis, rows: Sequence[Row]) -> None:
 
 def plot(rows: Sequence[Row], title: str) -> matplotlib.figure.Figure:
   """Draws perplexities, loss, ranks and energy of each slot against rounds."""
+  # Half a second, which a program that draws nothing need not wait for.
+  import matplotlib.figure
+  import matplotlib.ticker
+
   figure = matplotlib.figure.Figure((16, 3.8))
   figure.suptitle(title)
   # By hand: a layout engine draws everything twice.

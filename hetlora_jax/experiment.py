@@ -170,7 +170,7 @@ def make_cohort(x: Experiment, seed: int, round: int, only: slice) -> Cohort:
     federated=c.federated,
     shape=packing.batch_shape(c.data, c.federated.local_batch),
     count=c.methods.count_examples,
-    pooled='pooled' in c.traits,
+    pooled='pools data' in c.traits,
     pad_to=build.clients_at_once(c)[1],
   )
   return cohorts.make_cohort(x.population, draw, seed=seed, round=round, only=only)

@@ -38,9 +38,9 @@ def test_records_are_ordered_by_person_then_time(synthetic):
 
 
 def test_examples_may_be_given_in_any_order(synthetic, tmp_path, monkeypatch):
-  examples = builders.BUILDERS['synthetic'].examples
+  examples = builders.builder_of('synthetic').examples
   monkeypatch.setattr(
-    builders.BUILDERS['synthetic'],
+    builders.builder_of('synthetic'),
     'examples',
     lambda self: reversed(list(examples(self))),
   )
@@ -105,14 +105,14 @@ def test_half_prepared_data_is_prepared_again(tmp_path, monkeypatch):
 
 
 def test_losing_a_race_to_prepare_is_no_error(tmp_path, monkeypatch):
-  examples = builders.BUILDERS['synthetic'].examples
+  examples = builders.builder_of('synthetic').examples
 
   def overtaken(self):
-    monkeypatch.setattr(builders.BUILDERS['synthetic'], 'examples', examples)
+    monkeypatch.setattr(builders.builder_of('synthetic'), 'examples', examples)
     builders.open_dataset('synthetic', tmp_path)
     return examples(self)
 
-  monkeypatch.setattr(builders.BUILDERS['synthetic'], 'examples', overtaken)
+  monkeypatch.setattr(builders.builder_of('synthetic'), 'examples', overtaken)
   assert len(builders.open_dataset('synthetic', tmp_path).people) == 64
 
 

@@ -6,18 +6,23 @@ every seed are evaluated on the same people and examples. What is held out of
 one person may still be context, which bears no loss, of another.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from hetlora_jax import config
+from hetlora_jax.config import MAX_CONTEXT_TURNS
 from hetlora_jax.data import builders, partition
-from hetlora_jax.data.builders import records
+
+if TYPE_CHECKING:
+  from hetlora_jax.data.builders import records
 
 Kind = Literal['train', 'heldout', 'unseen']
 
@@ -49,13 +54,13 @@ class Group:
   first: np.ndarray  # [N] int64, a client's first row
   count: np.ndarray  # [N] int64, how many rows are the client's
 
-  def select(self, mask_N: np.ndarray) -> 'Group':
+  def select(self, mask_N: np.ndarray) -> Group:
     """Returns the clients at which the mask is true, in their order."""
     keep_N = np.flatnonzero(mask_N)
     ids = tuple(self.ids[i] for i in keep_N)
     return Group(ids=ids, first=self.first[keep_N], count=self.count[keep_N])
 
-  def repeat(self, copies: int) -> 'Group':
+  def repeat(self, copies: int) -> Group:
     """Returns all clients in their order, `copies` times over."""
     first, count = np.tile([self.first, self.count], copies)
     return Group(ids=self.ids * copies, first=first, count=count)
@@ -226,7 +231,7 @@ def _keep(groups: dict[Kind, Group], num_people: int) -> dict[Kind, Group]:
 def reader(
   dataset: builders.Dataset,
   tokenizer: Tokenizer,
-  max_context_turns: int = records.MAX_CONTEXT_TURNS,
+  max_context_turns: int = MAX_CONTEXT_TURNS,
   most_tokens: int | None = None,
   order_E: np.ndarray | None = None,
 ) -> Callable[[int], Example]:
@@ -281,7 +286,7 @@ def corpus(
   prepared = builders.open_dataset(dataset, data_dir, path)
   for row in evenly_spaced(len(prepared.examples), num_texts):
     record = prepared.examples[int(row)]
-    text = _render(prepared.builder.render, record, records.MAX_CONTEXT_TURNS)
+    text = _render(prepared.builder.render, record, MAX_CONTEXT_TURNS)
     yield text.prompt + text.cue + text.completion
 
 

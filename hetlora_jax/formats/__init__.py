@@ -1,25 +1,13 @@
 """Pretrained base models: from a name or a path to params and a tokenizer."""
 
-import dataclasses
 import os
 import pathlib
 
 import numpy as np
 
 from hetlora_jax.formats import cache, gguf, hf_folder, layout, sources
-from hetlora_jax.models.decoder import DecoderConfig
+from hetlora_jax.models import Pretrained
 from hetlora_jax.models.tokenizer import Tokenizer
-from hetlora_jax.types import PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-  """A base model; `params` has numpy leaves, layers stacked on axis 0."""
-
-  config: DecoderConfig
-  params: PyTree
-  fingerprint: str  # SHA-256 of the source, hex
-  tokenizer: Tokenizer
 
 
 def load(

@@ -3,4 +3,4 @@
 from hetlora_jax.methods.registry import declare
 
 declare('cohort', 'separate')
-declare('cohort', 'pooled', traits=['pooled'])
+declare('cohort', 'pooled', traits=['pools data'])

@@ -21,14 +21,14 @@ def _all_slots(rank_CM, r_max):
   return 0 * rank_CM + r_max
 
 
-@rule('distribution', traits=['prefix', 'truncates'], traffic=_own_ranks)
+@rule('distribution', traits=['prefixes', 'truncates'], traffic=_own_ranks)
 def prefix(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> View:
   """Truncates to the client's rank (HetLoRA; Cho et al., 2024, 2401.06432)."""
   del key
   return View(lora.truncate(adapters, masks), masks, scale)
 
 
-@rule('distribution', traits=['prefix', 'all slots'], traffic=_own_ranks)
+@rule('distribution', traits=['prefixes', 'all slots'], traffic=_own_ranks)
 def full(adapters: Adapters, masks: Masks, scale: Array, key: Array) -> View:
   """Gives everybody every slot: homogeneous LoRA of rank R."""
   del key

@@ -39,7 +39,7 @@ def task(trained: Trained, about: About) -> Loss:
 @rule(
   'objective',
   traits=['tail', 'own ranks'],
-  needs={'prefix': 'only a prefix has a tail'},
+  needs={'prefixes': 'only a prefix has a tail'},
 )
 def tail_penalty(trained: Trained, about: About) -> Loss:
   """Adds lambda sum ||B_tail|| ||A_tail|| (HetLoRA, arXiv 2401.06432)."""
@@ -65,7 +65,7 @@ def draw_prefix(rank: Array, hyper: Hyperparameters, key: Array) -> Array:
   return low + jnp.floor(draw * (rank - low + 1)).astype(jnp.int32)
 
 
-@rule('objective', traits=['own ranks'], needs={'prefix': 'only prefixes nest'})
+@rule('objective', traits=['own ranks'], needs={'prefixes': 'only prefixes nest'})
 def nested_prefixes(trained: Trained, about: About) -> Loss:
   """Trains one truncation a step, drawn anew (PreLort, arXiv 2606.15963).
 

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 # What a rule can be known for -> what that means.
 TRAITS = {
-  'prefix': 'a client of rank r holds the first r slots',
+  'prefixes': 'a client of rank r holds the first r slots',
   'truncates': 'the rank of a client decides which slots it receives',
   'all slots': 'every client has all r_max slots',
   'fresh factors': 'clients draw their own A',
   'tail': 'it looks at the tail of an adapter, the slots from gamma r on',
   'own ranks': 'it trains clients of different ranks differently',
-  'base': 'clients train the base model; there are no adapters',
+  'trains base': 'clients train the base model; there are no adapters',
   'own factors': 'clients keep factors to themselves',
   'norms': 'it weighs by the norms of adapters',
   'factor space': 'the aggregate is factors A and B',
@@ -32,7 +32,7 @@ TRAITS = {
   'keeps factors': 'the aggregate stays in the basis of the clients',
   'folds': 'something is added to the base model',
   'empties': 'nothing stays in the adapters',
-  'pooled': 'one client trains on the data of all',
+  'pools data': 'one client trains on the data of all',
 }
 
 

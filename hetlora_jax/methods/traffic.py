@@ -90,7 +90,7 @@ def of_round(
   trains, receives, changes = (
     rules[role].traffic for role in ('trainable', 'distribution', 'redistribution')
   )
-  if 'base' in traits:
+  if 'trains base' in traits:
     trained = down = clients * base_parameters
     up = len(kept_CG) * base_parameters
   elif trains:
@@ -102,6 +102,6 @@ def of_round(
       fold_rank_M = _each_matrix(dims, fold_rank) if fold_rank else None
       down = lora_parameters(receives(sent_CG, r_max), dims, shared)
       down += clients * _folded(changes(kept_CG.astype(np.int64), fold_rank_M), dims)
-  if 'pooled' in traits:
+  if 'pools data' in traits:
     up = down = 0
   return Traffic(trained, up, down)

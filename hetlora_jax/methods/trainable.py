@@ -49,7 +49,7 @@ declare(
   'trainable',
   'base',
   both,
-  traits=['base'],
+  traits=['trains base'],
   needs={
     'all slots': 'full fine-tuning sends all of the model',
     'weighted': 'the changes of the base are averaged as they come in',

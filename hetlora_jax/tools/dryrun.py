@@ -142,7 +142,7 @@ def _cohorts(config: Config, points: int) -> Cohort:
   f = config.federated
   batch = packing.batch_shape(config.data, f.local_batch)
   clients = build.clients_at_once(config)[1]
-  pooled = 'pooled' in config.traits
+  pooled = 'pools data' in config.traits
   lead = (f.rounds_per_call, points, clients)
   steps = f.local_steps * (f.clients_per_round if pooled else 1)
   room = (*lead, steps, batch.rows, batch.row_tokens)

@@ -1,34 +1,31 @@
 """The data sets by name, prepared on first use by TensorFlow Datasets."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
+import importlib
 import io
 import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
-
-import tensorflow_datasets as tfds
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetlora_jax import files
-from hetlora_jax.data.builders import (
-  chitchat,
-  mail_subject,
-  multi_session_chat,
-  records,
-  reddit_tldr,
-  synthetic,
-  text_folder,
-)
 
-BUILDERS: dict[str, type[records.RecordBuilder]] = {
-  'chitchat': chitchat.Chitchat,
-  'mail_subject': mail_subject.MailSubject,
-  'multi_session_chat': multi_session_chat.MultiSessionChat,
-  'reddit_tldr': reddit_tldr.RedditTldr,
-  'synthetic': synthetic.Synthetic,
-  'text_folder': text_folder.TextFolder,
+if TYPE_CHECKING:
+  from hetlora_jax.data.builders import records
+
+# Data set -> its builder, module:class. Imported when it is asked for, and TensorFlow
+# Datasets with it.
+BUILDERS = {
+  'chitchat': 'chitchat:Chitchat',
+  'mail_subject': 'mail_subject:MailSubject',
+  'multi_session_chat': 'multi_session_chat:MultiSessionChat',
+  'reddit_tldr': 'reddit_tldr:RedditTldr',
+  'synthetic': 'synthetic:Synthetic',
+  'text_folder': 'text_folder:TextFolder',
 }
 
 ANEW = 'delete the folder, it is made anew'
@@ -92,35 +89,46 @@ def open_dataset(
     OSError: its folder cannot be read or written.
   """
   kind, _, config = name.partition('/')
-  if kind not in BUILDERS:
-    raise ValueError(f'dataset={name!r} is unknown; one of {list(BUILDERS)}.')
+  make = builder_of(kind)
   data_dir = pathlib.Path(data_dir or files.cache_folder() / 'tfds')
   if path:
-    data_dir = data_dir / 'files' / files.digest_all(BUILDERS[kind].files(path))[:16]
+    data_dir = data_dir / 'files' / files.digest_all(make.files(path))[:16]
   make_builder = functools.partial(
-    BUILDERS[kind],
+    make,
     data_dir=data_dir,
     config=config or None,
     path=path,
     file_format='array_record',
   )
-  folder = _place(kind, config, data_dir)
+  folder = _place(make, config, data_dir)
   if not folder.exists():
     _prepare(make_builder())
   with _reading(folder):
     open_split: Any = make_builder().as_data_source
     examples, people = (_Split(open_split(s), folder) for s in ('examples', 'people'))
-  return Dataset(examples, people, folder, BUILDERS[kind])
+  return Dataset(examples, people, folder, make)
 
 
-def _place(kind: str, config: str, data_dir: pathlib.Path) -> pathlib.Path:
+def builder_of(name: str) -> type[records.RecordBuilder]:
+  """Returns the builder of a data set; raises ValueError if there is no such set."""
+  if name not in BUILDERS:
+    raise ValueError(f'dataset={name!r} is unknown; one of {list(BUILDERS)}.')
+  module, _, builder = BUILDERS[name].partition(':')
+  return getattr(importlib.import_module(f'{__name__}.{module}'), builder)
+
+
+def _place(
+  make: type[records.RecordBuilder], config: str, data_dir: pathlib.Path
+) -> pathlib.Path:
   """Returns the folder that a data set has, or will have once prepared."""
-  configs = [c.name for c in BUILDERS[kind].BUILDER_CONFIGS]
+  configs = [c.name for c in make.BUILDER_CONFIGS]
   config = config or (configs[0] if configs else '')
-  return data_dir / kind / config / str(BUILDERS[kind].VERSION)
+  return data_dir / make.name / config / str(make.VERSION)
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+def _prepare(builder: records.RecordBuilder) -> None:
+  import tensorflow_datasets as tfds
+
   print(f'Preparing {builder.info.full_name} in {builder.data_dir}.')
   if not sys.stderr.isatty():
     tfds.disable_progress_bar()

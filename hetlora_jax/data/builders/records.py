@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-MAX_CONTEXT_TURNS = 4
+from hetlora_jax.config import MAX_CONTEXT_TURNS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from hetlora_jax import files
+from hetlora_jax.config import MAX_CONTEXT_TURNS
 from hetlora_jax.data.builders import records
 
 FIELDS = {'client': str, 'context': list, 'target': str}
@@ -70,7 +71,7 @@ def _record(line: dict, place: pathlib.Path, number: int) -> records.Record:
     line['context'] = [line['context']]
   if problem := _problem(line):
     raise files.damaged(place, problem, REMEDY)
-  most = records.MAX_CONTEXT_TURNS
+  most = MAX_CONTEXT_TURNS
   context = line['context'][-most:]
   return records.Record(
     client=line['client'],
