@@ -88,6 +88,10 @@ class Run:
     history.title = str(self.folder)
     return history
 
+  def plot(self):
+    """Returns a matplotlib figure of the history."""
+    return self.history.plot()
+
   @property
   def summary(self) -> dict[str, Any] | None:
     """What summary.json holds; None of a run that has not ended."""

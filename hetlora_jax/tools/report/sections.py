@@ -58,6 +58,8 @@ def _curve(group: Group, name: str, against: str) -> Line:
   column, unit, _ = AGAINST[against]
   if column:
     rounds, so_far, _ = runs.mean(group, column)
+    if not rounds:  # rules that do not state what they send
+      return Line(group.name, group.number, *(np.zeros(0),) * 3)
     x = so_far[np.searchsorted(rounds, x)] / unit
   return Line(group.name, group.number, x, mean, deviation)
 
