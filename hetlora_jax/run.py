@@ -68,7 +68,7 @@ class Run:
   def fields(self) -> dict[str, Any]:
     """The values of its fields by path, unchecked; defaults where it had none yet."""
     path = self.folder / 'config.json'
-    return config.fields_of_folder(files.read_json(path, 'name the folder of a run'))
+    return config.fields_of_folder(files.read_json(path, 'use another --workdir'))
 
   @functools.cached_property
   def config(self) -> Config:

@@ -268,7 +268,7 @@ def refuse_memory(*_):
   [
     (base_model, 'load', fill_memory),
     (base_model, 'load', refuse_memory),
-    (builders, '_open_prepared', refuse_memory),
+    (builders, '_reading', refuse_memory),
   ],
 )
 def test_a_model_that_does_not_fit_in_memory_names_the_dials(
@@ -332,7 +332,7 @@ def test_lost_metrics_and_damaged_config(unbroken, tmp_path):
   summary = training.train(small_config(), workdir).summary
   assert summary['first']['round'] == summary['last']['round'] == 4
   (workdir / 'config.json').write_text('{"seed": 0, "fed')
-  with pytest.raises(config.ConfigError, match='config.json is not valid JSON'):
+  with pytest.raises(files.Damaged, match='config.json is not valid JSON.*another'):
     training.train(small_config(), workdir)
 
 

@@ -395,7 +395,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
   with pytest.raises(ConfigError, match='no checkpoints'):
     export.run(Run(tmp_path), tmp_path / 'out', export.Choice('merged'))
   with pytest.raises(ConfigError, match='none of the .* people'):
-    export._number(x, 'nobody')
+    export._number(x.experiment, 'nobody')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['run']
 
 
