@@ -125,7 +125,7 @@ def _run(
     ['python', '-m', 'launch.train', f'--config=configs/study.py:{task}',
      *words, f'--workdir={workdir}']
   )  # fmt: skip
-  resolved = sweep.with_fields(config.build(_task_config(task)), fields)
+  resolved = config.built(_task_config(task)).replace(**fields)
   return sweep.Job(name, fields, resolved, workdir, command)
 
 

@@ -17,7 +17,7 @@ Found = dict[str, Arm]
 
 def config(task: str = study.TASKS[0]) -> config_lib.Config:
   """Returns what all arms of a task share."""
-  return config_lib.build(study.get_config(task))
+  return config_lib.built(study.get_config(task))
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from hetlora_jax import config, console, files
+from hetlora_jax import config, console, fields, files
 from hetlora_jax.config import ConfigError
 from hetlora_jax.types import Array, ServerState
 
@@ -101,7 +101,7 @@ class Checkpoints:
       read_only=keep is None,
       save_interval_steps=1 if keep else 0,
     )
-    self._base = json.loads(json.dumps(config.flat(base)))  # tuples to lists
+    self._base = json.loads(json.dumps(fields.flat(base)))  # tuples to lists
     self._writes = keep is not None
     self._managers = [
       ocp.CheckpointManager(folder.resolve(), options=options) for folder in folders

@@ -134,7 +134,7 @@ def test_any_text_is_json_or_refused(content):
 @given(field=st.sampled_from(sorted(flat(to_dict(fuzz._config())))),
        value=json_values)  # fmt: skip
 def test_any_value_of_a_config_is_taken_or_refused(field, value):
-  _read_or_refused(lambda: sweep.with_fields(fuzz._config(), {field: value}))
+  _read_or_refused(lambda: fuzz._config().replace(**{field: value}))
   whole = to_dict(fuzz._config())
   *sections, name = field.split('.')
   functools.reduce(dict.__getitem__, sections, whole)[name] = value
