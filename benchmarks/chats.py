@@ -86,15 +86,15 @@ def crowd(vocabulary: int, clients: int) -> Population:
 
 
 def prepare(
-  shape: str = '', *, clients: int, at_once: int, points: int = 1, **fields
+  shape: str = '', *, clients: int, at_once: int | None, seeds: int = 1, **fields
 ) -> points.Points:
   """Prepares the main job on random weights and tokens.
 
   Args:
     shape: a key of models/shapes.py, or '' for the tiny model of a smoke.
     clients: a round, of twice as many.
-    at_once: clients that train at once; 0 is all.
-    points: of a sweep over seeds.
+    at_once: clients that train at once; None: all.
+    seeds: points of a sweep.
     **fields: of the configuration, with __ for the dots.
   """
   raw = chitchat_gemma3.get_config() if shape else machine.smoke_config()
@@ -110,7 +110,7 @@ def prepare(
     {name.replace('__', '.'): x for name, x in fields.items()}
   )
   configs = []
-  for seed in range(points):
+  for seed in range(seeds):
     raw.seed = seed
     configs.append(config.resolve(raw))
   return points.prepare(*configs, population=crowd(vocabulary, 2 * clients))

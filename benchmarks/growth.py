@@ -115,13 +115,13 @@ def grown(point: dict) -> dict:
 def measure() -> dict:
   """Grows every size, or those that --size names."""
   result: dict = {}
-  for name, grown in _GROW.items():
+  for name, sizes in _GROW.items():
     if not name.startswith(_SIZE.value):
       continue
     if machine.smoke() and name != 'population':
       continue
     result[name] = []
-    for point in grown[: 2 if machine.smoke() else None]:
+    for point in sizes[: 2 if machine.smoke() else None]:
       row = {'point': point, **grown(point)}
       result[name].append(row)
       print(name, {k: _short(x) for k, x in row.items()}, flush=True)

@@ -106,8 +106,10 @@ def config_dict_of(cls) -> ConfigDict:
   """Returns a ConfigDict of the defaults, whose None may be given a value by flag."""
   values = {}
   for path, f in declared(cls).items():
-    empty = config_dict.placeholder(str if f.type is str else object)
-    values[path] = empty if f.default is None else f.default
+    # A reference to any object can also be given None by a flag.
+    kind = str if f.type is str else object
+    reference = config_dict.FieldReference(f.default, field_type=kind)
+    values[path] = reference if f.optional else f.default
   return ConfigDict(nested(values)).lock()
 
 

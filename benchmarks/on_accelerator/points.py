@@ -14,7 +14,7 @@ _SMOKE_PLAN = ((2, 2, 2),)
 def _round(points: int, at_once: int, rounds: int) -> Round:
   clients = 2 if machine.smoke() else _CLIENTS
   return Round(
-    '' if machine.smoke() else _SHAPE, clients, clients, points=points,
+    '' if machine.smoke() else _SHAPE, clients, clients, seeds=points,
     mesh__points_at_once=at_once, federated__rounds_per_call=rounds,
     federated__num_rounds=10 * rounds, checkpoint__every=rounds,
   )  # fmt: skip
