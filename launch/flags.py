@@ -18,7 +18,7 @@ from hetlora_jax import config as config_lib
 from hetlora_jax import console, files, training
 from hetlora_jax.methods import registry
 from hetlora_jax.run import Run
-from hetlora_jax.tools import dryrun
+from hetlora_jax.tools import chips, dryrun
 from launch import errors, signals
 from launch import program as program_lib
 
@@ -53,7 +53,7 @@ DRY_RUN = flags.DEFINE_bool(
   'data; print what a device would hold, and exit.',
 )
 CHIP = flags.DEFINE_enum(
-  'chip', 'v5e', list(dryrun.CHIPS), 'Accelerator that --dry_run asks about.'
+  'chip', 'v5e', list(chips.CHIPS), 'Accelerator that --dry_run asks about.'
 )
 DISTRIBUTED = flags.DEFINE_bool(
   'distributed',

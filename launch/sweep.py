@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
 from hetlora_jax import console, training
-from hetlora_jax.tools import sweep
+from hetlora_jax.tools import sweep, tables
 from launch import flags, processes, signals
 
 SWEEP = absl_flags.DEFINE_string(
@@ -115,7 +115,7 @@ def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   if not processes.start_all(unfinished, workdir / 'logs', PARALLEL.value):
     raise training.Interrupted('Stopped.')
   found = sweep.results(runs)
-  print(f'\n{sweep.report(found, workdir)}\n\nResults are in {workdir}/')
+  print(f'\n{tables.write(found, workdir)}\n\nResults are in {workdir}/')
   failed = [f'{r["name"]} ({r["error"]})' for r in found if 'error' in r]
   if failed:
     raise config_lib.ConfigError(f'these points failed: {"; ".join(failed)}')

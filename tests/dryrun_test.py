@@ -12,7 +12,7 @@ import pytest
 from devices_test import many_rounds
 
 from hetlora_jax import config, points
-from hetlora_jax.tools import dryrun
+from hetlora_jax.tools import chips, dryrun
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -59,7 +59,7 @@ def test_points_together_are_counted():
   ],
 )  # fmt: skip
 def test_topologies_are_as_round_as_can_be(family, count, want):
-  assert dryrun._grid(family, count) == want
+  assert chips._grid(family, count) == want
 
 
 def test_a_model_of_unknown_shape_is_named():
