@@ -101,7 +101,7 @@ def prepare(
   *,
   model: BaseModel | None = None,
   population: people.Population | None = None,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence | None = None,
 ) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing.
 
