@@ -15,7 +15,7 @@ from hetlora_jax.run import Run
 from hetlora_jax.tools import completions, scores
 from launch import flags
 
-_DEFAULT = completions.Choice()
+_DEFAULT = completions.Settings()
 GENERATE = absl_flags.DEFINE_enum(
   'generate', None, completions.SEARCHES, 'Complete held-out prompts, and how.'
 )
@@ -42,9 +42,9 @@ UNTOUCHED = absl_flags.DEFINE_bool(
 )
 
 
-def _choice() -> completions.Choice:
+def _settings() -> completions.Settings:
   """Returns how to generate; raises ConfigError for its flags without --generate."""
-  choice = completions.Choice(
+  settings = completions.Settings(
     search=GENERATE.value or _DEFAULT.search,
     beams=BEAMS.value,
     alpha=ALPHA.value,
@@ -52,17 +52,17 @@ def _choice() -> completions.Choice:
     shots=SHOTS.value,
     untouched=UNTOUCHED.value,
   )
-  if not GENERATE.value and choice != _DEFAULT:
+  if not GENERATE.value and settings != _DEFAULT:
     raise config_lib.ConfigError(
       'beams, alpha, max_tokens, shots and untouched are for generating: add '
       '--generate=greedy or --generate=beam.'
     )
-  return choice
+  return settings
 
 
 def evaluate(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Prints the evaluation of the newest checkpoint, as JSON or a table."""
-  choice = _choice()
+  settings = _settings()
   if EXAMPLES.value:
     config = config.replace(**{'eval.examples_per_person': EXAMPLES.value})
   if OWN_RANK.value:
@@ -70,7 +70,7 @@ def evaluate(config: config_lib.Config, workdir: pathlib.Path) -> None:
   if not GENERATE.value:
     print(json.dumps(training.evaluate(Run(workdir), config)))
     return
-  found = completions.run(Run(workdir), choice, config)
+  found = completions.complete(Run(workdir), settings, config)
   console.say(
     f'\n{scores.table(found)}\n\nResults are in {workdir}/evaluation.json '
     'and generations.jsonl'
