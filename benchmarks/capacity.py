@@ -17,7 +17,7 @@ from absl import flags
 
 from benchmarks import machine
 from hetlora_jax import config
-from hetlora_jax.tools import dryrun
+from hetlora_jax.tools import chips, dryrun
 
 machine.define_config()
 _MODELS = flags.DEFINE_list(
@@ -27,7 +27,7 @@ _MODELS = flags.DEFINE_list(
 )
 _DEVICES = flags.DEFINE_list('devices', ['64', '256'], 'Of the pods.')
 _MODEL_AXIS = flags.DEFINE_integer('model_axis', 4, 'Devices that share a base.')
-_CHIPS = flags.DEFINE_list('chips', list(dryrun.CHIPS), 'Chips.')
+_CHIPS = flags.DEFINE_list('chips', list(chips.CHIPS), 'Chips.')
 _FEW, _MORE = 1, 9  # clients on each slice of the clients axis
 
 
@@ -64,9 +64,9 @@ def most(cell: dict, memory: float) -> int:
 def measure() -> dict:
   """Compiles all cells, keeping each as it comes."""
   models, devices = _MODELS.value, [int(n) for n in _DEVICES.value]
-  chips = _CHIPS.value
+  names = _CHIPS.value
   if machine.smoke():
-    models, devices, chips = ['random'], [8], ['h100', 'h200']
+    models, devices, names = ['random'], [8], ['h100', 'h200']
   jax.config.update('jax_platforms', 'cpu')
   with contextlib.suppress(RuntimeError):  # there are some already
     jax.config.update('jax_num_cpu_devices', max(devices))
@@ -74,12 +74,12 @@ def measure() -> dict:
   for model in models:
     for count in devices:
       done: dict = {}
-      for chip in chips:
-        compiler = dryrun.compiler_of(chip)
+      for chip in names:
+        compiler = chips.compiler_of(chip)
         if compiler not in done:
           done[compiler] = cell(model, count, chip)
         found = done[compiler] | {'chip': chip}
-        found['most_clients'] = most(found, dryrun.CHIPS[chip].memory)
+        found['most_clients'] = most(found, chips.CHIPS[chip].memory)
         result['cells'].append(found)
         print(
           f'{model}, {count} {chip}: {found["most_clients"]:,} clients',

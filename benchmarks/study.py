@@ -214,8 +214,8 @@ def _do_floors(task: str) -> None:
   c = config.resolve(_task_config(task))
   people = _untouched(c)
   for shots in study.SHOTS:
-    choice = completions.Choice(untouched=True, shots=shots)
-    found = completions.run(Run(workdir / f'shots{shots}'), choice, c)
+    settings = completions.Settings(untouched=True, shots=shots)
+    found = completions.complete(Run(workdir / f'shots{shots}'), settings, c)
     whole = {name: found[name]['people'] for name in scores.SETS}
     files.write_json(
       folder / f'shots{shots}.json',
@@ -238,7 +238,7 @@ def _do(task: str, arm: str, chosen: Sequence[sweep.Job]) -> None:
   }
   for run in chosen:
     if task in study.WRITTEN and _may_be_chosen(run, results):
-      found = completions.run(Run(run.workdir), completions.Choice(), run.config)
+      found = completions.complete(Run(run.workdir), completions.Settings(), run.config)
       results[run.name]['texts'] = _texts(found)
     files.write_json(folder / f'{run.name}.json', results[run.name])
     shutil.rmtree(run.workdir / 'checkpoints')  # a whole model, of some

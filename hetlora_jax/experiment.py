@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,16 +101,22 @@ def prepare(
   *,
   model: BaseModel | None = None,
   population: people.Population | None = None,
+  devices: Sequence | None = None,
 ) -> Experiment:
   """Builds and checks everything; raises ConfigError before any writing.
+
+  Given a model whose parameters are shapes, and any population, it loads and computes
+  nothing: so does a dry run.
 
   Args:
     config: checked.
     model: your own (`base_model.own`), instead of what `config.model` and
       `config.lora.targets` name.
     population: your own clients and their examples, instead of what `config.data` names.
+    devices: what the mesh is made of; None: all that jax finds.
   """
-  mesh = sharding.make_mesh(config.mesh.sweep, config.mesh.clients, config.mesh.model)
+  m = config.mesh
+  mesh = sharding.make_mesh(m.sweep, m.clients, m.model, devices)
   if model:
     model = base_model.place(model, mesh)
   else:

@@ -22,7 +22,7 @@ from hetlora_jax import build, experiment, heldout, rounds, sharding
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import VARIES, Config, to_dict
 from hetlora_jax.data.people import Population
-from hetlora_jax.experiment import Experiment
+from hetlora_jax.experiment import Experiment, Start
 from hetlora_jax.fields import flat
 from hetlora_jax.types import Cohort, Hyperparameters, PyTree, Rules, ServerState
 
@@ -75,7 +75,15 @@ def _fill_up(configs: Sequence[Config]) -> tuple[Config, ...]:
 
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:
-  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+  """Stacks host arrays, or shapes."""
+
+  def stack(*leaves):
+    one = leaves[0]
+    if isinstance(one, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct((len(leaves), *one.shape), one.dtype)
+    return np.stack(leaves)
+
+  return jax.tree.map(stack, *trees)
 
 
 @experiment.in_memory(
@@ -92,9 +100,25 @@ def prepare(
     model: see `experiment.prepare`.
     population: see `experiment.prepare`.
   """
+  return together(
+    experiment.prepare(configs[0], model=model, population=population), configs
+  )
+
+
+def together(
+  x: Experiment,
+  configs: Sequence[Config],
+  start: Callable[[Experiment, Config], Start] = experiment.start,
+) -> Points:
+  """Makes points of one experiment.
+
+  Args:
+    x: the experiment of the first point.
+    configs: the points', which differ in `config.VARIES` alone.
+    start: where a point begins; in a dry run it returns shapes.
+  """
   configs = _fill_up(configs)
-  x = experiment.prepare(configs[0], model=model, population=population)
-  starts = [experiment.start(x, c) for c in configs]
+  starts = [start(x, config) for config in configs]
   state, hyper = (_stack([getattr(s, n) for s in starts]) for n in ('state', 'hyper'))
   mesh, at_once = x.mesh, x.config.mesh.points_at_once
   where = sharding.by_name(mesh, state, points=True)
@@ -289,13 +313,18 @@ def by_round(x: Points, out: dict, done: int) -> list[list[dict]]:
   return [[one(i, k) for k in points] for i in range(len(measured_R))]
 
 
+def shape_of_cohorts(x: Points) -> tuple[int, int, int]:
+  """Returns the first axes of a call's cohorts, (rounds, K, C); C includes padding."""
+  _, clients = build.clients_at_once(x.config)
+  return x.config.federated.rounds_per_call, len(x.configs), clients
+
+
 def make_cohorts(x: Points, first: int) -> Cohort:
   """Builds and places the cohorts of a call: [rounds, K, C, ...].
 
   Each process builds only what its own devices hold.
   """
-  calls, clients = x.config.federated.rounds_per_call, build.clients_at_once(x.config)
-  shape = (calls, len(x.configs), clients[1])
+  shape = shape_of_cohorts(x)
   where = sharding.over_clients(x.experiment.mesh)
   _, own_points, own_clients = sharding.own_part(where, shape)
   # Points of one seed share their cohorts.
@@ -305,7 +334,7 @@ def make_cohorts(x: Points, first: int) -> Cohort:
   own = _stack(
     [
       _stack([build_once(c.seed, first + i) for c in x.configs[own_points]])
-      for i in range(calls)
+      for i in range(shape[0])
     ]
   )
   return sharding.place_own(own, where, shape)

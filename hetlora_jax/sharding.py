@@ -122,11 +122,16 @@ def by_name(mesh: Mesh, tree: PyTree, points: bool = False) -> PyTree:
 
 
 def place(tree: PyTree, where: PyTree) -> PyTree:
-  """Puts host arrays, the same in every process, where they live."""
+  """Puts host arrays, the same in every process, where they live.
+
+  Of shapes (`jax.ShapeDtypeStruct`) it returns shapes that say where they would be.
+  """
   if isinstance(where, NamedSharding):
     where = jax.tree.map(lambda _: where, tree)
 
   def put(leaf, sharding):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     leaf = np.asarray(leaf)
     return jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i])
 

@@ -13,7 +13,7 @@ import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # it computes nothing
 
-from absl import flags, logging
+from absl import flags
 
 from hetlora_jax import formats
 from hetlora_jax.data import builders, partition, statistics
@@ -76,20 +76,16 @@ def _prepared() -> str:
   )
 
 
-def run(argv: list[str]) -> None:
+def run() -> None:
   """Prepares, and with --stats counts, one data set."""
-  logging.set_verbosity(logging.FATAL)  # libraries log what they prepare
-  if len(argv) > 1:
-    errors.fail(f'unexpected argument {argv[1]!r}: flags start with --')
   if not DATASET.value:
     errors.fail(f'--dataset is missing: name one of {", ".join(builders.BUILDERS)}')
   if OUT.value and not STATS.value:
     errors.fail('--out is for histograms: give --stats too')
   try:
-    text = _statistics() if STATS.value else _prepared()
-  except (ValueError, OSError) as error:
-    errors.fail(error, {'data.path': '--path'})
-  print(text)
+    print(_statistics() if STATS.value else _prepared())
+  except ValueError as error:
+    raise ValueError(str(error).replace('data.path', '--path')) from error
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ With --generate it also completes held-out prompts, and writes generations.jsonl
 and evaluation.json into --workdir.
 """
 
-import dataclasses
 import json
 import pathlib
 
@@ -16,7 +15,7 @@ from hetlora_jax.run import Run
 from hetlora_jax.tools import completions, scores
 from launch import flags
 
-_D = completions.Choice()
+_DEFAULT = completions.Settings()
 GENERATE = absl_flags.DEFINE_enum(
   'generate', None, completions.SEARCHES, 'Complete held-out prompts, and how.'
 )
@@ -26,52 +25,52 @@ EXAMPLES = absl_flags.DEFINE_integer(
 OWN_RANK = absl_flags.DEFINE_bool(
   'own_rank', False, 'Give seen people the adapter cut to their own rank.'
 )
-BEAMS = absl_flags.DEFINE_integer('beams', _D.beams, 'Beams of a beam search.')
+BEAMS = absl_flags.DEFINE_integer('beams', _DEFAULT.beams, 'Beams of a beam search.')
 ALPHA = absl_flags.DEFINE_float(
-  'alpha', _D.alpha, 'Beams are ranked by log p / length**alpha.'
+  'alpha', _DEFAULT.alpha, 'Beams are ranked by log p / length**alpha.'
 )
 MAX_TOKENS = absl_flags.DEFINE_integer(
-  'max_tokens', _D.max_tokens, 'Of a completion; by default data.targets_per_example.'
+  'max_tokens',
+  _DEFAULT.max_tokens,
+  'Of a completion; by default data.targets_per_example.',
 )
 SHOTS = absl_flags.DEFINE_integer(
-  'shots', _D.shots, 'Examples of other people put before each prompt.'
+  'shots', _DEFAULT.shots, 'Examples of other people put before each prompt.'
 )
 UNTOUCHED = absl_flags.DEFINE_bool(
   'untouched', False, 'Evaluate the base model, without a checkpoint.'
 )
 
 
-def _choice() -> completions.Choice:
-  """Returns what the flags ask for; all but two need --generate."""
-  choice = completions.Choice(
-    search=GENERATE.value or _D.search,
+def _settings() -> completions.Settings:
+  """Returns how to generate; raises ConfigError for its flags without --generate."""
+  settings = completions.Settings(
+    search=GENERATE.value or _DEFAULT.search,
     beams=BEAMS.value,
     alpha=ALPHA.value,
     max_tokens=MAX_TOKENS.value,
     shots=SHOTS.value,
     untouched=UNTOUCHED.value,
   )
-  if not GENERATE.value and choice != _D:
+  if not GENERATE.value and settings != _DEFAULT:
     raise config_lib.ConfigError(
       'beams, alpha, max_tokens, shots and untouched are for generating: add '
       '--generate=greedy or --generate=beam.'
     )
-  return choice
+  return settings
 
 
 def evaluate(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Prints the evaluation of the newest checkpoint, as JSON or a table."""
-  e, choice = config.eval, _choice()
-  e = dataclasses.replace(
-    e,
-    examples_per_person=EXAMPLES.value or e.examples_per_person,
-    own_rank=OWN_RANK.value or e.own_rank,
-  )
-  config = dataclasses.replace(config, eval=e)
+  settings = _settings()
+  if EXAMPLES.value:
+    config = config.replace(**{'eval.examples_per_person': EXAMPLES.value})
+  if OWN_RANK.value:
+    config = config.replace(**{'eval.own_rank': True})
   if not GENERATE.value:
     print(json.dumps(training.evaluate(Run(workdir), config)))
     return
-  found = completions.run(Run(workdir), choice, config)
+  found = completions.complete(Run(workdir), settings, config)
   console.say(
     f'\n{scores.table(found)}\n\nResults are in {workdir}/evaluation.json '
     'and generations.jsonl'

@@ -41,8 +41,8 @@ def write(config: config_lib.Config, workdir: pathlib.Path) -> None:
     errors.fail('--out is missing: name a folder to make')
   run = Run(workdir)
   run.check(config)
-  choice = export.Choice(FORMAT.value, DTYPE.value, RANK.value, CLIENT.value)
-  about = export.run(run, pathlib.Path(OUT.value), choice)
+  selection = export.Selection(FORMAT.value, DTYPE.value, RANK.value, CLIENT.value)
+  about = export.write(run, pathlib.Path(OUT.value), selection)
   print(json.dumps(about))
 
 

@@ -5,20 +5,21 @@ the command line (or in a --flagfile).
 """
 
 import importlib
+import os
 import pathlib
 import shlex
 import sys
 from collections.abc import Callable
 
 import jax
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from hetlora_jax import config as config_lib
 from hetlora_jax import console, files, training
 from hetlora_jax.methods import registry
 from hetlora_jax.run import Run
-from hetlora_jax.tools import dryrun
+from hetlora_jax.tools import chips, dryrun
 from launch import errors, signals
 from launch import program as program_lib
 
@@ -42,10 +43,6 @@ PRINT_CONFIG = flags.DEFINE_bool(
 LIST_METHODS = flags.DEFINE_bool(
   'list_methods', False, 'Print every method, its rules and source, and exit.'
 )
-VERBOSE = flags.DEFINE_bool(
-  'verbose', False, "Show libraries' messages and the tracebacks of errors."
-)
-
 DRY_RUN = flags.DEFINE_bool(
   'dry_run',
   False,
@@ -53,7 +50,7 @@ DRY_RUN = flags.DEFINE_bool(
   'data; print what a device would hold, and exit.',
 )
 CHIP = flags.DEFINE_enum(
-  'chip', 'v5e', list(dryrun.CHIPS), 'Accelerator that --dry_run asks about.'
+  'chip', 'v5e', list(chips.CHIPS), 'Accelerator that --dry_run asks about.'
 )
 DISTRIBUTED = flags.DEFINE_bool(
   'distributed',
@@ -75,17 +72,6 @@ PROCESS_ID = flags.DEFINE_integer(
 def command() -> str:
   """Returns the line that repeats this call."""
   return shlex.join([*program_lib.words(), *sys.argv[1:]])
-
-
-def arguments() -> list[str]:
-  """Returns this call's flags as words, `--name value` joined to one."""
-  words = []
-  for word in sys.argv[1:]:
-    if words and not word.startswith('-') and '=' not in words[-1]:
-      words[-1] = f'{words[-1]}={word}'
-    else:
-      words.append(word)
-  return words
 
 
 def _keep_programs() -> None:
@@ -116,10 +102,18 @@ def _choose_devices(raw, needed: bool) -> None:
   if DRY_RUN.value or not needed:
     jax.config.update('jax_platforms', 'cpu')
   if DRY_RUN.value:
-    count = max(1, mesh.devices)
-    jax.config.update('jax_num_cpu_devices', count)
+    jax.config.update('jax_num_cpu_devices', max(1, mesh.devices))
   elif DISTRIBUTED.value and needed:
     _join_processes()
+
+
+def _chosen(config_of_run: bool):
+  """Returns --config, or the configuration of the run in --workdir."""
+  if CONFIG.value is not None:
+    return CONFIG.value
+  if config_of_run and WORKDIR.value:
+    return Run(WORKDIR.value).config
+  errors.fail('--config is missing: try --config=configs/tiny.py')
 
 
 def dry_run(*points: config_lib.Config) -> None:
@@ -128,8 +122,11 @@ def dry_run(*points: config_lib.Config) -> None:
   print(dryrun.render(report, CHIP.value))
 
 
+Program = Callable[[config_lib.Config, pathlib.Path], None]
+
+
 def run(
-  program: Callable[[config_lib.Config, pathlib.Path], None],
+  program: Program,
   dry_run: Callable[[config_lib.Config], None] = dry_run,
   needs_devices: Callable[[], bool] = lambda: True,
   config_of_run: bool = False,
@@ -144,58 +141,46 @@ def run(
     config_of_run: without --config, take that of the run in --workdir.
   """
 
-  def main(argv):
-    # First of all: checking the config already starts jax.
-    # Libraries log the tracebacks of what they also raise.
-    logging.set_verbosity(logging.INFO if VERBOSE.value else logging.FATAL)
-    if len(argv) > 1:
-      errors.fail(f'unexpected argument {argv[1]!r}: flags start with --')
+  def main() -> None:
+    # The configuration: the user's rules must be there when it is checked.
+    sys.path.insert(0, os.getcwd())  # not there under the name hetlora-train
+    for module in IMPORT.value:
+      importlib.import_module(module)
     if LIST_METHODS.value:
       print(registry.table())
       return
-    of_run = config_of_run and WORKDIR.value and CONFIG.value is None
-    if CONFIG.value is None and not of_run:
-      errors.fail('--config is missing: try --config=configs/tiny.py')
-    try:
-      for module in IMPORT.value:
-        importlib.import_module(module)
-      raw = CONFIG.value
-      if of_run:
-        raw = Run(WORKDIR.value).config
-      _choose_devices(raw, needs_devices())
-      config = config_lib.resolve(raw)
-      if PRINT_CONFIG.value:
-        print(config_lib.explain(config))
-        return
-      if DRY_RUN.value:
-        dry_run(config)
-        return
-      if not WORKDIR.value:
-        errors.fail('--workdir is missing: name a folder for the results')
+    raw = _chosen(config_of_run)
+    _choose_devices(raw, needs_devices())
+    config = config_lib.resolve(raw)
+
+    # What is asked of it.
+    if PRINT_CONFIG.value:
+      print(config_lib.explain(config))
+    elif DRY_RUN.value:
+      dry_run(config)
+    elif not WORKDIR.value:
+      errors.fail('--workdir is missing: name a folder for the results')
+    else:
       _keep_programs()
-      console.guard = signals.stop_after_the_round
-      program(config, pathlib.Path(WORKDIR.value))
-    except (config_lib.ConfigError, ImportError, ValueError, OSError) as error:
-      if VERBOSE.value:
-        raise
-      errors.fail(error)
-    except MemoryError as error:
-      if VERBOSE.value:
-        raise
-      errors.fail(
-        f'there is not enough memory ({error}): take fewer clients at once, '
-        'a smaller model, or look whether its files are damaged.'
-      )
-    except training.Interrupted as error:
-      print(f'{error} The state is saved; to go on:\n  {command()}')
-      sys.exit(console.SAVED)
-    except KeyboardInterrupt:
-      print('\nStopped before the first round; there was nothing to save.')
-      sys.exit(signals.INTERRUPTED)
+      _run_until_stopped(program, config, pathlib.Path(WORKDIR.value))
 
   if '--helpfull' in sys.argv:
+    module = sys.modules[program.__module__]
     fields = config_lib.explain(config_lib.Config())
-    program_module = sys.modules[program.__module__]
-    about = f'{program_module.__doc__}\nFields and defaults:\n{fields}\n'
-    program_module.__doc__ = about
+    module.__doc__ = f'{module.__doc__}\nFields and defaults:\n{fields}\n'
   program_lib.start(main, program.__module__, __name__)
+
+
+def _run_until_stopped(
+  program: Program, config: config_lib.Config, workdir: pathlib.Path
+) -> None:
+  """Runs a program; if somebody stops it, says so and how to go on."""
+  console.guard = signals.stop_after_the_round
+  try:
+    program(config, workdir)
+  except training.Interrupted as error:
+    print(f'{error} The state is saved; to go on:\n  {command()}')
+    sys.exit(console.SAVED)
+  except KeyboardInterrupt:
+    print('\nStopped before the first round; there was nothing to save.')
+    sys.exit(signals.INTERRUPTED)

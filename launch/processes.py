@@ -29,11 +29,14 @@ def start_all(
 
   with signals.handled_by(pass_on):
     while running or (waiting and not received):
+      # Start as many as may run.
       while waiting and len(running) < parallel and not received:
         name = next(iter(waiting))
         number = len(commands) - len(waiting) + 1
         console.say(f'\n[{number}/{len(commands)}] {name}')
         running[name] = _start(waiting.pop(name), logs, name, parallel > 1)
+
+      # Wait a little for each, and see how it ended.
       for name, process in list(running.items()):
         try:
           code = process.wait(0.2)

@@ -5,7 +5,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import configs
 from launch import errors
@@ -24,6 +24,60 @@ def words() -> list[str]:
   return ['python', '-m', f'launch.{stem}']
 
 
+def start(main: Callable[..., None], *modules: str, takes_words: bool = False) -> None:
+  """Parses flags and calls `main`; whatever is bad ends in one line.
+
+  Args:
+    main: what to do.
+    *modules: names of the program's module, and of others with flags.
+    takes_words: whether `main` takes the words that are no flags.
+  """
+  _describe((*modules, errors.__name__))
+  sys.argv[1:] = map(_found, sys.argv[1:])
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  call(checked(main, takes_words))
+
+
+def checked(
+  main: Callable[..., None], takes_words: bool = False
+) -> Callable[[list[str]], None]:
+  """Makes a function of `sys.argv` without its flags, whose errors are one line."""
+
+  def run(argv: list[str]) -> None:
+    # Libraries log the tracebacks of what they also raise.
+    logging.set_verbosity(logging.INFO if errors.VERBOSE.value else logging.FATAL)
+    with errors.in_one_line():
+      if argv[1:] and not takes_words:
+        errors.fail(f'unexpected argument {argv[1]!r}: flags start with --')
+      main(*argv[1:])
+
+  return run
+
+
+def call(main: Callable[[list[str]], None]) -> None:
+  """Parses flags, calls `main` and exits.
+
+  Ends without a word if `| head` has enough, and in one line if standard output is
+  on a full disk.
+  """
+  code = None
+  try:
+    try:
+      app.run(main, flags_parser=errors.parse)
+    except SystemExit as done:
+      code = done.code
+    print(end='', flush=True)  # sys.stdout is None after `>&-`
+  except OSError as error:
+    # What is left of the output is not tried again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    told = code not in (None, 0, _HELP)  # an error, or that a state was saved
+    if not told and isinstance(error, BrokenPipeError):
+      code = _CLOSED_PIPE
+    elif not told:
+      errors.fail(error)
+  sys.exit(code)
+
+
 def _found(word: str) -> str:
   """Names our own file if a relative one is absent, as where we are installed."""
   flag, equals, value = word.rpartition('=')
@@ -35,50 +89,10 @@ def _found(word: str) -> str:
   return word
 
 
-def _tell(modules: Sequence[str]) -> None:
+def _describe(modules: Sequence[str]) -> None:
   """Makes --help show the docstring of the first module, and the flags of all."""
   sys.modules['__main__'].__doc__ = sys.modules[modules[0]].__doc__
   by_module = flags.FLAGS.flags_by_module_dict()
   for module in modules:
     for flag in by_module.get(module, ()):
       flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-
-
-def call(main: Callable[[list[str]], None]) -> None:
-  """Parses flags and calls `main`.
-
-  Ends without a word if `| head` has enough, and in one line if standard output is
-  on a full disk.
-  """
-  code = None
-  try:
-    try:
-      app.run(main, flags_parser=errors.parse)
-    except SystemExit as done:
-      code = done.code
-      raise
-    finally:
-      print(end='', flush=True)  # sys.stdout is None after `>&-`
-  except OSError as error:
-    # What is left of the output is not tried again at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if code not in (None, 0, _HELP):
-      sys.exit(code)  # an error that was told, or a state that was saved
-    if isinstance(error, BrokenPipeError):
-      sys.exit(_CLOSED_PIPE)
-    if '--verbose' in sys.argv:
-      raise
-    errors.fail(error)
-
-
-def start(main: Callable[[list[str]], None], *modules: str) -> None:
-  """Parses flags, a bad one being an error of one line, and calls `main`.
-
-  Args:
-    main: takes the words that are no flags, after the program's name.
-    *modules: names of the program's module, and of others with flags.
-  """
-  _tell(modules)
-  sys.argv[1:] = map(_found, sys.argv[1:])
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-  call(main)

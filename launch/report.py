@@ -17,21 +17,17 @@ from launch import errors, program
 OUT = absl_flags.DEFINE_string('out', None, 'Page to write, e.g. report.html.')
 
 
-def run(argv: list[str]) -> None:
+def run(*words: str) -> None:
   """Writes the page and prints where it is."""
   if not OUT.value:
     errors.fail('--out is missing: name the page, e.g. --out=report.html')
-  try:
-    folders = [pathlib.Path(word) for word in argv[1:]]
-    count = report.write(folders, pathlib.Path(OUT.value))
-  except (ValueError, OSError) as error:
-    errors.fail(error)
+  count = report.write([pathlib.Path(word) for word in words], pathlib.Path(OUT.value))
   print(f'{OUT.value} compares {count} run{"s" * (count != 1)}.')
 
 
 def main() -> None:
   """Starts the program, hetlora-report too."""
-  program.start(run, __name__)
+  program.start(run, __name__, takes_words=True)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
 from hetlora_jax import console, training
-from hetlora_jax.tools import sweep
+from hetlora_jax.tools import sweep, tables
 from launch import flags, processes, signals
 
 SWEEP = absl_flags.DEFINE_string(
@@ -32,7 +32,7 @@ PARALLEL = absl_flags.DEFINE_integer(
   'parallel', 1, 'Programs that run at the same time.', lower_bound=1
 )
 TOGETHER = absl_flags.DEFINE_integer(
-  'together', 0, 'Most points in one program; 0: all that can.', lower_bound=0
+  'together', None, 'Most points in one program; by default all that can.', 1
 )
 GROUP = absl_flags.DEFINE_integer(
   'group', None, 'Run only the program of this number, counted from 0.'
@@ -54,68 +54,83 @@ def _points(config: config_lib.Config) -> list[sweep.Fields]:
 
 
 def _plan(config: config_lib.Config, workdir: pathlib.Path):
-  """Returns all runs, and those of each program."""
-  own = (
-    '--sweep',
-    '--grid',
-    '--workdir',
-    '--parallel',
-    '--together',
-    '--group',
-  )
-  kept = [a for a in flags.arguments() if not a.startswith(own)]
+  """Returns the jobs of all points, and those of each program."""
+  kept = _flags_without('sweep', 'grid', 'workdir', 'parallel', 'together', 'group')
   program = shlex.join(['python', '-m', 'launch.train', *kept])
-  runs = sweep.plan(config, _points(config), workdir, program)
-  return runs, sweep.programs(runs, TOGETHER.value)
+  jobs = sweep.plan(config, _points(config), workdir, program)
+  return jobs, sweep.programs(jobs, TOGETHER.value)
 
 
 def _command(number: int) -> list[str]:
   """Returns the command line of one program."""
-  kept = [
-    a
-    for a in flags.arguments()
-    if not a.startswith(('--parallel', '--print', '--group'))
-  ]
+  kept = _flags_without('parallel', 'print', 'group')
   return ['-m', 'launch.sweep', *kept, f'--group={number}']
+
+
+def _flags_without(*names: str) -> list[str]:
+  """Returns this call's flags but for some, `--name value` joined to one word."""
+  words = []
+  for word in sys.argv[1:]:
+    if words and not word.startswith('-') and '=' not in words[-1]:
+      words[-1] = f'{words[-1]}={word}'
+    else:
+      words.append(word)
+  return [w for w in words if w.lstrip('-').partition('=')[0] not in names]
 
 
 def dry_run(config: config_lib.Config) -> None:
   """Compiles every program, or that of --group, for fake devices."""
   _, programs = _plan(config, pathlib.Path('.'))
-  for number, runs in enumerate(programs):
+  for number, jobs in enumerate(programs):
     if GROUP.value in (None, number):
-      console.say(f'program {number}: {len(runs)} points')
-      flags.dry_run(*[run.config for run in runs])
+      console.say(f'program {number}: {len(jobs)} points')
+      flags.dry_run(*[job.config for job in jobs])
 
 
 def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Runs all points and prints the table that compares them."""
-  runs, programs = _plan(config, workdir)
+  jobs, programs = _plan(config, workdir)
   if PRINT.value:
     for number in range(len(programs)):
       print(shlex.join(['python', *_command(number)]))
-    return
-  if GROUP.value is not None:
-    if not 0 <= GROUP.value < len(programs):
-      raise config_lib.ConfigError(
-        f'--group={GROUP.value} is no program of this sweep: it has '
-        f'{len(programs)}, counted from 0.'
-      )
-    if processes.CHILD in os.environ:
-      signals.end_with_parent()
-    sweep.run_program(programs[GROUP.value])
-    return
+  elif GROUP.value is not None:
+    _run_group(programs, GROUP.value)
+  else:
+    _start_programs(programs, len(jobs), workdir)
+    _compare(sweep.results(jobs), workdir)
+
+
+def _run_group(programs: list[list[sweep.Job]], number: int) -> None:
+  """Runs one program in this process."""
+  if not 0 <= number < len(programs):
+    raise config_lib.ConfigError(
+      f'--group={number} is no program of this sweep: it has {len(programs)}, '
+      'counted from 0.'
+    )
+  if processes.CHILD in os.environ:
+    signals.end_with_parent()
+  sweep.run_program(programs[number])
+
+
+def _start_programs(
+  programs: list[list[sweep.Job]], count: int, workdir: pathlib.Path
+) -> None:
+  """Runs every program that is not finished in a process of its own."""
   unfinished = {
-    f'program {number} ({len(group)} of {len(runs)} points)': [
-      sys.executable, *_command(number)
+    f'program {number} ({len(jobs)} of {count} points)': [
+      sys.executable,
+      *_command(number),
     ]
-    for number, group in enumerate(programs)
-    if any(sweep.summary_of(r) is None for r in group)
-  }  # fmt: skip
+    for number, jobs in enumerate(programs)
+    if any(sweep.summary_of(job) is None for job in jobs)
+  }
   if not processes.start_all(unfinished, workdir / 'logs', PARALLEL.value):
     raise training.Interrupted('Stopped.')
-  found = sweep.results(runs)
-  print(f'\n{sweep.report(found, workdir)}\n\nResults are in {workdir}/')
+
+
+def _compare(found: list[dict], workdir: pathlib.Path) -> None:
+  """Prints the table; raises ConfigError if a point failed."""
+  print(f'\n{tables.write(found, workdir)}\n\nResults are in {workdir}/')
   failed = [f'{r["name"]} ({r["error"]})' for r in found if 'error' in r]
   if failed:
     raise config_lib.ConfigError(f'these points failed: {"; ".join(failed)}')

@@ -14,8 +14,8 @@ from hetlora_jax import points, training
 from hetlora_jax.config import ConfigError
 from hetlora_jax.data.people import Example
 from hetlora_jax.run import Run
-from hetlora_jax.tools import bootstrap, completions
-from hetlora_jax.tools.completions import Choice
+from hetlora_jax.tools import bootstrap, completions, prompts
+from hetlora_jax.tools.completions import Settings
 
 # Room for every example as it is, so that packing cuts none.
 WHOLE = {'data__tokens_per_example': 64, 'data__targets_per_example': 24}
@@ -46,7 +46,7 @@ def _read(workdir):
 @pytest.fixture(scope='module')
 def evaluated(workdir):
   c = _config(client_optimizer__learning_rate=0.05, eval__own_rank=True)
-  completions.run(Run(workdir), Choice(max_tokens=8), c)
+  completions.complete(Run(workdir), Settings(max_tokens=8), c)
   return c, *_read(workdir)
 
 
@@ -113,7 +113,7 @@ def test_losses_are_those_of_the_evaluation_in_training(evaluated, workdir):
 def test_the_untouched_model_with_examples_of_others(tmp_path):
   c, folder = _config(), tmp_path / 'floor'
   for shots in (0, 2):
-    completions.run(Run(folder), Choice(untouched=True, shots=shots), c)
+    completions.complete(Run(folder), Settings(untouched=True, shots=shots), c)
     lines, found = _read(folder)
     if not shots:
       plain = lines
@@ -137,36 +137,36 @@ def test_shots_are_of_other_people_and_cut_first():
   rng = np.random.default_rng(0)
   others = sum(other != name for other in x.population.client_ids)
   assert others == len(x.population.client_ids) - 2
-  shots = completions._draw_shots(x, name, others, rng)
+  shots = prompts._draw_shots(x, name, others, rng)
   assert len(shots) == others and all(s.num_target for s in shots)
   with pytest.raises(ConfigError, match=f'--shots={others + 1}'):
-    completions._draw_shots(x, name, others + 1, rng)
+    prompts._draw_shots(x, name, others + 1, rng)
   example = Example(np.array([2, 5, 6, 7, 8]), 2)
   shot = Example(np.array([2, 9, 10]), 1)
-  got = completions._with_shots(example, [shot], [4])
+  got = prompts._with_shots(example, [shot], [4])
   assert got.tokens.tolist() == [2, 9, 10, 4, 5, 6, 7, 8]
-  assert completions._cut(got, 6).tokens.tolist() == [2, 4, 5, 6, 7, 8]
-  assert completions._cut(got, 1).tokens.tolist() == [2, 7, 8]
+  assert prompts._cut(got, 6).tokens.tolist() == [2, 4, 5, 6, 7, 8]
+  assert prompts._cut(got, 1).tokens.tolist() == [2, 7, 8]
 
 
 def test_a_beam_search_and_what_cannot_be(workdir):
   c = _config(client_optimizer__learning_rate=0.05)
-  found = completions.run(Run(workdir), Choice('beam', 2, max_tokens=4), c)
+  found = completions.complete(Run(workdir), Settings('beam', 2, max_tokens=4), c)
   assert found['settings']['search'] == 'beam'
   before = _read(workdir)
-  for choice, message in (
-    (Choice('sampling'), '--generate=sampling'),
-    (Choice(beams=0), '--beams=0'),
-    (Choice(shots=-1), '--shots=-1'),
+  for settings, message in (
+    (Settings('sampling'), '--generate=sampling'),
+    (Settings(beams=0), '--beams=0'),
+    (Settings(shots=-1), '--shots=-1'),
   ):
     with pytest.raises(ConfigError, match=message):
-      completions.run(Run(workdir), choice, c)
+      completions.complete(Run(workdir), settings, c)
   with pytest.raises(ConfigError, match='--untouched'):
-    completions.run(Run(workdir / 'nowhere'), Choice(), c)
+    completions.complete(Run(workdir / 'nowhere'), Settings(), c)
   own = dataclasses.replace(c.eval, own_rank=True)
   with pytest.raises(ConfigError, match='no ranks'):
-    completions.run(
-      Run(workdir), Choice(untouched=True), dataclasses.replace(c, eval=own)
+    completions.complete(
+      Run(workdir), Settings(untouched=True), dataclasses.replace(c, eval=own)
     )
   assert _read(workdir) == before
 

@@ -12,7 +12,7 @@ from absl import flags
 
 from hetlora_jax import formats
 from hetlora_jax.data import partition, statistics
-from launch import data
+from launch import data, program
 
 ROOT = pathlib.Path(__file__).parent.parent
 LINES = [
@@ -47,7 +47,7 @@ def launch(capsys):
   def launch(*words):
     flags.FLAGS.unparse_flags()
     try:
-      data.run(flags.FLAGS(['data', *words]))
+      program.checked(data.run)(flags.FLAGS(['data', *words]))
     finally:
       flags.FLAGS.unparse_flags()
       for name in ('dataset', 'path', 'stats', 'out', 'partition', 'partition_clients'):  # fmt: skip

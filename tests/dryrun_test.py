@@ -11,8 +11,9 @@ import jax
 import pytest
 from devices_test import many_rounds
 
-from hetlora_jax import config, points
-from hetlora_jax.tools import dryrun
+from hetlora_jax import base_model, config, points
+from hetlora_jax.data import people
+from hetlora_jax.tools import chips, dryrun
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -41,7 +42,16 @@ def test_bytes_match_the_compilers_and_the_real_runs(method):
   assert report.flops > 0 and report.moved['all-reduce'] > 0
 
 
-def test_points_together_are_counted():
+@pytest.fixture
+def older_partitioner():
+  """As launchers do where all three axes of the mesh are divided."""
+  before = jax.config.jax_use_shardy_partitioner
+  jax.config.update('jax_use_shardy_partitioner', False)
+  yield
+  jax.config.update('jax_use_shardy_partitioner', before)
+
+
+def test_points_together_are_counted(older_partitioner):
   points = [many_rounds('hetlora', (2, 2, 2), seed=s) for s in (0, 1)]
   one = dryrun.compile_for([many_rounds('hetlora', (1, 2, 2))], 'a100')
   two = dryrun.compile_for(points, 'a100')
@@ -59,7 +69,7 @@ def test_points_together_are_counted():
   ],
 )  # fmt: skip
 def test_topologies_are_as_round_as_can_be(family, count, want):
-  assert dryrun._grid(family, count) == want
+  assert chips._grid(family, count) == want
 
 
 def test_a_model_of_unknown_shape_is_named():
@@ -104,3 +114,18 @@ def test_a_pod_is_compiled_for_without_having_it():
   kept_whole = 18 * 2 * 640 * 256 * 2 / 1e6  # keys and values
   assert math.isclose(base, (whole - kept_whole) / 4 + kept_whole, rel_tol=0.01)
   assert 'h100: fits' in done.stdout
+
+
+def test_nothing_is_loaded_or_computed(monkeypatch):
+  def refuse(*_, **__):
+    raise AssertionError('a dry run knows shapes alone')
+
+  monkeypatch.setattr(base_model, 'load', refuse)
+  monkeypatch.setattr(people, 'load', refuse)
+  monkeypatch.setattr(jax, 'make_array_from_callback', refuse)
+  c = many_rounds('hetlora', data__num_people=7, federated__sampling='by_size')
+  x = dryrun._prepare([c, c.replace(seed=1)], jax.devices())
+  leaves = jax.tree.leaves((x.base, x.initial_state, x.hyper, x.evaluation))
+  assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+  assert x.initial_rank.shape == (2, 7) and x.initial_rank.min() >= 1
+  assert points.shape_of_one(x).memory.rank.shape[0] == 7

@@ -249,7 +249,7 @@ def test_what_does_not_fit_in_memory_names_the_dials(unbroken, tmp_path, monkeyp
   with pytest.raises(config.ConfigError, match=f'{full}eval.examples_per_person'):
     training.evaluate(Run(unbroken), small_config())
   with pytest.raises(config.ConfigError, match=f'{full}--max_tokens'):
-    completions.run(Run(unbroken), completions.Choice(), small_config())
+    completions.complete(Run(unbroken), completions.Settings(), small_config())
   with pytest.raises(config.ConfigError) as caught:
     training.train(small_config(federated__clients_at_once=2), tmp_path)
   assert re.search(

@@ -119,7 +119,7 @@ def _run(workdir, **overrides):
 
 def _export(x, tmp_path, format='peft', **choice):
   out = tmp_path / f'out_{format}_{len(list(tmp_path.iterdir()))}'
-  about = export.run(Run(tmp_path / 'run'), out, export.Choice(format, **choice))
+  about = export.write(Run(tmp_path / 'run'), out, export.Selection(format, **choice))
   return out, about
 
 
@@ -364,7 +364,7 @@ def test_a_base_is_exported_as_the_run_has_it(tmp_path):
 def test_all_or_nothing_is_written(tmp_path, monkeypatch):
   x, _ = _run(tmp_path / 'run')
   (tmp_path / 'out').mkdir()
-  attempt = functools.partial(export.run, Run(tmp_path / 'run'), tmp_path / 'out')
+  attempt = functools.partial(export.write, Run(tmp_path / 'run'), tmp_path / 'out')
 
   def fails(folder, *args):
     (folder / 'some').write_text('')
@@ -373,27 +373,27 @@ def test_all_or_nothing_is_written(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(hf_folder, 'write', fails)
     with pytest.raises(OSError, match='disk full'):
-      attempt(export.Choice('merged'))
+      attempt(export.Selection('merged'))
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'run']
   assert not list((tmp_path / 'out').iterdir())
-  attempt(export.Choice('peft'))
+  attempt(export.Selection('peft'))
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'run']
   with pytest.raises(ConfigError, match='--out=.* exists'):
-    attempt(export.Choice('peft'))
+    attempt(export.Selection('peft'))
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):
   x, _ = _run(tmp_path / 'run', method='full_finetuning')
   for choice, message in (
-    (export.Choice('peft'), '--format=merged'),
-    (export.Choice('merged', rank=2), 'has no adapters'),
-    (export.Choice('merged', rank=99), r'in 1\.\.federated.r_max=8'),
-    (export.Choice('merged', rank=2, client='x'), 'one of them'),
+    (export.Selection('peft'), '--format=merged'),
+    (export.Selection('merged', rank=2), 'has no adapters'),
+    (export.Selection('merged', rank=99), r'in 1\.\.federated.r_max=8'),
+    (export.Selection('merged', rank=2, client='x'), 'one of them'),
   ):
     with pytest.raises(ConfigError, match=message):
-      export.run(Run(tmp_path / 'run'), tmp_path / 'out', choice)
+      export.write(Run(tmp_path / 'run'), tmp_path / 'out', choice)
   with pytest.raises(ConfigError, match='no checkpoints'):
-    export.run(Run(tmp_path), tmp_path / 'out', export.Choice('merged'))
+    export.write(Run(tmp_path), tmp_path / 'out', export.Selection('merged'))
   with pytest.raises(ConfigError, match='none of the .* people'):
     export._number(x.experiment, 'nobody')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['run']

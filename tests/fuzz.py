@@ -638,16 +638,16 @@ def read_run(folder: pathlib.Path) -> None:
 
 
 def read_summary(folder: pathlib.Path) -> str:
-  from hetlora_jax.tools import sweep
+  from hetlora_jax.tools import sweep, tables
 
-  return sweep.table(sweep.results([_run(folder)]))
+  return tables.table(sweep.results([_run(folder)]))
 
 
 def read_rows(folder: pathlib.Path) -> tuple:
   """Reads a run's rows as the plot of a sweep does."""
-  from hetlora_jax.tools import sweep
+  from hetlora_jax.tools import tables
 
-  rounds, megabytes, losses = sweep._curves([{'name': 'a'}], folder)
+  rounds, megabytes, losses = tables._curves([{'name': 'a'}], folder)
   return rounds, megabytes.tolist(), losses.tolist()
 
 

@@ -15,7 +15,7 @@ import pytest
 from experiment_test import small_config
 
 from hetlora_jax import config, files
-from hetlora_jax.tools import report, sweep
+from hetlora_jax.tools import report, sweep, tables
 from hetlora_jax.tools.report import charts, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -147,13 +147,13 @@ def test_the_summary_has_the_numbers_of_summary_json(swept, page):
     for who, cell in zip(('seen', 'unseen'), row[1:3], strict=True):
       for what, digits in (('loss', 3), ('perplexity', 2)):
         ends = [
-          sweep.spread([s[end][f'eval/{who}/{what}'] for s in got], digits)
+          tables.spread([s[end][f'eval/{who}/{what}'] for s in got], digits)
           for end in ('first', 'last')
         ]
         assert ' → '.join(ends) in cell
     assert row[3:] == [
-      sweep.size(mean('comm/up_bytes')), sweep.size(mean('comm/down_bytes')),
-      sweep.size(mean('train/parameters')),
+      tables.size(mean('comm/up_bytes')), tables.size(mean('comm/down_bytes')),
+      tables.size(mean('train/parameters')),
       f'{mean("aggregation/error"):.3f}', f'{mean("time/rounds_s"):.0f}',
     ]  # fmt: skip
   assert '±' in hetlora[1] and '±' not in fedit[1]

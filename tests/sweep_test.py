@@ -22,7 +22,7 @@ from hetlora_jax import (
   points,
   training,
 )
-from hetlora_jax.tools import sweep
+from hetlora_jax.tools import sweep, tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -61,7 +61,7 @@ def test_every_point_has_a_folder_and_a_command(swept):
     'train --config=x --config.method=flora --config.federated.r_max=3 '
     f"'--workdir={workdir}/method=flora,r_max=3'"
   ).replace("'", '')
-  sweep.report(results, workdir)
+  tables.write(results, workdir)
   assert json.loads((workdir / 'sweep.json').read_text()) == results
   assert (workdir / 'sweep.png').stat().st_size > 10_000
 
@@ -71,7 +71,7 @@ def test_a_point_that_cannot_run_is_named_and_the_others_go_on(swept):
   assert 'config.methods.redistribution' in results[2]['error']
   assert all('error' not in r for r in results[:2])
   assert [len(program) for program in sweep.programs(runs)] == [1, 1]
-  lines = sweep.table(results).splitlines()
+  lines = tables.table(results).splitlines()
   assert len(lines) == 5 and 'failed' in lines[-1]
   assert len({len(line) for line in lines}) == 1
 
@@ -160,18 +160,18 @@ def test_a_new_point_starts_beside_those_that_go_on(together, tmp_path):
 def test_seeds_become_one_row_with_their_spread(together):
   _, results = together
   losses = [r['last']['eval/seen/loss'] for r in results]
-  lines = sweep.table(results).splitlines()
+  lines = tables.table(results).splitlines()
   assert len(lines) == 4
   for line, (a, b) in zip(lines[2:], (losses[:2], losses[2:]), strict=True):
     assert f'| {(a + b) / 2:.3f} ± {abs(a - b) / 2**0.5:.3f} ' in line
   failed = [results[0], {**results[1], 'error': 'x'}]
-  assert f'{losses[0]:.3f} (1 failed)' in sweep.table(failed)
+  assert f'{losses[0]:.3f} (1 failed)' in tables.table(failed)
 
 
 def test_programs_hold_as_many_points_as_asked(tmp_path):
   runs = _grid(tmp_path)
   sizes = lambda n: [len(p) for p in sweep.programs(runs, n)]  # noqa: E731
-  assert (sizes(0), sizes(3), sizes(1)) == ([4], [3, 1], [1] * 4)
+  assert (sizes(None), sizes(3), sizes(1)) == ([4], [3, 1], [1] * 4)
 
 
 @pytest.mark.parametrize('field', config.VARIES)

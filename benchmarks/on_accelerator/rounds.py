@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from benchmarks import chats, machine, profiling
 from hetlora_jax import points
 from hetlora_jax.models import shapes
-from hetlora_jax.tools import dryrun, flops
+from hetlora_jax.tools import chips, flops
 
 
 class Plan(NamedTuple):
@@ -44,7 +44,7 @@ _KERNELS = 10  # that are told
 def peak_flops() -> float | None:
   """Returns what the maker says of this chip's bfloat16 products, a second."""
   kind = jax.devices()[0].device_kind.lower()
-  return next((c.flops for name, c in dryrun.CHIPS.items() if name in kind), None)
+  return next((c.flops for name, c in chips.CHIPS.items() if name in kind), None)
 
 
 def product_rate() -> float:

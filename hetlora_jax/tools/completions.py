@@ -24,25 +24,23 @@ from hetlora_jax import (
   experiment,
   files,
   lora,
-  prng,
   tracking,
 )
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.data import packing
-from hetlora_jax.data.people import Example, Kind, evenly_spaced
-from hetlora_jax.experiment import Experiment
+from hetlora_jax.data.people import Example
 from hetlora_jax.models import readout
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run
-from hetlora_jax.tools import generation, scores
-from hetlora_jax.types import Hyperparameters, Rules, ServerState
+from hetlora_jax.tools import generation, prompts, scores
+from hetlora_jax.tools.prompts import Task
+from hetlora_jax.types import Batch, Hyperparameters, Rules, ServerState
 
 SEARCHES = ('greedy', 'beam')
 ROWS = 16  # prompts at a time
-KINDS: dict[str, Kind] = dict(zip(scores.SETS, ('heldout', 'unseen'), strict=True))
 
 
-class Choice(NamedTuple):
+class Settings(NamedTuple):
   """How to generate, and from what; people and examples are `config.eval`'s."""
 
   search: str = 'greedy'  # of SEARCHES
@@ -53,16 +51,6 @@ class Choice(NamedTuple):
   untouched: bool = False  # the base model, without a checkpoint
 
 
-class Task(NamedTuple):
-  """A prompt to be completed, and whose it is."""
-
-  kind: str  # of scores.SETS
-  person: int  # among those of that kind
-  name: str
-  rank: int | None  # of a person who takes part
-  example: Example  # shots included, cut to what is evaluated
-
-
 class Answer(NamedTuple):
   """What was written for a task, as it comes from the devices."""
 
@@ -71,123 +59,85 @@ class Answer(NamedTuple):
   log_prob: np.ndarray  # of the reference's tokens
 
 
-def run(run: Run, choice: Choice, c: Config | None = None) -> dict[str, Any]:
+def complete(
+  run: Run, settings: Settings, config: Config | None = None
+) -> dict[str, Any]:
   """Generates, scores and writes both files, each whole or not at all.
 
   Args:
     run: whose newest checkpoint writes; its folder gets the files.
-    choice: how.
-    c: the run's configuration with another section `eval`; None: its own.
+    settings: how.
+    config: the run's configuration with another section `eval`; None: its own.
 
   Returns:
     What evaluation.json holds.
 
   Raises:
-    ConfigError: there is no checkpoint, or a choice that cannot be.
+    ConfigError: there is no checkpoint, or a setting that cannot be, or the model is
+      one of your own, which cannot write.
   """
-  c = c or run.config
-  _check(run, c, choice)
-  x = run.prepare(c)
-  if x.experiment.model.decoder is None:
-    raise ConfigError(
-      'a model of your own cannot write: `base_model.own` has no cache of keys and '
-      'values. Its losses are in people.json.'
-    )
-  done, state = (0, x.take(x.initial_state, 0)) if choice.untouched else run.newest(x)
-  tokenizer = x.experiment.model.tokenizer
-  tasks = list(_tasks(x.experiment, tokenizer, state, choice))
+  config = config or run.config
+  _check(run, config, settings)
+  x = run.prepare(config)
+  done, state = 0, x.take(x.initial_state, 0)
+  if not settings.untouched:
+    done, state = run.newest(x)
+
+  # Complete every prompt.
+  rank_N = np.asarray(state.memory.rank).max(1)
+  tasks = list(prompts.tasks(x.experiment, rank_N, settings.shots))
   with experiment.in_memory('lower --max_tokens, --shots or --beams.'):
-    answers = _answer(x, state, tasks, choice)
-  lines = [
-    _line(tokenizer, task, answer) for task, answer in zip(tasks, answers, strict=True)
-  ]
+    answers = _answer(x, state, tasks, settings)
+
+  # Score what was written.
+  tokenizer = x.experiment.model.tokenizer
+  lines = [_line(tokenizer, *both) for both in zip(tasks, answers, strict=True)]
+  told = {
+    'max_tokens': _max_tokens(config, settings),
+    'own_rank': config.eval.own_rank,
+  }
   found = {
     'round': done,
-    'settings': choice._asdict()
-    | {'max_tokens': _max_tokens(c, choice), 'own_rank': c.eval.own_rank},
-    **scores.of_lines(lines, c.seed),
+    'settings': settings._asdict() | told,
+    **scores.of_lines(lines, config.seed),
   }
-  run.folder.mkdir(parents=True, exist_ok=True)
-  files.write_json_lines(run.folder / 'generations.jsonl', lines)
-  files.write_json(run.folder / 'evaluation.json', found)
-  tracking.show_samples(run.folder, done)
+  _write(run, lines, found)
   return found
 
 
-def _check(run: Run, c: Config, choice: Choice) -> None:
+def _write(run: Run, lines: Sequence[dict], found: dict[str, Any]) -> None:
+  """Writes both files, and shows the first lines in TensorBoard."""
+  run.folder.mkdir(parents=True, exist_ok=True)
+  files.write_json_lines(run.folder / 'generations.jsonl', lines)
+  files.write_json(run.folder / 'evaluation.json', found)
+  tracking.show_samples(run.folder, found['round'])
+
+
+def _check(run: Run, config: Config, settings: Settings) -> None:
   """Raises ConfigError for what can be told before anything is loaded."""
-  if choice.search not in SEARCHES:
-    raise ConfigError(f'--generate={choice.search}: take one of {SEARCHES}.')
+  if run.model and not run.model.decoder:
+    raise ConfigError(
+      'a model of your own cannot generate: it has no cache of keys and values '
+      '(`base_model.own`). `training.evaluate` tells its losses.'
+    )
+  if settings.search not in SEARCHES:
+    raise ConfigError(f'--generate={settings.search}: take one of {SEARCHES}.')
   low = {'beams': 1, 'alpha': 0, 'max_tokens': 1, 'shots': 0}
   for field, least in low.items():
-    value = getattr(choice, field)
+    value = getattr(settings, field)
     if value is not None and value < least:
       raise ConfigError(f'--{field}={value} must be {least} at least.')
-  if choice.untouched and c.eval.own_rank:
+  if settings.untouched and config.eval.own_rank:
     raise ConfigError(
       '--own_rank and --untouched: a base model has no ranks; drop one.'
     )
-  if not choice.untouched:
+  if not settings.untouched:
     run.check_saved(', or evaluate the base model by --untouched')
-    run.check(c)
+    run.check(config)
 
 
-def _max_tokens(c: Config, choice: Choice) -> int:
-  return choice.max_tokens or c.data.targets_per_example
-
-
-def _tasks(x: Experiment, tokenizer, state, choice: Choice) -> Iterator[Task]:
-  """Yields the examples that are evaluated, as `cohorts.evaluation_set` does."""
-  e, rank_NG = x.config.eval, np.asarray(state.memory.rank)
-  between = tokenizer.encode('\n')
-  room = x.config.data.row_tokens * (1 + choice.shots)
-  for name_of_set, kind in KINDS.items():
-    group = x.population.groups[kind]
-    for person in evenly_spaced(len(group.ids), e.num_people):
-      name = group.ids[person]
-      rank = None if kind == 'unseen' else int(rank_NG[person].max())
-      for i in evenly_spaced(int(group.count[person]), e.examples_per_person):
-        example = x.population.example(kind, int(person), int(i))
-        rng = prng.host_stream(0, f'shots {kind}', int(person), int(i))
-        shots = _draw_shots(x, name, choice.shots, rng)
-        example = _cut(_with_shots(example, shots, between), room)
-        yield Task(name_of_set, int(person), name, rank, example)
-
-
-def _draw_shots(
-  x: Experiment, name: str, count: int, rng: np.random.Generator
-) -> list[Example]:
-  """Draws training examples of other people."""
-  group = x.population.groups['train']
-  others = np.flatnonzero(np.array(group.ids) != name) if count else ()
-  if count > len(others):
-    raise ConfigError(
-      f'--shots={count} exceeds the {len(others)} other people: lower it.'
-    )
-  chosen = rng.choice(others, count, replace=False) if count else ()
-  return [
-    x.population.example('train', int(p), int(rng.integers(group.count[p])))
-    for p in chosen
-  ]
-
-
-def _with_shots(
-  example: Example, shots: Sequence[Example], between: Sequence[int]
-) -> Example:
-  """Puts examples, a blank line after each, before the prompt's text."""
-  parts = [example.tokens[:1]]
-  for shot in shots:
-    parts += [shot.tokens[1:], np.asarray(between, np.int32)]
-  return Example(np.concatenate([*parts, example.tokens[1:]]), example.num_target)
-
-
-def _cut(example: Example, room: int) -> Example:
-  """Drops what follows bos first, until prompt and target fit."""
-  tokens, most = example.tokens, max(room, example.num_target + 1)
-  if len(tokens) <= most:
-    return example
-  tokens = np.concatenate([tokens[:1], tokens[len(tokens) - most + 1 :]])
-  return Example(tokens, example.num_target)
+def _max_tokens(config: Config, settings: Settings) -> int:
+  return settings.max_tokens or config.data.targets_per_example
 
 
 def own_adapters(rules: Rules, state: ServerState, hyper: Hyperparameters, client_B):
@@ -203,10 +153,10 @@ def own_adapters(rules: Rules, state: ServerState, hyper: Hyperparameters, clien
 
 
 def _adapters(
-  x: Points, state: ServerState, choice: Choice
+  x: Points, state: ServerState, settings: Settings
 ) -> Callable[[Sequence[Task]], tuple]:
   """Returns what gives a batch of one kind its adapters and scale."""
-  if choice.untouched:
+  if settings.untouched:
     return lambda batch: ({}, jnp.float32(1))
   hyper = jax.tree.map(lambda leaf: leaf[0], x.hyper)
   rules = x.experiment.rules
@@ -228,51 +178,53 @@ def _bucket(size: int, least: int) -> int:
 
 
 @functools.lru_cache(maxsize=4)  # runs of one process share what is compiled
-def _programs(config, dtype, max_tokens: int, beams: int, alpha: float):
+def _programs(shape, dtype, max_tokens: int, beams: int, alpha: float):
   """Returns what writes and what judges, of models alike."""
   generate = generation.make_generate(
-    config, dtype, max_tokens=max_tokens, beams=beams, alpha=alpha
+    shape, dtype, max_tokens=max_tokens, beams=beams, alpha=alpha
   )
-  return jax.jit(generate), jax.jit(readout.make_argmax_and_log_prob(config, dtype))
+  return jax.jit(generate), jax.jit(readout.make_argmax_and_log_prob(shape, dtype))
 
 
 def _answer(
-  x: Points, state: ServerState, tasks: Sequence[Task], choice: Choice
+  x: Points, state: ServerState, tasks: Sequence[Task], settings: Settings
 ) -> list[Answer]:
   """Completes all tasks, those of like length together."""
   model, shape = x.experiment.model, x.experiment.model.decoder
-  assert shape, '`run` asks before'
+  assert shape, '`_check` asks before'
   generate, judge = _programs(
     shape,
     base_model.compute_dtype(x.config),
-    _max_tokens(x.config, choice),
-    choice.beams if choice.search == 'beam' else 1,
-    choice.alpha,
+    _max_tokens(x.config, settings),
+    settings.beams if settings.search == 'beam' else 1,
+    settings.alpha,
   )
   stop_V = generation.stop_token_mask(model.tokenizer, shape.vocab_size)
   base = lora.fold(x.base, state.residual)
-  adapters, answers = _adapters(x, state, choice), {}
+  adapters, answers = _adapters(x, state, settings), {}
   for chunk in _with_progress(_chunks(tasks), len(tasks)):
+    # The last chunk of a kind is filled up, so that all have one shape.
     batch = [tasks[i] for i in chunk]
     full = batch + batch[-1:] * (ROWS - len(batch))
-    about = (base, *adapters(full))
-    prompts = [t.example.tokens[: -t.example.num_target] for t in full]
-    out = generate(*about, _arranged(prompts, np.ndim(about[-1]) > 0), stop_V)
-    said = _judged(functools.partial(judge, *about), full)
+
+    # Write the completions, and judge the references.
+    given = (base, *adapters(full))
+    texts = [t.example.tokens[: -t.example.num_target] for t in full]
+    out = generate(*given, _arranged(texts, np.ndim(given[-1]) > 0), stop_V)
+    judged = _judged(functools.partial(judge, *given), full)
     out = jax.device_get(out)
-    for i, row, n, (best, log_prob) in zip(
-      chunk, out.tokens, out.count, said, strict=False
-    ):
-      answers[i] = Answer(row[:n], best, log_prob)
+    written = zip(out.tokens, out.count, judged, strict=True)
+    for i, (tokens, count, (best, log_prob)) in zip(chunk, written, strict=False):
+      answers[i] = Answer(tokens[:count], best, log_prob)
   return [answers[i] for i in range(len(tasks))]
 
 
-def _arranged(prompts: Sequence[np.ndarray], own_adapters: bool) -> generation.Prompts:
+def _arranged(texts: Sequence[np.ndarray], own_adapters: bool) -> generation.Prompts:
   """Packs prompts, unless each has adapters of its own; in few shapes."""
-  slots = _bucket(max(map(len, prompts)), 32)
+  slots = _bucket(max(map(len, texts)), 32)
   if own_adapters:
-    return generation.pad(prompts, slots)
-  return generation.pack(prompts, slots, multiple=4)
+    return generation.pad(texts, slots)
+  return generation.pack(texts, slots, multiple=4)
 
 
 def _chunks(tasks: Sequence[Task]) -> list[list[int]]:
@@ -303,30 +255,33 @@ def _with_progress(
 
 def _judged(judge: Callable, batch: Sequence[Task]) -> Iterator[tuple]:
   """Yields the likeliest tokens and log p of each task's target."""
-  examples = [task.example for task in batch]
-  count_B = [example.num_target for example in examples]
-  length = _bucket(max(len(e.tokens) - 1 for e in examples), 32)
-  # One a row, so that adapters of rows are those of people.
-  packed = [
-    packing.pack([e], packing.BatchShape(1, length, e.num_target)) for e in examples
-  ]
-  targets = _bucket(sum(count_B), 128)
-  index = [b.target_index + i * length for i, b in enumerate(packed)]
-  fill = np.zeros(targets - sum(count_B), np.int32)
-  batched = packed[0]._replace(
-    tokens=np.concatenate([b.tokens for b in packed]),
-    segment=np.concatenate([b.segment for b in packed]),
-    position=np.concatenate([b.position for b in packed]),
-    target_index=np.concatenate([*index, fill]),
-    target=np.concatenate([*[b.target for b in packed], fill]),
-    weight=(np.arange(targets) < sum(count_B)).astype(np.float32),
-  )
-  ends = np.cumsum(count_B)
-  best, log_prob = jax.device_get(judge(batched))
+  ends = np.cumsum([task.example.num_target for task in batch])
+  best, log_prob = jax.device_get(judge(_row_each([task.example for task in batch])))
   yield from zip(
     np.split(best[: ends[-1]], ends[:-1]),
     np.split(log_prob[: ends[-1]], ends[:-1]),
     strict=True,
+  )
+
+
+def _row_each(examples: Sequence[Example]) -> Batch:
+  """Packs each example into a row of its own, so that rows are people; in few shapes."""
+  length = _bucket(max(len(e.tokens) - 1 for e in examples), 32)
+  rows = [
+    packing.pack([e], packing.BatchShape(1, length, e.num_target)) for e in examples
+  ]
+  # Targets lie behind each other, then padding.
+  count = sum(e.num_target for e in examples)
+  room = _bucket(count, 128)
+  index = np.concatenate([b.target_index + i * length for i, b in enumerate(rows)])
+  target = np.concatenate([b.target for b in rows])
+  return rows[0]._replace(
+    tokens=np.concatenate([b.tokens for b in rows]),
+    segment=np.concatenate([b.segment for b in rows]),
+    position=np.concatenate([b.position for b in rows]),
+    target_index=np.pad(index, (0, room - count)),
+    target=np.pad(target, (0, room - count)),
+    weight=(np.arange(room) < count).astype(np.float32),
   )
 
 

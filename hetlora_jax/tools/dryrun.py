@@ -1,47 +1,33 @@
 """What a round would need on a pod, compiled from shapes alone.
 
-No weights, no data, no accelerator: devices are fake CPU ones or, where libtpu
-is installed (`pip install 'jax[tpu]'`), those of a TPU topology, whose own compiler
-then answers.
+The experiment is prepared as any other, of a base model whose parameters are shapes
+and a population that has no texts: no weights, no data, no accelerator. Devices are
+fake CPU ones or, where libtpu is installed (`pip install 'jax[tpu]'`), those of a TPU
+topology, whose own compiler then answers.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
-from hetlora_jax import base_model, build, points, prng, sharding
+from hetlora_jax import base_model, build, experiment, points, prng, sharding
+from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError
-from hetlora_jax.data import packing
+from hetlora_jax.data import people
+from hetlora_jax.experiment import Experiment, Start
 from hetlora_jax.models import decoder, kernels, readout, shapes
-from hetlora_jax.tools import flops, hlo
-from hetlora_jax.types import Batch, Cohort, PyTree
+from hetlora_jax.points import Points
+from hetlora_jax.tools import chips, flops, hlo, tables
+from hetlora_jax.types import Cohort, PyTree
 
-
-class Chip(NamedTuple):
-  """An accelerator, as its maker describes it."""
-
-  memory: float  # bytes
-  flops: float  # a second, dense bfloat16
-  topology: str = ''  # family of TPU topologies
-
-
-CHIPS = {
-  'v5e': Chip(16e9, 197e12, 'v5e'),
-  'v5p': Chip(95e9, 459e12, 'v5p'),
-  'v6e': Chip(32e9, 918e12, 'v6e'),
-  'a100': Chip(80e9, 312e12),
-  'h100': Chip(80e9, 989e12),
-  'h200': Chip(141e9, 989e12),
-}
 # Where `data.num_people` says nothing, the real number would need the data.
 _POPULATION = 1000
 
@@ -72,100 +58,81 @@ class Report(NamedTuple):
     return self.argument + self.temporary
 
 
+# --- An experiment of shapes -------------------------------------------------
+
+
 def model_shape(config: Config) -> decoder.DecoderConfig:
   """Returns the shape of the base model; raises ConfigError."""
-  c = config.model
-  if base_model.is_random(c.source):
-    return base_model.shape_of_random(c, c.random.vocab_size)
-  if c.source not in shapes.SHAPES:
+  model = config.model
+  if base_model.is_random(model.source):
+    return base_model.shape_of_random(model, model.random.vocab_size)
+  if model.source not in shapes.SHAPES:
     raise ConfigError(
-      f'config.model.source={c.source!r} has no entry in models/shapes.py, '
+      f'config.model.source={model.source!r} has no entry in models/shapes.py, '
       f'which --dry_run reads: one of {", ".join(shapes.SHAPES)}, random.'
     )
-  return shapes.SHAPES[c.source]
+  return shapes.SHAPES[model.source]
 
 
-def _grid(family: str, count: int) -> str:
-  """Returns the roundest topology of so many chips, e.g. 'v5e:8x16'."""
-  sides = [1, 1, 1] if family == 'v5p' else [1, 1]
-  for prime in sorted(_factors(count), reverse=True):
-    sides[sides.index(min(sides))] *= prime
-  return f'{family}:{"x".join(map(str, sorted(sides)))}'
-
-
-def _factors(n: int) -> list[int]:
-  for p in range(2, math.isqrt(n) + 1):
-    if n % p == 0:
-      return [p, *_factors(n // p)]
-  return [n] if n > 1 else []
-
-
-def compiler_of(chip: str) -> str:
-  """Returns whose compiler answers for a chip: a TPU family's, or 'cpu'."""
-  has_libtpu = importlib.util.find_spec('libtpu') is not None
-  return (has_libtpu and CHIPS[chip].topology) or 'cpu'
-
-
-def _devices(chip: str, count: int) -> tuple[Sequence, str]:
-  """Returns the devices to compile for, and what they are."""
-  if compiler_of(chip) == 'cpu':
-    return jax.devices(), 'cpu'
-  name = _grid(CHIPS[chip].topology, count)
-  try:
-    found = topologies.get_topology_desc(name, 'tpu').devices
-  except Exception as error:  # jaxlib raises whatever libtpu says
-    raise ConfigError(
-      f'config.mesh needs {count} devices, and there is no topology {name}: '
-      f'{str(error).splitlines()[0]}'
-    ) from error
-  return found, f'{found[0].device_kind} {name}'
-
-
-def _placed(tree: PyTree, where: PyTree) -> PyTree:
-  if isinstance(where, jax.sharding.NamedSharding):
-    where = jax.tree.map(lambda _: where, tree)
-  return jax.tree.map(
-    lambda x, w: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=w), tree, where
+def _model(config: Config) -> BaseModel:
+  """Returns the base model on an accelerator, its parameters being shapes."""
+  shape = model_shape(config)
+  base_model.check_split(config, shape)
+  dtype = jnp.dtype('bfloat16' if config.model.dtype == 'auto' else config.model.dtype)
+  chunk = kernels.VOCAB_CHUNK_SIZE_ON_ACCELERATORS
+  return BaseModel(
+    params=jax.eval_shape(
+      lambda: decoder.init_params(shape, prng.stream(0, 'base'), dtype)
+    ),
+    dims=decoder.adapter_dims(shape, config.lora.targets),
+    loss=readout.make_loss(shape, dtype, config.model.remat, chunk),
+    tokenizer=cast(people.Tokenizer, None),  # there is no text to encode
+    identity={'dtype': dtype.name},
+    decoder=shape,
   )
 
 
-def _held(tree: PyTree) -> int:
-  """Adds up the bytes of a tree on one device."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
+def _population(config: Config) -> people.Population:
+  """Returns clients with the same short example each."""
+  wanted = config.data.num_people or _POPULATION
+  count = config.data.copies * max(wanted, config.federated.clients_per_round)
+  all_clients = people.Group(
+    ids=('',) * count, first=np.zeros(count, np.int64), count=np.ones(count, np.int64)
+  )
+  example = people.Example(np.zeros(2, np.int32), num_target=1)
+  return people.Population(
+    groups=dict.fromkeys(('train', 'heldout', 'unseen'), all_clients),
+    read=lambda row: example,
   )
 
 
-def _cohorts(config: Config, points: int) -> Cohort:
-  """Returns the shapes of a call's cohorts: [rounds, K, C, ...]."""
-  f = config.federated
-  batch = packing.batch_shape(config.data, f.local_batch)
-  clients = build.clients_at_once(config)[1]
-  pooled = 'pools data' in config.traits
-  lead = (f.rounds_per_call, points, clients)
-  steps = f.local_steps * (f.clients_per_round if pooled else 1)
-  room = (*lead, steps, batch.rows, batch.row_tokens)
-  targets = (*lead, steps, batch.num_targets)
-  shape = jax.ShapeDtypeStruct
-  tokens, index = shape(room, jnp.int32), shape(targets, jnp.int32)
-  return Cohort(
-    client_id=shape(lead, jnp.int32),
-    num_examples=shape(lead, jnp.float32),
-    batches=Batch(tokens, tokens, tokens, index, index, shape(targets, jnp.float32)),
-  )
+def _start(x: Experiment, config: Config) -> Start:
+  """Returns where a run begins: everybody's rank, and shapes of all else."""
+  start = jax.eval_shape(lambda: experiment.start(x, config))
+  return start._replace(rank_N=build.draw_ranks(config, x.population.num_examples))
 
 
-def _work(cohorts: Cohort, rank: float, rounds: int) -> flops.Work:
-  """Counts a round's positions as if none were padding."""
-  *_, tokens = cohorts.batches.tokens.shape
-  positions = math.prod(cohorts.batches.tokens.shape) // rounds
-  return flops.Work(
-    tokens=positions,
-    tokens_times_rank=int(positions * rank),
-    pairs=positions * (tokens + 1) // 2,
-    targets=math.prod(cohorts.batches.target.shape) // rounds,
+def _prepare(configs: Sequence[Config], devices: Sequence) -> Points:
+  """Prepares points as `points.prepare` does, of shapes."""
+  config = configs[0]
+  x = experiment.prepare(
+    config, model=_model(config), population=_population(config), devices=devices
   )
+  evaluation = jax.eval_shape(lambda: x.evaluation)
+  return points.together(dataclasses.replace(x, evaluation=evaluation), configs, _start)
+
+
+def _cohorts(x: Points) -> Cohort:
+  """Returns the shapes of a call's cohorts, after the cohort of one client."""
+  lead = points.shape_of_cohorts(x)
+  one = experiment.make_cohort(x.experiment, seed=0, round=0, only=slice(1))
+  whole = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((*lead, *leaf.shape[1:]), leaf.dtype), one
+  )
+  return sharding.place(whole, sharding.over_clients(x.experiment.mesh))
+
+
+# --- The compiler, and what it says --------------------------------------------
 
 
 def _compiled(lowered, compiler: str):
@@ -181,23 +148,41 @@ def _compiled(lowered, compiler: str):
     ) from error
 
 
-def _inputs(config: Config, count: int, rules, mesh, dims, base, rank_N):
-  """Returns base, state, cohorts and hyperparameters as shapes on a mesh."""
-
-  def of_points(make):
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype),
-      jax.eval_shape(make),
-    )
-
-  state = of_points(lambda: build.init_state(config, dims, base, rank_N, rules))
-  hyper = of_points(lambda: build.make_hyperparameters(config))
-  return (
-    _placed(base, sharding.by_name(mesh, base)),
-    _placed(state, sharding.by_name(mesh, state, points=True)),
-    _placed(_cohorts(config, count), sharding.over_clients(mesh)),
-    _placed(hyper, sharding.over_points(mesh)),
+def _bytes_on_a_device(tree: PyTree) -> int:
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
   )
+
+
+def _arguments(x: Points, cohorts: Cohort) -> dict[str, int]:
+  """Counts the bytes on a device of what a call is given, by kind."""
+  state = x.initial_state
+  kinds = {
+    'base': x.base,
+    'adapters': (state.adapters, state.residual),
+    'server optimizer': state.opt_state,
+    'people': state.memory,
+    'cohorts and scalars': (cohorts, x.hyper, state.round),
+  }
+  return {name: _bytes_on_a_device(tree) for name, tree in kinds.items()}
+
+
+def _flops(x: Points, cohorts: Cohort) -> float:
+  """Counts the operations of a round as if no position were padding."""
+  rounds, model = x.config.federated.rounds_per_call, x.experiment.model
+  *_, row_tokens = cohorts.batches.tokens.shape
+  tokens = cohorts.batches.tokens.size // rounds
+  work = flops.Work(
+    tokens=tokens,
+    tokens_times_rank=int(tokens * float(x.initial_rank[0].mean())),
+    pairs=tokens * (row_tokens + 1) // 2,
+    targets=cohorts.batches.target.size // rounds,
+  )
+  trains_base = x.experiment.rules.trains_base
+  dims = {} if trains_base else model.dims
+  assert model.decoder, '`_model` gives one'
+  return float(sum(flops.count_flops(model.decoder, dims, work, trains_base).values()))
 
 
 def compile_for(configs: Sequence[Config], chip: str) -> Report:
@@ -205,104 +190,72 @@ def compile_for(configs: Sequence[Config], chip: str) -> Report:
 
   Args:
     configs: one, or several that run together in one program.
-    chip: a key of CHIPS; a TPU's own compiler is used if it is installed.
+    chip: a key of `chips.CHIPS`; a TPU's own compiler is used if it is installed.
 
   Raises:
     ConfigError: the model's shape is unknown, or the mesh is; or the compiler
       gave up.
   """
-  config, count = configs[0], len(configs)
+  # Lower the program of a call, of shapes, and compile it.
+  config, start = configs[0], time.perf_counter()
   rounds = config.federated.rounds_per_call
-  shape, start = model_shape(config), time.perf_counter()
-  base_model.check_split(config, shape)
-  dtype = jnp.dtype('bfloat16' if config.model.dtype == 'auto' else config.model.dtype)
-  sizes = {axis: getattr(config.mesh, axis) for axis in sharding.AXES}
-  devices, compiler = _devices(chip, math.prod(sizes.values()))
-  mesh = sharding.make_mesh(**sizes, devices=devices)
-  base = jax.eval_shape(
-    lambda: decoder.init_params(shape, prng.stream(0, 'base'), dtype)
-  )
-  dims = decoder.adapter_dims(shape, config.lora.targets)
-  loss = readout.make_loss(
-    shape, dtype, config.model.remat, kernels.VOCAB_CHUNK_SIZE_ON_ACCELERATORS
-  )
-  rules = build.make_rules(config, loss)
-  population = config.data.copies * max(
-    config.data.num_people or _POPULATION, config.federated.clients_per_round
-  )
-  rank_N = build.draw_ranks(config, np.ones(population))
-  base, state, cohorts, hyper = _inputs(config, count, rules, mesh, dims, base, rank_N)
-  asked = points.measured(config, rounds)
-  jitted = points.make_rounds(
-    rules, mesh, state, config.mesh.points_at_once, points.always_measured(config)
-  )
-  program, text = _compiled(jitted.lower(base, state, cohorts, hyper, asked), compiler)
+  devices, compiler = chips.devices(chip, config.mesh.devices)
+  x = _prepare(configs, devices)
+  cohorts = _cohorts(x)
+  inputs = points.arguments(x, x.initial_state, cohorts, done=rounds)
+  program, text = _compiled(x.run_rounds.lower(*inputs), compiler)
+
+  # Read what it needs.
   memory = program.memory_analysis()
   assert memory, 'every compiler we use has one'
-  work = flops.count_flops(
-    shape, {} if rules.trains_base else dims,
-    _work(cohorts, float(rank_N.mean()), rounds), rules.trains_base,
-  )  # fmt: skip
-  moved = hlo.moved(text)
   at_once, clients = build.clients_at_once(config)
   return Report(
     model=config.model.source,
-    parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(base)),
-    dtype=dtype.name,
-    mesh=sizes,
+    parameters=experiment.base_parameters(x.experiment),
+    dtype=x.identity['dtype'],
+    mesh=dict(x.experiment.mesh.shape),
     compiler=compiler,
     clients=clients,
     clients_at_once=at_once // config.mesh.clients,
-    points=count,
-    population=population,
-    arguments={
-      'base': _held(base),
-      'adapters': _held((state.adapters, state.residual)),
-      'server optimizer': _held(state.opt_state),
-      'people': _held(state.memory),
-      'cohorts and scalars': _held((cohorts, hyper, state.round)),
-    },
+    points=len(x.configs),
+    population=len(x.experiment.population.client_ids),
+    arguments=_arguments(x, cohorts),
     temporary=memory.temp_size_in_bytes,
     output=memory.output_size_in_bytes,
     argument=memory.argument_size_in_bytes,
-    flops=float(sum(work.values())),
-    moved={kind: n // rounds for kind, n in moved.items()},
+    flops=_flops(x, cohorts),
+    moved={kind: n // rounds for kind, n in hlo.moved(text).items()},
     seconds=time.perf_counter() - start,
   )
 
 
-def _size(count: float) -> str:
-  """Renders bytes, e.g. 1.94 GB."""
-  for unit, power in (('GB', 1e9), ('MB', 1e6), ('kB', 1e3)):
-    if count >= power:
-      return f'{count / power:.3g} {unit}'
-  return f'{count:.0f} bytes'
+# --- For people ----------------------------------------------------------------
 
 
-def render(r: Report, chip: str) -> str:
+def render(report: Report, chip: str) -> str:
   """Returns the report for people."""
-  devices, c = math.prod(r.mesh.values()), CHIPS[chip]
-  axes = ' x '.join(f'{n} {axis}' for axis, n in r.mesh.items())
-  seconds = r.flops / devices / c.flops
-  lines = [
-    f'{r.model}: {r.parameters:,} parameters in {r.dtype}; {r.points} point(s) '
-    f'of {r.clients} clients a round, {r.clients_at_once} at once on a device; '
-    f'a population of {r.population:,}',
-    f'mesh: {axes} = {devices} devices; compiled in {r.seconds:.0f} s by '
-    + ('the CPU compiler for fake devices (temporaries are the CPU\'s)'
-       if r.compiler == 'cpu' else f'the compiler of {r.compiler}'),
-    'bytes on a device:',
-    *[f'  {name:<20}{_size(n):>10}' for name, n in r.arguments.items()],
-    f'  {"temporaries":<20}{_size(r.temporary):>10}',
-    f'  {"in all":<20}{_size(r.peak):>10}',
-    f'floating-point operations a round: {r.flops:.3g}, so at least '
-    f'{seconds:.3g} s at the peak of {devices} {chip}',
-    'moved by collectives on a device a round: '
-    + (', '.join(f'{k} {_size(n)}' for k, n in r.moved.items()) or 'nothing'),
-    *[
-      f'{name}: {"fits" if r.peak <= x.memory else "DOES NOT FIT"}, '
-      f'{100 * r.peak / x.memory:.0f} % of {x.memory / 1e9:.0f} GB'
-      for name, x in CHIPS.items() if name == chip
-    ],
-  ]  # fmt: skip
-  return '\n'.join(lines)
+  devices = math.prod(report.mesh.values())
+  axes = ' x '.join(f'{n} {axis}' for axis, n in report.mesh.items())
+  by = f'the compiler of {report.compiler}'
+  if report.compiler == 'cpu':
+    by = "the CPU compiler for fake devices (temporaries are the CPU's)"
+  held = report.arguments | {'temporaries': report.temporary, 'in all': report.peak}
+  seconds = report.flops / devices / chips.CHIPS[chip].flops
+  moved = [f'{kind} {tables.size(n, "B")}' for kind, n in report.moved.items()]
+  memory = chips.CHIPS[chip].memory
+  return '\n'.join(
+    [
+      f'{report.model}: {report.parameters:,} parameters in {report.dtype}; '
+      f'{report.points} point(s) of {report.clients} clients a round, '
+      f'{report.clients_at_once} at once on a device; '
+      f'a population of {report.population:,}',
+      f'mesh: {axes} = {devices} devices; compiled in {report.seconds:.0f} s by {by}',
+      'bytes on a device:',
+      *[f'  {name:<20}{tables.size(n, "B"):>10}' for name, n in held.items()],
+      f'floating-point operations a round: {report.flops:.3g}, so at least '
+      f'{seconds:.3g} s at the peak of {devices} {chip}',
+      f'moved by collectives on a device a round: {", ".join(moved) or "nothing"}',
+      f'{chip}: {"fits" if report.peak <= memory else "DOES NOT FIT"}, '
+      f'{100 * report.peak / memory:.0f} % of {memory / 1e9:.0f} GB',
+    ]
+  )

@@ -27,7 +27,17 @@ from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.methods import distribution
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run
-from hetlora_jax.types import Deltas, Lora, Memory, PyTree, Server, ServerState
+from hetlora_jax.types import (
+  Deltas,
+  Hyperparameters,
+  Lora,
+  Memory,
+  PyTree,
+  Rules,
+  Server,
+  ServerState,
+  View,
+)
 
 FORMATS = ('peft', 'merged', 'base')
 DTYPES = ('float32', 'bfloat16')
@@ -38,7 +48,7 @@ HUB = {
 }
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
   """What to write: the global adapters, unless a rank or a person is named."""
 
   format: str  # of FORMATS
@@ -47,77 +57,86 @@ class Choice(NamedTuple):
   client: str | None = None
 
 
-def run(run: Run, out: pathlib.Path, choice: Choice) -> dict[str, Any]:
+def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
   """Writes the newest undamaged checkpoint's adapters to `out`, or nothing.
 
   Returns what was written, for JSON.
 
   Raises:
-    ConfigError: there is no checkpoint, `out` is taken, or nothing is like
-      `choice`.
+    ConfigError: there is no checkpoint, `out` is taken, nothing is like `selection`, or
+      the model is one of your own, whose layout nobody else knows.
   """
-  _check(run, out, choice)
+  _check(run, out, selection)
   x = run.prepare()
   # The type it ran in may differ, but for random models, which are drawn in it.
   drawn = base_model.is_random(x.config.model.source)
   done, state = run.newest(x, any_dtype=not drawn)
-  server = _select(x, state, choice)
-  if x.experiment.model.decoder is None:
+  server = _select(x, state, selection)
+  with _whole(out) as folder:
+    if selection.format == 'peft':
+      about = _write_peft(folder, x.config, state.residual, server)
+    else:
+      about = _write_model(folder, x.experiment, state.residual, server, selection)
+  return {'out': str(out), 'round': done} | about
+
+
+def _check(run: Run, out: pathlib.Path, selection: Selection) -> None:
+  """Raises ConfigError for what can be told before anything is loaded."""
+  if run.model and not run.model.decoder:
     raise ConfigError(
       'a model of your own has no layout that PEFT or transformers know: take its '
       'adapters from `Run.newest`.'
     )
-  with _whole(out) as folder:
-    if choice.format == 'peft':
-      about = _write_peft(folder, x.config, state.residual, server)
-    else:
-      about = _write_model(folder, x.experiment, state.residual, server, choice)
-  return {'out': str(out), 'round': done} | about
-
-
-def _check(run: Run, out: pathlib.Path, choice: Choice) -> None:
-  """Raises ConfigError for what can be told before anything is loaded."""
   free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
   if not free:
     raise ConfigError(f'--out={out} exists: name another or an empty folder.')
   run.check_saved()
-  rank, r_max = choice.rank, run.config.federated.r_max
+  rank, r_max = selection.rank, run.config.federated.r_max
   if rank is not None and not 1 <= rank <= r_max:
     raise ConfigError(f'--rank={rank} must be in 1..federated.r_max={r_max}.')
-  if rank is not None and choice.client is not None:
-    raise ConfigError(f'--rank={rank} and --client={choice.client}: give one of them.')
+  if rank is not None and selection.client is not None:
+    raise ConfigError(
+      f'--rank={rank} and --client={selection.client}: give one of them.'
+    )
 
 
-def _select(x: Points, state: ServerState, choice: Choice) -> Server:
+def _select(x: Points, state: ServerState, selection: Selection) -> Server:
   """Returns adapters and their LoRA scale, as a round would send them."""
   rules, hyper = x.experiment.rules, jax.tree.map(lambda leaf: leaf[0], x.hyper)
-  if rules.personal and choice.client is None and choice.format != 'base':
+  rank, of_client = selection.rank, selection.client
+  if rules.personal and of_client is None and selection.format != 'base':
     raise ConfigError(
       f'config.method={x.config.method!r} leaves {", ".join(rules.personal)} '
       'with the people, so there is no global adapter: name one by --client.'
     )
-  server = client.global_adapters(rules, state, hyper)
-  if choice.rank is None and choice.client is None:
-    return jax.device_get(server)
+  if rank is None and of_client is None:
+    return jax.device_get(client.global_adapters(rules, state, hyper))
   if rules.trains_base:
     raise ConfigError(
       f'config.method={x.config.method!r} has no adapters: export it without '
       '--rank and --client.'
     )
-  if choice.client is not None:
-    who = _number(x.experiment, choice.client)
+  if of_client is not None:
+    who = _number(x.experiment, of_client)
     view, _ = client.sent_to(rules, state, hyper, who)
-    return jax.device_get(Server(view.adapters, view.scale))
-  # To somebody of this rank, whatever the method's clients are sent.
-  rules = dataclasses.replace(rules, distribute=distribution.prefix, personal=())
+  else:
+    view = _sent_to_rank(rules, state, hyper, rank)
+  return jax.device_get(Server(view.adapters, view.scale))
+
+
+def _sent_to_rank(
+  rules: Rules, state: ServerState, hyper: Hyperparameters, rank: int | None
+) -> View:
+  """Truncates the global adapters, whatever the method's clients are sent."""
   groups = state.memory.rank.shape[1]
   memory = Memory(
-    rank=jnp.full(groups, choice.rank),
+    rank=jnp.full(groups, rank),
     tail_norm=jnp.zeros(groups),
-    personal={t: {} for t in server.adapters},
+    personal={t: {} for t in state.adapters},
   )
+  rules = dataclasses.replace(rules, distribute=distribution.prefix, personal=())
   view, _ = client.sent_to(rules, state, hyper, 0, memory)
-  return jax.device_get(Server(view.adapters, view.scale))
+  return view
 
 
 def _number(x: Experiment, client_id: str | None) -> int:
@@ -136,19 +155,19 @@ def _number(x: Experiment, client_id: str | None) -> int:
 
 
 def _write_peft(
-  folder: pathlib.Path, c: Config, residual: Deltas, server: Server
+  folder: pathlib.Path, config: Config, residual: Deltas, server: Server
 ) -> dict[str, Any]:
   if not server.adapters:
     raise ConfigError(
-      f'--format=peft: config.method={c.method!r} changes the whole base, which '
+      f'--format=peft: config.method={config.method!r} changes the whole base, which '
       'no adapter can hold: give --format=merged.'
     )
   about, scale = {}, float(server.scale)
-  layers = {t: _live(x) for t, x in server.adapters.items()}
+  layers = {t: _live(adapter) for t, adapter in server.adapters.items()}
   if any(change.any() for change in residual.values()):
     layers, about['truncation_error'] = _factored(residual, server)
     scale = 1.0
-  source = c.model.source
+  source = config.model.source
   base = HUB.get(source) or (
     source if base_model.is_random(source) else str(pathlib.Path(source).resolve())
   )
@@ -204,19 +223,19 @@ def _write_model(
   x: Experiment,
   residual: Deltas,
   server: Server,
-  choice: Choice,
+  selection: Selection,
 ) -> dict[str, Any]:
   model = x.model
-  if choice.format == 'base':
+  if selection.format == 'base':
     residual, server = {}, server._replace(adapters={})
-  params = _merged(model.params, residual, server, np.dtype(choice.dtype))
+  params = _merged(model.params, residual, server, np.dtype(selection.dtype))
   source = pathlib.Path(x.config.model.source)
   hf_folder.write(
     folder, model.decoder, params, model.tokenizer,
     source if source.is_dir() else None,
   )  # fmt: skip
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return {'format': choice.format, 'parameters': size, 'dtype': choice.dtype}
+  return {'format': selection.format, 'parameters': size, 'dtype': selection.dtype}
 
 
 def _merged(base: PyTree, residual: Deltas, server: Server, dtype: np.dtype) -> PyTree:

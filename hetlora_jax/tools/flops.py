@@ -32,12 +32,12 @@ def count_work(cohort: Cohort, rank_N: np.ndarray) -> Work:
 
 
 def count_flops(
-  c: decoder.DecoderConfig, dims: dict, work: Work, trains_base: bool = False
+  shape: decoder.DecoderConfig, dims: dict, work: Work, trains_base: bool = False
 ) -> dict[str, float]:
   """Counts the floating-point operations of a round, by kind.
 
   Args:
-    c: the model.
+    shape: of the model.
     dims: target -> (num_layers, d_in, d_out) of the adapters.
     work: see `count_work`.
     trains_base: whether the base has gradients too (full fine-tuning).
@@ -48,15 +48,15 @@ def count_flops(
   """
   # Multiplications of one token with the base's matrices, each once forward and
   # once for the gradient of its input.
-  matrices = decoder.matrix_dims(c).items()
-  forward = c.num_layers * sum(d_in * d_out for _, (d_in, d_out) in matrices)
+  matrices = decoder.matrix_dims(shape).items()
+  forward = shape.num_layers * sum(d_in * d_out for _, (d_in, d_out) in matrices)
   # Nothing before the first layer is trained, so its input needs no gradient.
   backward = forward - sum(a * b for name, (a, b) in matrices if name in 'qkv')
   if trains_base:
     backward = 2 * forward
   per_rank = sum(layers * (a + b) for layers, a, b in dims.values())
   # Scores and the mean of values, each once forward and twice backward.
-  attention = 6 * c.num_layers * c.num_heads * c.head_dim
+  attention = 6 * shape.num_layers * shape.num_heads * shape.head_dim
   # Logits and the mean embedding; both again for gradients of the embedding.
   passes = 8.0 if trains_base else 4.0
   return {
@@ -64,5 +64,5 @@ def count_flops(
     # x A and (x A) B, and the two gradients of each.
     'lora': 6.0 * work.tokens_times_rank * per_rank,
     'attention': 2.0 * work.pairs * attention,
-    'head': passes * work.targets * c.width * c.vocab_size,
+    'head': passes * work.targets * shape.width * shape.vocab_size,
   }

@@ -1,7 +1,7 @@
-"""Many runs of one experiment: points, the programs they need, their table.
+"""Many runs of one experiment: the points of a sweep, and the programs they need.
 
-Points that differ only in what a compiled program takes as data
-(`experiment.VARIES`) run together in one program; every program is a process.
+Points that differ only in what a compiled program takes as data (`config.VARIES`) run
+together in one program; every program is a process.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ import pathlib
 import re
 import runpy
 import shlex
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib.figure
-import numpy as np
-
-from hetlora_jax import curves, files, training
+from hetlora_jax import files, training
 from hetlora_jax.config import Config, ConfigError, to_dict
 from hetlora_jax.fields import flat
 from hetlora_jax.points import program_of
@@ -68,30 +64,34 @@ def _is_point(fields: Any) -> bool:
 
 
 def parse_grid(text: str, config: Config) -> list[Fields]:
-  """Returns every combination of 'field=[a, b] x field=[c, d]'."""
-  known, axes = flat(to_dict(config)), {}
-  for part in re.split(r'\s+x\s+', text.strip()):
-    name, _, values = part.partition('=')
-    try:
-      parsed = ast.literal_eval(values)
-    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
-      parsed = None
-    if not isinstance(parsed, list) or not parsed:
-      raise ConfigError(
-        f'--grid: {files.short(part)!r} must be FIELD=[VALUE, ...], axes joined by " x ", '
-        "e.g. 'federated.gamma=[0.85,0.99] x seed=[0,1]'; words in quotes, "
-        'method=["hetlora","flexlora"].'
-      )
-    if name not in known:
-      raise ConfigError(
-        f'--grid: config.{files.short(name)} does not exist (--print_config shows all).'
-      )
-    axes[name] = parsed
+  """Returns every combination of 'field=[a, b] x field=[c, d]'; raises ConfigError."""
+  known = flat(to_dict(config))
+  axes = dict(_axis(part, known) for part in re.split(r'\s+x\s+', text.strip()))
   if math.prod(map(len, axes.values())) > MOST_POINTS:
     raise ConfigError(f'--grid has more than {MOST_POINTS} points: take fewer.')
   return [
     dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
   ]
+
+
+def _axis(text: str, known: Fields) -> tuple[str, list]:
+  """Parses one 'field=[a, b]' of a grid."""
+  name, _, values = text.partition('=')
+  try:
+    parsed = ast.literal_eval(values)
+  except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+    parsed = None
+  if not isinstance(parsed, list) or not parsed:
+    raise ConfigError(
+      f'--grid: {files.short(text)!r} must be FIELD=[VALUE, ...], axes joined by " x ", '
+      "e.g. 'federated.gamma=[0.85,0.99] x seed=[0,1]'; words in quotes, "
+      'method=["hetlora","flexlora"].'
+    )
+  if name not in known:
+    raise ConfigError(
+      f'--grid: config.{files.short(name)} does not exist (--print_config shows all).'
+    )
+  return name, parsed
 
 
 def name_of(fields: Fields) -> str:
@@ -115,27 +115,33 @@ def plan(
     workdir: gets a folder a point.
     program: the command line of one run, without fields and workdir.
   """
-  runs = []
+  jobs = []
   for fields in points:
     name = name_of(fields)
     words = [f'--config.{k}={v}' for k, v in fields.items()]
     words.append(f'--workdir={workdir / name}')
     job = Job(name, fields, None, workdir / name, f'{program} {shlex.join(words)}')
+    # What cannot run is told at the end; the other points go on.
     try:
       job = job._replace(config=config.replace(**fields))
       Run(job.workdir).check(job.config)
     except (ValueError, OSError) as error:
       job = job._replace(config=None, error=f'{name}: {error}')
-    runs.append(job)
-  return runs
+    jobs.append(job)
+  return jobs
 
 
-def programs(runs: Sequence[Job], together: int = 0) -> list[list[Job]]:
-  """Groups the runs that share a program, at most so many; 0 is no limit."""
+def programs(jobs: Sequence[Job], together: int | None = None) -> list[list[Job]]:
+  """Groups the jobs that share a program.
+
+  Args:
+    jobs: of `plan`; those without a configuration are left out.
+    together: the most jobs in a program; None: all that can.
+  """
   groups: dict[tuple, list[Job]] = {}
-  for run in runs:
-    if run.config:
-      groups.setdefault(program_of(run.config), []).append(run)
+  for job in jobs:
+    if job.config:
+      groups.setdefault(program_of(job.config), []).append(job)
   return [
     group[i : i + (together or len(group))]
     for group in groups.values()
@@ -147,161 +153,37 @@ def summary_of(job: Job) -> dict | None:
   """Returns the summary of a job that has done all its rounds."""
   if not job.config:
     return None
-  found = Run(job.workdir).summary
-  last = (found or {}).get('last', {}).get('round')
-  return found if last == job.config.federated.num_rounds else None
+  summary = Run(job.workdir).finished
+  if summary and summary['last']['round'] == job.config.federated.num_rounds:
+    return summary
+  return None
 
 
-def _in_step(runs: Sequence[Job]) -> list[list[Job]]:
-  """Divides runs into those that can go on from a round all have saved."""
-  saved = [Run(run.workdir).steps() for run in runs]
+def _in_step(jobs: Sequence[Job]) -> list[list[Job]]:
+  """Divides jobs into those that can go on from a round that all have saved."""
+  saved = [Run(job.workdir).steps() for job in jobs]
   if set.intersection(*saved) or not set.union(*saved):
-    return [list(runs)]
+    return [list(jobs)]
   by_step: dict[int, list[Job]] = {}
-  for run, steps in zip(runs, saved, strict=True):
-    by_step.setdefault(max(steps, default=0), []).append(run)
+  for job, steps in zip(jobs, saved, strict=True):
+    by_step.setdefault(max(steps, default=0), []).append(job)
   return list(by_step.values())
 
 
-def run_program(runs: Sequence[Job]) -> None:
-  """Runs what is not finished of a program's points, in this process."""
-  left = [run for run in runs if summary_of(run) is None]
+def run_program(jobs: Sequence[Job]) -> None:
+  """Runs, in this process, the jobs of a program that are not finished."""
+  left = [job for job in jobs if summary_of(job) is None]
   for batch in _in_step(left) if left else ():
     training.train_points(
-      [training.Point(r.config, r.workdir, r.command) for r in batch]
+      [training.Point(job.config, job.workdir, job.command) for job in batch]
     )
 
 
-def results(runs: Sequence[Job]) -> list[dict]:
-  """Returns every run's summary, or its error."""
+def results(jobs: Sequence[Job]) -> list[dict]:
+  """Returns every job's summary, or its error."""
   out = []
-  for run in runs:
-    about = {'name': run.name, 'fields': run.fields, 'command': run.command}
-    summary = summary_of(run)
-    error = {'error': run.error or 'not finished: see what its program wrote'}
-    out.append(about | (summary or error))
+  for job in jobs:
+    about = {'name': job.name, 'fields': job.fields, 'command': job.command}
+    error = {'error': job.error or 'not finished: see what its program wrote'}
+    out.append(about | (summary_of(job) or error))
   return out
-
-
-def report(found: list[dict], workdir: pathlib.Path) -> str:
-  """Writes sweep.json and sweep.png, and returns the table."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  files.write_json(workdir / 'sweep.json', found)
-  _plot(found, workdir)
-  return table(found)
-
-
-def size(count: float | None) -> str:
-  """Renders a number of bytes or parameters, which a rule may not state.
-
-  >>> size(950), size(1_234_567)
-  ('950', '1.23M')
-  """
-  if count is None:
-    return 'not stated'
-  power = min(4, (len(str(int(count))) - 1) // 3)
-  return f'{count / 1000**power:.3g}{" kMGT"[power]}'.replace(' ', '')
-
-
-def over_seeds(found: Sequence[dict]) -> dict[str, list[dict]]:
-  """Groups results that differ in the seed alone."""
-  groups: dict[str, list[dict]] = {}
-  for result in found:
-    fields = {k: v for k, v in result['fields'].items() if k != 'seed'}
-    groups.setdefault(name_of(fields), []).append(result)
-  return groups
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-  """Renders a mean and, of several, their standard deviation."""
-  text = f'{statistics.mean(values):.{digits}f}'
-  if len(values) > 1:
-    text += f' ± {statistics.stdev(values):.{digits}f}'
-  return text
-
-
-def _cells(name: str, seeds: list[dict]) -> Iterator[str]:
-  good = [r for r in seeds if 'error' not in r]
-  missing = len(seeds) - len(good)
-  yield name
-  if not good:
-    yield from ('failed', *[''] * 6)
-    return
-
-  def mean(field: str) -> float | None:
-    values = [r[field] for r in good]
-    return None if None in values else statistics.mean(values)
-
-  for who in ('seen', 'unseen'):
-    text = spread([r['last'][f'eval/{who}/loss'] for r in good], 3)
-    yield f'{text} ({missing} failed)' if missing else text
-  yield size(mean('comm/up_bytes'))
-  yield size(mean('comm/down_bytes'))
-  yield size(mean('train/parameters'))
-  error = mean('aggregation/error')
-  yield 'not measured' if error is None else f'{error:.3f}'
-  yield f'{mean("time/this_call_s"):.0f}'
-
-
-def table(found: Sequence[dict]) -> str:
-  """Returns a Markdown table: losses, bytes, parameters and time of each.
-
-  Points that differ in the seed alone are one row, of mean and deviation.
-  """
-  heads = ('', 'loss seen', 'loss unseen', 'bytes up', 'bytes down',
-           'trained', 'aggregation error', 'seconds')  # fmt: skip
-  rows = [heads, ('---', *('---:',) * (len(heads) - 1))]
-  rows += [tuple(_cells(*group)) for group in over_seeds(found).items()]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return '\n'.join(
-    f'| {" | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True))} |'
-    for row in rows
-  )
-
-
-def _curve(folder: pathlib.Path):
-  """Returns rounds, losses, and megabytes until then (NaN: not stated) of a run."""
-  history = Run(folder).history
-  rounds, losses = curves.series(history, 'eval/seen/loss')
-  traffic = {0: 0.0}
-  for row in history:
-    if 'train/loss' in row:
-      sent = [row['comm/total_up_bytes'], row['comm/total_down_bytes']]
-      traffic[row['round']] = float('nan') if None in sent else sum(sent) / 1e6
-  return rounds, np.array(losses, float), np.array([traffic[r] for r in rounds])
-
-
-def _curves(seeds: list[dict], workdir: pathlib.Path):
-  """Returns rounds, megabytes until then and the losses of each seed."""
-  found = [_curve(workdir / result['name']) for result in seeds]
-  rounds = found[-1][0]
-  return (
-    rounds,
-    np.mean([m for _, _, m in found], 0),
-    np.array([x for _, x, _ in found]),
-  )
-
-
-def _plot(found: Sequence[dict], workdir: pathlib.Path) -> None:
-  """Draws every point's held-out loss against rounds and bytes.
-
-  Of several seeds the mean, and one standard deviation to either side.
-  """
-  figure = matplotlib.figure.Figure((13, 5.5), layout='constrained')
-  by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-  good = over_seeds([r for r in found if 'error' not in r])
-  for i, (name, seeds) in enumerate(good.items()):
-    style = {'color': f'C{i % 10}', 'ls': ('-', '--', ':', '-.')[i // 10 % 4]}
-    rounds, megabytes, losses = _curves(seeds, workdir)
-    mean, deviation = losses.mean(0), losses.std(0, ddof=len(losses) > 1)
-    for axis, x in ((by_round, rounds), (by_bytes, megabytes)):
-      axis.plot(x, mean, label=name if axis is by_round else None, **style)
-      if len(seeds) > 1:
-        low, high = mean - deviation, mean + deviation
-        axis.fill_between(x, low, high, color=style['color'], alpha=0.15, lw=0)
-  by_round.set(xlabel='round', ylabel='held-out loss of seen people (nats)')
-  by_bytes.set(xlabel='megabytes sent up and down', xscale='symlog')
-  for axis in (by_round, by_bytes):
-    axis.grid(alpha=0.3)
-  figure.legend(loc='outside right upper', fontsize='small')
-  figure.savefig(workdir / 'sweep.png', dpi=110)

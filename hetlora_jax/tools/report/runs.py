@@ -14,7 +14,7 @@ import numpy as np
 from hetlora_jax import curves, files, rows
 from hetlora_jax.config import ConfigError
 from hetlora_jax.run import Run
-from hetlora_jax.tools import sweep
+from hetlora_jax.tools import tables
 from hetlora_jax.types import Row
 
 KINDS = ('seen', 'unseen')
@@ -170,7 +170,7 @@ def differing(entries: Sequence[Entry]) -> list[str]:
 def grouped(entries: Sequence[Entry]) -> list[Group]:
   """Groups runs that differ in the seed alone, as a sweep's table does."""
   names = differing(entries)
-  found = sweep.over_seeds(
+  found = tables.over_seeds(
     [{'fields': {n: x.fields.get(n) for n in names}, 'entry': x} for x in entries]
   )
   too_long = any(len(name) > _MOST_CHARACTERS for name in found)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hetlora_jax import diagnostics
-from hetlora_jax.tools import sweep
+from hetlora_jax.tools import tables
 from hetlora_jax.tools.report import charts, runs
 from hetlora_jax.tools.report.charts import Chart, Line
 from hetlora_jax.tools.report.runs import KINDS, Entry, Group
@@ -23,7 +23,7 @@ AGAINST = {
   'bytes': ('bytes so far', 1e6, 'megabytes up and down'),
   'tokens': ('tokens so far', 1e3, 'thousand target tokens trained on'),
 }
-size = sweep.size
+size = tables.size
 
 
 def distinct(entries: Sequence[Entry], field: str) -> str:
@@ -40,7 +40,7 @@ def counted(group: Group) -> list[Entry]:
 def progress(entries: Sequence[Entry], name: str, digits: int) -> str:
   """Returns the mean of an evaluation's number before and after training, as text."""
   first, last = (
-    sweep.spread([entry.summary[when][name] for entry in entries], digits)
+    tables.spread([entry.summary[when][name] for entry in entries], digits)
     for when in ('first', 'last')
   )
   return f'{first} → {last}'
