@@ -24,122 +24,64 @@ MAX_CONTEXT_TURNS = 4  # that data sets keep
 WIRE_DTYPES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # bytes
 
 
+# A field is a line, and what it means the next ones.
+# fmt: off
+
+
 @section
 class Federated:
   """A round: who takes part, and what each does."""
 
-  num_rounds: int = field(
-    20, 'Rounds of federated training.', at_least=1, changeable=True
-  )
-  clients_per_round: int = field(
-    10, 'Clients sampled for a round, without replacement.', at_least=1
-  )
-  sampling: str = field(
-    'uniform',
-    "How clients are sampled: 'uniform', or 'by_size' of their data.",
-    choices=('uniform', 'by_size'),
-  )
-  local_steps: int = field(
-    5, 'Optimizer steps that a client takes in a round.', at_least=1
-  )
+  num_rounds: int = field(20, at_least=1, changeable=True,
+    help='Rounds of federated training.')
+  clients_per_round: int = field(10, at_least=1,
+    help='Clients sampled for a round, without replacement.')
+  sampling: str = field('uniform', choices=('uniform', 'by_size'),
+    help="How clients are sampled: 'uniform', or 'by_size' of their data.")
+  local_steps: int = field(5, at_least=1,
+    help='Optimizer steps that a client takes in a round.')
   local_batch: int = field(8, 'Examples of a step.', at_least=1)
-  min_local_steps: int | None = field(
-    None,
-    'Fewest steps: each client takes a random number from here to local_steps. None: '
-    'all take local_steps.',
-    at_least=1,
-  )
-  dropout: float = field(
-    0.0,
-    'Chance that a client trains and never reports.',
-    at_least=0,
-    below=1,
-    traced='dropout',
-  )
-  r_min: int = field(
-    5, 'Smallest rank; no client prunes below it.', at_least=1, traced='r_min'
-  )
-  r_max: int = field(
-    50, 'Largest rank, and the number of rank slots of every adapter.', at_least=1
-  )
-  gamma: float = field(
-    0.99,
-    'Decay factor in (0, 1]: the tail is slots [gamma r, r). 1 never prunes.',
-    above=0,
-    at_most=1,
-    traced='gamma',
-  )
-  tail_penalty: float = field(
-    0.1,
-    "Lambda, the weight of ||B_tail|| ||A_tail|| in a client's loss.",
-    at_least=0,
-    traced='tail_penalty',
-  )
-  proximal: float = field(
-    0.01,
-    "Mu, the weight of ||theta - theta_received||^2 / 2 ('proximal').",
-    at_least=0,
-    traced='proximal',
-  )
-  norm_bound: float | None = field(
-    None,
-    'Longest change that a client may send, in L2 over all it trained. None: any.',
-    above=0,
-  )
-  clients_at_once: int | None = field(
-    None,
-    'Clients that a device trains at once, the memory dial. None: all of its own.',
-    at_least=1,
-    changeable=True,
-  )
-  rounds_per_call: int = field(
-    1,
-    'Rounds in one call of the compiled program; evaluations, checkpoints and Ctrl-C '
-    'wait for its end.',
-    at_least=1,
-    changeable=True,
-  )
+  min_local_steps: int | None = field(None, at_least=1,
+    help='Fewest steps: each client takes a random number from here to local_steps. '
+         'None: all take local_steps.')
+  dropout: float = field(0.0, at_least=0, below=1, traced='dropout',
+    help='Chance that a client trains and never reports.')
+  r_min: int = field(5, at_least=1, traced='r_min',
+    help='Smallest rank; no client prunes below it.')
+  r_max: int = field(50, at_least=1,
+    help='Largest rank, and the number of rank slots of every adapter.')
+  gamma: float = field(0.99, above=0, at_most=1, traced='gamma',
+    help='Decay factor in (0, 1]: the tail is slots [gamma r, r). 1 never prunes.')
+  tail_penalty: float = field(0.1, at_least=0, traced='tail_penalty',
+    help="Lambda, the weight of ||B_tail|| ||A_tail|| in a client's loss.")
+  proximal: float = field(0.01, at_least=0, traced='proximal',
+    help="Mu, the weight of ||theta - theta_received||^2 / 2 ('proximal').")
+  norm_bound: float | None = field(None, above=0,
+    help='Longest change that a client may send, in L2 over all it trained. None: any.')
+  clients_at_once: int | None = field(None, at_least=1, changeable=True,
+    help='Clients that a device trains at once, the memory dial. None: all of its own.')
+  rounds_per_call: int = field(1, at_least=1, changeable=True,
+    help='Rounds in one call of the compiled program; evaluations, checkpoints and '
+         'Ctrl-C wait for its end.')
 
 
 @section
 class Ranks:
   """Which client has which rank."""
 
-  distribution: str = field(
-    'power_law',
-    "Who gets which rank: 'uniform', 'power_law', 'normal', 'explicit', 'tiers'.",
-    choices=ranks.DISTRIBUTIONS,
-    varies=True,
-  )
-  exponent: float = field(
-    1.0,
-    'Exponent of the power law p(r) ~ r**-exponent on [r_min, r_max].',
-    at_least=0,
-    varies=True,
-  )
-  explicit: tuple[int, ...] = field(
-    (5, 50),
-    "Ranks of client 0, 1, ..., repeated ('explicit').",
-    at_least=1,
-    varies=True,
-  )
-  tiers: tuple[int, ...] = field(
-    (5, 20, 50), "Ranks of the device tiers ('tiers').", at_least=1, varies=True
-  )
-  tier_fractions: tuple[float, ...] = field(
-    (0.6, 0.3, 0.1),
-    'Share of the clients in each tier; sums to 1.',
-    at_least=0,
-    at_most=1,
-    varies=True,
-  )
-  data_correlation: float = field(
-    0.0,
-    'Correlation of rank with the number of examples, in [-1, 1].',
-    at_least=-1,
-    at_most=1,
-    varies=True,
-  )
+  distribution: str = field('power_law', choices=ranks.DISTRIBUTIONS, varies=True,
+    help="Who gets which rank: 'uniform', 'power_law', 'normal', 'explicit', 'tiers'.")
+  exponent: float = field(1.0, at_least=0, varies=True,
+    help='Exponent of the power law p(r) ~ r**-exponent on [r_min, r_max].')
+  explicit: tuple[int, ...] = field((5, 50), at_least=1, varies=True,
+    help="Ranks of client 0, 1, ..., repeated ('explicit').")
+  tiers: tuple[int, ...] = field((5, 20, 50), at_least=1, varies=True,
+    help="Ranks of the device tiers ('tiers').")
+  tier_fractions: tuple[float, ...] = field((0.6, 0.3, 0.1),
+    at_least=0, at_most=1, varies=True,
+    help='Share of the clients in each tier; sums to 1.')
+  data_correlation: float = field(0.0, at_least=-1, at_most=1, varies=True,
+    help='Correlation of rank with the number of examples, in [-1, 1].')
 
 
 def _role(role: str, help: str) -> Any:
@@ -152,127 +94,72 @@ class Methods:
 
   distribution: str | None = _role('distribution', 'What a client is sent.')
   objective: str | None = _role('objective', 'What a client minimises.')
-  trainable: str | None = _role(
-    'trainable', "Which factors a client trains, or the 'base' instead."
-  )
-  personal: str | None = _role(
-    'personal', "Which factors stay with the client: 'none', 'b' or 'both'."
-  )
+  trainable: str | None = _role('trainable',
+    "Which factors a client trains, or the 'base' instead.")
+  personal: str | None = _role('personal',
+    "Which factors stay with the client: 'none', 'b' or 'both'.")
   pruning: str | None = _role('pruning', 'Which rank a client keeps after training.')
   weighting: str | None = _role('weighting', 'How much each client counts.')
-  aggregation: str | None = _role(
-    'aggregation', "How the clients' adapters become one."
-  )
-  redistribution: str | None = _role(
-    'redistribution', "From the aggregate to the server's adapters."
-  )
-  cohort: str | None = _role(
-    'cohort', "Clients train 'separate', or on their 'pooled' data as one."
-  )
-  energy: float | None = field(
-    None,
-    'Share of squared singular values (or slots) that rules of that name keep. None: '
-    "the method's.",
-    above=0,
-    at_most=1,
-    traced='energy',
-  )
-  count_examples: str = field(
-    'dataset',
-    "Examples that weigh a client: of its 'dataset', or trained on in a 'round'.",
-    choices=('dataset', 'round'),
-  )
-  prune_scope: str = field(
-    'client',
-    "One rank for a 'client', or one for each 'matrix'.",
-    choices=('client', 'matrix'),
-  )
-  prune_against: str = field(
-    'received',
-    "A tail must become smaller than the one 'received' or 'last_trained'.",
-    choices=('received', 'last_trained'),
-  )
+  aggregation: str | None = _role('aggregation',
+    "How the clients' adapters become one.")
+  redistribution: str | None = _role('redistribution',
+    "From the aggregate to the server's adapters.")
+  cohort: str | None = _role('cohort',
+    "Clients train 'separate', or on their 'pooled' data as one.")
+  energy: float | None = field(None, above=0, at_most=1, traced='energy',
+    help='Share of squared singular values (or slots) that rules of that name keep. '
+         "None: the method's.")
+  count_examples: str = field('dataset', choices=('dataset', 'round'),
+    help="Examples that weigh a client: of its 'dataset', or trained on in a 'round'.")
+  prune_scope: str = field('client', choices=('client', 'matrix'),
+    help="One rank for a 'client', or one for each 'matrix'.")
+  prune_against: str = field('received', choices=('received', 'last_trained'),
+    help="A tail must become smaller than the one 'received' or 'last_trained'.")
   keep_pruned_rank: bool = field(True, 'Whether a pruned rank holds in later rounds.')
-  weight_scope: str = field(
-    'model',
-    "Norm weights over the whole 'model', a 'layer', or a 'matrix'.",
-    choices=('model', 'layer', 'matrix'),
-  )
-  trim: float = field(
-    0.1,
-    "Share of a slot's owners that 'trimmed_mean' cuts off at each end.",
-    at_least=0,
-    below=0.5,
-  )
+  weight_scope: str = field('model', choices=('model', 'layer', 'matrix'),
+    help="Norm weights over the whole 'model', a 'layer', or a 'matrix'.")
+  trim: float = field(0.1, at_least=0, below=0.5,
+    help="Share of a slot's owners that 'trimmed_mean' cuts off at each end.")
 
 
 @section
 class Faults:
   """Clients that do not do as they should."""
 
-  malicious: float = field(
-    0.0,
-    'Share of the clients that multiply the change they send.',
-    at_least=0,
-    at_most=1,
-  )
-  malicious_scale: float = field(
-    100.0, 'By what; inf makes it not finite, and they are left out.', finite=False
-  )
+  malicious: float = field(0.0, at_least=0, at_most=1,
+    help='Share of the clients that multiply the change they send.')
+  malicious_scale: float = field(100.0, finite=False,
+    help='By what; inf makes it not finite, and they are left out.')
 
 
 @section
 class LoraConfig:
   """The adapters."""
 
-  targets: tuple[str, ...] = field(
-    ('q', 'v'), 'Adapted matrices: any of q, k, v, o, gate, up, down.'
-  )
-  scale: float = field(
-    2.0,
-    'LoRA scale (or alpha, under the other rules): delta W = scale A B.',
-    at_least=0,
-    traced='lora_scale',
-  )
-  scale_rule: str = field(
-    'constant',
-    "'constant', 'alpha_over_r' or 'alpha_over_sqrt_r'.",
-    choices=SCALE_RULES,
-  )
-  fold_scale: bool = field(
-    False, "Whether averaged factors take up sqrt(scale) of each client's scale."
-  )
-  init: str = field(
-    'gaussian',
-    "How A is drawn: 'gaussian' or 'kaiming_uniform'; B starts at zero.",
-    choices=lora.INITS,
-  )
-  from_peft: str | None = field(
-    None, 'PEFT folder with the adapters to start from, of any rank up to r_max.'
-  )
+  targets: tuple[str, ...] = field(('q', 'v'),
+    'Adapted matrices: any of q, k, v, o, gate, up, down.')
+  scale: float = field(2.0, at_least=0, traced='lora_scale',
+    help='LoRA scale (or alpha, under the other rules): delta W = scale A B.')
+  scale_rule: str = field('constant', choices=SCALE_RULES,
+    help="'constant', 'alpha_over_r' or 'alpha_over_sqrt_r'.")
+  fold_scale: bool = field(False,
+    "Whether averaged factors take up sqrt(scale) of each client's scale.")
+  init: str = field('gaussian', choices=lora.INITS,
+    help="How A is drawn: 'gaussian' or 'kaiming_uniform'; B starts at zero.")
+  from_peft: str | None = field(None,
+    'PEFT folder with the adapters to start from, of any rank up to r_max.')
 
 
 @section
 class ClientOptimizer:
   """What a client steps with."""
 
-  name: str = field(
-    'adam',
-    "'adam', 'adamw' or 'sgd'; moments start afresh every round.",
-    choices=optimizers.CLIENT,
-  )
-  learning_rate: float = field(
-    1e-3,
-    'Learning rate of the clients.',
-    at_least=0,
-    traced='client_learning_rate',
-  )
-  full_learning_rate: float = field(
-    1e-5,
-    'Learning rate of clients that train the base (full fine-tuning).',
-    at_least=0,
-    traced='full_learning_rate',
-  )
+  name: str = field('adam', choices=optimizers.CLIENT,
+    help="'adam', 'adamw' or 'sgd'; moments start afresh every round.")
+  learning_rate: float = field(1e-3, at_least=0, traced='client_learning_rate',
+    help='Learning rate of the clients.')
+  full_learning_rate: float = field(1e-5, at_least=0, traced='full_learning_rate',
+    help='Learning rate of clients that train the base (full fine-tuning).')
   weight_decay: float = field(0.0, "Decoupled weight decay ('adamw' only).", at_least=0)
 
 
@@ -280,17 +167,10 @@ class ClientOptimizer:
 class ServerOptimizer:
   """What the server steps with."""
 
-  name: str = field(
-    'sgd',
-    "'sgd', 'momentum', 'adam' or 'yogi' on the pseudo-gradient.",
-    choices=optimizers.SERVER,
-  )
-  learning_rate: float = field(
-    1.0,
-    'Learning rate of the server; sgd at 1.0 takes the aggregate as it is.',
-    at_least=0,
-    traced='server_learning_rate',
-  )
+  name: str = field('sgd', choices=optimizers.SERVER,
+    help="'sgd', 'momentum', 'adam' or 'yogi' on the pseudo-gradient.")
+  learning_rate: float = field(1.0, at_least=0, traced='server_learning_rate',
+    help='Learning rate of the server; sgd at 1.0 takes the aggregate as it is.')
 
 
 @section
@@ -303,30 +183,21 @@ class RandomModel:
   num_heads: int = field(4, 'Query heads; half as many key-value heads.', at_least=1)
   head_dim: int = field(16, 'Width of a head.', at_least=1)
   mlp_width: int = field(128, 'Hidden width of the MLP.', at_least=1)
-  vocab_size: int = field(
-    384, 'Vocabulary of the tokenizer that is trained on the data.', at_least=1
-  )
+  vocab_size: int = field(384, at_least=1,
+    help='Vocabulary of the tokenizer that is trained on the data.')
 
 
 @section
 class Model:
   """The base model."""
 
-  source: str = field(
-    'gemma3_270m',
+  source: str = field('gemma3_270m',
     "'gemma3_270m', 'smollm2_135m', a .gguf, a Hugging Face folder, 'random', or "
-    "'random:gemma3_1b': random weights in a published shape (models/shapes.py).",
-  )
-  dtype: str = field(
-    'auto',
-    "'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.",
-    choices=('auto', 'float32', 'bfloat16'),
-    changeable=True,
-  )
-  remat: bool = field(
-    False,
-    'Recompute all of a layer in the backward pass, products too: least memory.',
-  )
+    "'random:gemma3_1b': random weights in a published shape (models/shapes.py).")
+  dtype: str = field('auto', choices=('auto', 'float32', 'bfloat16'), changeable=True,
+    help="'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.")
+  remat: bool = field(False,
+    'Recompute all of a layer in the backward pass, products too: least memory.')
   random: RandomModel = RandomModel()
 
 
@@ -334,155 +205,100 @@ class Model:
 class Data:
   """Whose examples, and how many tokens of them."""
 
-  name: str = field(
-    'chitchat',
+  name: str = field('chitchat',
     "Data set: 'chitchat', 'mail_subject', 'multi_session_chat', 'reddit_tldr', "
-    "'synthetic', or 'text_folder': your own data (docs/data.md).",
-  )
-  path: str | None = field(
-    None, 'File or folder of your data, or of a data set that you downloaded.'
-  )
-  partition: str = field(
-    partition.NATURAL,
-    "Who the clients are: 'natural' (who wrote it), or made by a rule from all "
-    "examples: 'iid', 'dirichlet', 'by_size', 'pathological'.",
+    "'synthetic', or 'text_folder': your own data (docs/data.md).")
+  path: str | None = field(None,
+    'File or folder of your data, or of a data set that you downloaded.')
+  partition: str = field(partition.NATURAL,
     choices=(partition.NATURAL, *partition.PARTITIONERS),
-  )
+    help="Who the clients are: 'natural' (who wrote it), or made by a rule from all "
+         "examples: 'iid', 'dirichlet', 'by_size', 'pathological'.")
   partition_clients: int = field(100, 'Clients that such a rule makes.', at_least=1)
-  partition_alpha: float = field(
-    1.0,
-    "Its number: of 'dirichlet' the concentration, of 'by_size' the exponent of the "
-    "power law, of 'pathological' the shards of one label that a client gets.",
-    above=0,
-  )
-  partition_seed: int = field(
-    0, 'Its seed, so that clients are the same for every `seed`.', at_least=0
-  )
+  partition_alpha: float = field(1.0, above=0,
+    help="Its number: of 'dirichlet' the concentration, of 'by_size' the exponent of "
+         "the power law, of 'pathological' the shards of one label that a client "
+         'gets.')
+  partition_seed: int = field(0, at_least=0,
+    help='Its seed, so that clients are the same for every `seed`.')
   min_examples: int = field(20, 'Clients with fewer examples are left out.', at_least=1)
-  num_people: int | None = field(
-    None, 'Clients that may be trained, the same for every seed. None: all.', at_least=1
-  )
-  copies: int = field(
-    1,
-    'Clients that each of them stands for, with the same examples, but ranks and draws '
-    'of their own: a population larger than the data set.',
-    at_least=1,
-  )
-  unseen_fraction: float = field(
-    0.2, 'Share of the people that is never trained on.', above=0, below=1
-  )
-  heldout_fraction: float = field(
-    0.2,
-    "Share of a client's examples, the latest, kept for evaluation.",
-    above=0,
-    below=1,
-  )
-  context_turns: int = field(
-    4, 'Turns of context before the target.', at_least=1, at_most=MAX_CONTEXT_TURNS
-  )
+  num_people: int | None = field(None, at_least=1,
+    help='Clients that may be trained, the same for every seed. None: all.')
+  copies: int = field(1, at_least=1,
+    help='Clients that each of them stands for, with the same examples, but ranks and '
+         'draws of their own: a population larger than the data set.')
+  unseen_fraction: float = field(0.2, above=0, below=1,
+    help='Share of the people that is never trained on.')
+  heldout_fraction: float = field(0.2, above=0, below=1,
+    help="Share of a client's examples, the latest, kept for evaluation.")
+  context_turns: int = field(4, at_least=1, at_most=MAX_CONTEXT_TURNS,
+    help='Turns of context before the target.')
   row_tokens: int = field(256, 'Tokens of a packed row.', at_least=1)
-  tokens_per_example: int = field(
-    96,
-    'Room for tokens, times local_batch; longer contexts lose their start, texts that '
-    'are summed up their end.',
-    at_least=1,
-  )
-  targets_per_example: int = field(
-    32,
-    'Room for target tokens, times local_batch; longer targets lose their end.',
-    at_least=1,
-  )
+  tokens_per_example: int = field(96, at_least=1,
+    help='Room for tokens, times local_batch; longer contexts lose their start, texts '
+         'that are summed up their end.')
+  targets_per_example: int = field(32, at_least=1,
+    help='Room for target tokens, times local_batch; longer targets lose their end.')
 
 
 @section
 class Eval:
   """When and on whom a run is evaluated."""
 
-  every: int | None = field(
-    10,
-    'Rounds between evaluations. None: at the start and the end only.',
-    at_least=1,
-    changeable=True,
-  )
-  num_people: int = field(
-    32,
-    'People evaluated, of those seen and of those unseen each.',
-    at_least=1,
-    changeable=True,
-  )
+  every: int | None = field(10, at_least=1, changeable=True,
+    help='Rounds between evaluations. None: at the start and the end only.')
+  num_people: int = field(32, at_least=1, changeable=True,
+    help='People evaluated, of those seen and of those unseen each.')
   examples_per_person: int = field(4, 'Examples of each.', at_least=1, changeable=True)
-  own_rank: bool = field(
-    False,
-    'Also give seen people the adapter truncated to their own rank.',
-    changeable=True,
-  )
-  aggregation_error: bool | None = field(
-    None,
-    'Whether rounds measure what averaging factors loses of the mean product, which '
-    "is most of a pod's traffic. None: every round on one device, on several the "
-    'rounds that end with an evaluation.',
-    changeable=True,
-  )
+  own_rank: bool = field(False, changeable=True,
+    help='Also give seen people the adapter truncated to their own rank.')
+  aggregation_error: bool | None = field(None, changeable=True,
+    help='Whether rounds measure what averaging factors loses of the mean product, '
+         "which is most of a pod's traffic. None: every round on one device, on "
+         'several the rounds that end with an evaluation.')
 
 
 @section
 class Checkpoint:
   """When a run is saved, and what is kept."""
 
-  every: int = field(
-    10,
-    'Rounds between checkpoints; the last round is always saved.',
-    at_least=1,
-    changeable=True,
-  )
+  every: int = field(10, at_least=1, changeable=True,
+    help='Rounds between checkpoints; the last round is always saved.')
   keep: int = field(2, 'Newest checkpoints kept.', at_least=1, changeable=True)
-  keep_every: int | None = field(
-    None,
-    'Checkpoints of rounds that it divides are kept for ever. None: none are.',
-    at_least=1,
-    changeable=True,
-  )
+  keep_every: int | None = field(None, at_least=1, changeable=True,
+    help='Checkpoints of rounds that it divides are kept for ever. None: none are.')
 
 
 @section
 class Communication:
   """What is sent."""
 
-  wire_dtype: str = field(
-    'float32',
-    'Type of parameters on the wire: float32, bfloat16, float16 or int8.',
-    choices=WIRE_DTYPES,
-  )
+  wire_dtype: str = field('float32', choices=WIRE_DTYPES,
+    help='Type of parameters on the wire: float32, bfloat16, float16 or int8.')
 
 
 @section
 class Mesh:
   """The devices."""
 
-  points_at_once: int | None = field(
-    1,
-    'Points of a sweep that a device trains at once, the others wait. 1 needs the '
-    'memory of one run and gives each point its very numbers. None: all of its own.',
-    at_least=1,
-    changeable=True,
-  )
-  sweep: int = field(
-    1,
-    'Devices along which the points of a sweep are spread.',
-    at_least=1,
-    changeable=True,
-  )
-  clients: int = field(
-    1, 'Devices along which clients are spread.', at_least=1, changeable=True
-  )
-  model: int = field(
-    1, 'Devices along which the base model is split.', at_least=1, changeable=True
-  )
+  points_at_once: int | None = field(1, at_least=1, changeable=True,
+    help='Points of a sweep that a device trains at once, the others wait. 1 needs '
+         'the memory of one run and gives each point its very numbers. None: all of '
+         'its own.')
+  sweep: int = field(1, at_least=1, changeable=True,
+    help='Devices along which the points of a sweep are spread.')
+  clients: int = field(1, at_least=1, changeable=True,
+    help='Devices along which clients are spread.')
+  model: int = field(1, at_least=1, changeable=True,
+    help='Devices along which the base model is split.')
 
   @property
   def devices(self) -> int:
     """How many devices there are in all."""
     return self.sweep * self.clients * self.model
+
+
+# fmt: on
 
 
 @section
@@ -491,14 +307,14 @@ class Config:
 
   seed: int = field(
     0,
-    'Seed of everything random: clients, batches, ranks, initialisation.',
     at_least=0,
     traced='seed',
+    help='Seed of everything random: clients, batches, ranks, initialisation.',
   )
   method: str = field(
     'hetlora',
-    'Method, a row of hetlora_jax/methods/registry.py (--list_methods).',
     choices=METHODS,
+    help='Method, a row of hetlora_jax/methods/registry.py (--list_methods).',
   )
   federated: Federated = Federated()
   ranks: Ranks = Ranks()
