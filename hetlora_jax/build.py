@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hetlora_jax import client, lora, optimizers, prng, ranks, robust, server, sharding
 from hetlora_jax.config import FIELDS, SCALE_RULES, Config, ConfigError
@@ -106,7 +107,10 @@ def make_rules(config: Config, loss: Loss) -> Rules:
   def client_optimizer(hyper: Hyperparameters):
     full = 'trains base' in traits
     rate = hyper.full_learning_rate if full else hyper.client_learning_rate
-    return optimizers.CLIENT[o.name](rate, o.weight_decay)
+    steps = optimizers.CLIENT[o.name](rate, o.weight_decay)
+    if o.clip_norm is None:
+      return steps
+    return optax.chain(optax.clip_by_global_norm(o.clip_norm), steps)
 
   return Rules(
     loss=loss,

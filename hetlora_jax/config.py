@@ -160,6 +160,8 @@ class ClientOptimizer:
     help='Learning rate of the clients.')
   full_learning_rate: float = field(1e-5, at_least=0, traced='full_learning_rate',
     help='Learning rate of clients that train the base (full fine-tuning).')
+  clip_norm: float | None = field(None, above=0,
+    help="Longest gradient of a client's step, in L2 over all it trains. None: any.")
   weight_decay: float = field(0.0, "Decoupled weight decay ('adamw' only).", at_least=0)
 
 

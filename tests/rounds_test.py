@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import quadratic
 
-from hetlora_jax import lora, points, sharding
+from hetlora_jax import client, lora, points, sharding
 from hetlora_jax.methods import tail
+from hetlora_jax.types import Trained
 
 RANKS = [2, 9, 5, 7, 3, 9, 6, 2, 4, 8, 5]
 
@@ -256,3 +257,28 @@ def test_the_error_of_averaging_is_measured_where_it_is_asked_for():
   np.testing.assert_allclose(found[None][0][asked], found[True][0][asked], 1e-5)
   for measure in (None, False):  # it changes nothing else
     _assert_close(found[measure][1], found[True][1], 1e-6)
+
+
+def test_a_clipped_gradient_moves_a_client_no_further_than_its_steps():
+  moved = {}
+  for clip in (None, 0.01):
+    run = quadratic.make_run(RANKS, client_optimizer__clip_norm=clip)
+    rng = np.random.default_rng(2)
+    base, cohort = quadratic.make_base(rng), quadratic.make_cohort(rng)
+    trained, _, _ = client.local_update(
+      run.rules, base, *_received(run), jax.tree.map(lambda x: x[1], cohort.batches),
+      jnp.int32(0), run.hyper, jax.random.key(0),
+    )  # fmt: skip
+    start = _received(run)[0]
+    gaps = jax.tree.leaves(
+      jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), trained, start)
+    )
+    moved[clip] = float(np.sqrt(sum(gaps)))
+  steps = jax.tree.leaves(cohort.batches)[0].shape[1]
+  assert 0 < moved[0.01] <= 1.0001 * steps * 0.02 * 0.01 < moved[None]
+
+
+def _received(run):
+  """Returns what client 1 trains from: adapters, view and rank."""
+  view, _ = client.sent_to(run.rules, run.state, run.hyper, jnp.int32(1))
+  return Trained(view.adapters, {}), view, run.state.memory.rank[1]
