@@ -44,8 +44,7 @@ def _own_flags(program: str) -> list[flags.Flag]:
 def _fields() -> Iterator[str]:
   sections: dict[str, list] = {}
   for path, f in config_lib.FIELDS.items():
-    says = f.declaration
-    notes = [says.help, says.range() and f'It is {says.range()}.']
+    notes = [config_lib.told(f)]
     notes += ['May vary within a program.'] if path in config_lib.VARIES else []
     sections.setdefault(path.rpartition('.')[0], []).append(
       (f'`{path}`', f'`{f.default!r}`', ' '.join(filter(None, notes)))

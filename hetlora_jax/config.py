@@ -95,9 +95,9 @@ class Methods:
   distribution: str | None = _role('distribution', 'What a client is sent.')
   objective: str | None = _role('objective', 'What a client minimises.')
   trainable: str | None = _role('trainable',
-    "Which factors a client trains, or the 'base' instead.")
+    'Which factors a client trains, or the base instead.')
   personal: str | None = _role('personal',
-    "Which factors stay with the client: 'none', 'b' or 'both'.")
+    'Which factors stay with the client.')
   pruning: str | None = _role('pruning', 'Which rank a client keeps after training.')
   weighting: str | None = _role('weighting', 'How much each client counts.')
   aggregation: str | None = _role('aggregation',
@@ -105,7 +105,7 @@ class Methods:
   redistribution: str | None = _role('redistribution',
     "From the aggregate to the server's adapters.")
   cohort: str | None = _role('cohort',
-    "Clients train 'separate', or on their 'pooled' data as one.")
+    'Whether clients train apart, or one on the data of all.')
   energy: float | None = field(None, above=0, at_most=1, traced='energy',
     help='Share of squared singular values (or slots) that rules of that name keep. '
          "None: the method's.")
@@ -374,9 +374,16 @@ def default_config() -> ConfigDict:
 def explain(config: Config) -> str:
   """Returns every field with its meaning and value, as flags."""
   return '\n'.join(
-    f'# {f.declaration.help}\n--config.{path}={fields.lookup(config, path)!r}'
+    f'# {told(f)}\n--config.{path}={fields.lookup(config, path)!r}'
     for path, f in FIELDS.items()
   )
+
+
+def told(f: fields.Field) -> str:
+  """Returns what a field means, and what it may be."""
+  says = f.declaration
+  may_be = ', '.join(map(repr, says.choices or ())) or says.range()
+  return f'{says.help} ({may_be})' if may_be else says.help
 
 
 def to_dict(config: Config) -> dict[str, Any]:

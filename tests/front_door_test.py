@@ -13,7 +13,7 @@ from experiment_test import SMALL, small_config
 import hetlora_jax as hl
 from hetlora_jax import config
 from hetlora_jax.methods import registry
-from hetlora_jax.tools import report, sweep
+from hetlora_jax.tools import report, tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = {'federated.num_rounds': 2, 'eval.every': 2}
@@ -115,7 +115,7 @@ def test_a_rule_that_does_not_state_its_traffic_is_said_not_to(tmp_path):
   assert run.summary['comm/down_bytes'] is None
   assert run.summary['comm/up_bytes'] > 0
   found = [{'name': 'mine', 'fields': {}, **run.summary}]
-  assert '| not stated |' in sweep.report(found, tmp_path)
+  assert '| not stated |' in tables.write(found, tmp_path)
   assert report.write([tmp_path / 'mine'], tmp_path / 'page.html') == 1
   assert 'not stated' in (tmp_path / 'page.html').read_text()
 
