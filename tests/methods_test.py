@@ -440,8 +440,10 @@ def test_momentum_of_products_moves_on_in_their_own_space():
 
 
 def test_a_clients_own_factors_never_reach_the_server():
-  for method, factors in (('fedsa_lora', 'b'), ('local_only', 'ab')):
-    run, base, state, rng = warmed_up(method)
+  for method, own, factors in (
+    ('fedsa_lora', 'b', 'b'), ('fedsa_lora', 'a', 'a'), ('local_only', 'both', 'ab'),
+  ):  # fmt: skip
+    run, base, state, rng = warmed_up(method, methods__personal=own)
     for f in factors:
       start = getattr(run.state.adapters['q'], f)
       assert_same(getattr(state.adapters['q'], f), start)
@@ -449,7 +451,8 @@ def test_a_clients_own_factors_never_reach_the_server():
       assert bank.shape == (11, *start.shape)
     cohort = quadratic.make_cohort(rng, clients=[0, 4, 7, 2])
     after, _ = run.step(base, state, cohort)
-    changed = after.memory.personal['q']['b'] != state.memory.personal['q']['b']
+    f = factors[-1]
+    changed = after.memory.personal['q'][f] != state.memory.personal['q'][f]
     who = np.flatnonzero(np.asarray(changed).any((1, 2, 3)))
     assert who.tolist() == [0, 2, 4, 7]
 

@@ -332,3 +332,13 @@ def test_what_a_rule_needs_and_excludes_is_told_with_what_would_fit():
   product = rules | {'aggregation': registry.ROLES['aggregation']['product']}
   ((rule, why),) = registry.conflicts(product)
   assert rule.name == 'keep' and "redistribution 'svd_balanced'" in why
+
+
+def test_clients_that_keep_their_a_send_b_alone():
+  rules = registry.rules_of('fedsa_lora')
+  rules |= {'personal': registry.ROLES['personal']['a']}
+  rank = np.array([[9], [9]])
+  got = traffic.of_round(
+    rules, DIMS, 1000, round=0, r_max=9, sent_CG=rank, kept_CG=rank, fold_rank={}
+  )
+  assert got == (18 * 44, 18 * 16, 18 * 16)

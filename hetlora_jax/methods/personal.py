@@ -18,5 +18,7 @@ _A_BASIS_THAT_STAYS = {
 declare('personal', 'none')
 # FedSA-LoRA (Guo et al., 2024, arXiv 2410.01463).
 declare('personal', 'b', own_factors=('b',), **_A_BASIS_THAT_STAYS)
+# The other way round, to compare with: B is shared, and A is the client's.
+declare('personal', 'a', own_factors=('a',), **_A_BASIS_THAT_STAYS)
 # Every client for itself.
 declare('personal', 'both', own_factors=('a', 'b'), **_A_BASIS_THAT_STAYS)
