@@ -52,6 +52,10 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
+# Fields that no traced program reads.
+UNREAD = ('federated.num_rounds', 'eval.every', 'checkpoint.')
+
+
 @pytest.fixture(autouse=True, scope='session')
 def traced_once():
   """Lets runs of one configuration share their traced programs within a process.
@@ -65,9 +69,8 @@ def traced_once():
     x = prepare(*configs, model=model, population=population)
     if model or population:
       return x
-    # No program reads the number of rounds.
-    fields = dict(points.program_of(x.config)) | {'federated.num_rounds': None}
-    key = len(x.configs), *fields.items()
+    fields = points.program_of(x.config)
+    key = len(x.configs), *[f for f in fields if not f[0].startswith(UNREAD)]
     shared = programs.setdefault(
       key,
       {name: getattr(x, name) for name in ('run_rounds', 'evaluators', 'take')},
