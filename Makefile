@@ -1,6 +1,8 @@
 # make install makes .venv, with what a run needs
 # make train   fine-tunes Gemma 3 270M federatedly on real chats
 # make test    runs the tests; make check the linters; make golden the goldens
+# make test-all  also runs the heavy tests, an hour; one of them downloads SmolLM2
+# make mutations  breaks lines of the rules, one at a time; a test must notice each
 # make chaos   kills TRIALS=30 runs at random moments and compares what they end with
 # make report-check  looks at a page of launch.report with Chromium and axe
 # make bench   times us against peers and the machine, into benchmarks/results/
@@ -19,7 +21,7 @@ WORKDIR ?= runs/$(basename $(notdir $(CONFIG)))
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install study train test test-slow check golden chaos report-check bench \
+.PHONY: install study train test test-all mutations check golden chaos report-check bench \
   figures accelerator clean \
   docs docs-serve package-check test-versions test-minimum
 
@@ -29,10 +31,13 @@ train: $(VENV)/train
 	$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 -q $(FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(FLAGS)
 
-test-slow: $(VENV)/test
-	$(BIN)/python -m pytest -q -m slow $(FLAGS)
+test-all: $(VENV)/test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'slow or not slow' $(FLAGS)
+
+mutations: $(VENV)/test
+	$(BIN)/python -m tests.mutations $(WORDS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

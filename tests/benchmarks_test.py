@@ -80,10 +80,18 @@ def test_benchmark_runs(name, smoke):
   assert len(check(name, json.loads(json.dumps(result)))) > 200
 
 
-@pytest.mark.parametrize('name', ['start', 'grid'])
-def test_benchmark_runs_as_a_program(name, tmp_path):
+@pytest.mark.parametrize(
+  ('name', 'more'),
+  [
+    ('start', ()),
+    ('grid', ('--fake_devices=2',)),
+    pytest.param('grid', (), marks=pytest.mark.slow),
+  ],
+)
+def test_benchmark_runs_as_a_program(name, more, tmp_path):
   out = tmp_path / 'result.json'
-  done = run(f'benchmarks.{name}', '--smoke', f'--result={out}')
+  words = (f'benchmarks.{name}', '--smoke', f'--result={out}')
+  done = run(*words, *more)
   assert done.returncode == 0, done.stderr[-3000:]
   assert check(name, json.loads(out.read_text())) in done.stdout
 

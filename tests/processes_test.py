@@ -63,8 +63,16 @@ def _check(folder, method):
       assert row[name] == pytest.approx(other[name], rel=1e-5)
 
 
-@pytest.mark.parametrize('count', [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_agree_with_one(count, tmp_path):
+# By default one method that prunes and one whose residual is split over `model`.
+@pytest.mark.parametrize(
+  ('count', 'methods'),
+  [
+    (2, ('hetlora', 'flora')),
+    pytest.param(2, METHODS, marks=pytest.mark.slow),
+    pytest.param(4, METHODS, marks=pytest.mark.slow),
+  ],
+)
+def test_processes_agree_with_one(count, methods, tmp_path):
   port = str(_free_port())
   codes, outs = _outputs(
     _start(
@@ -74,13 +82,13 @@ def test_processes_agree_with_one(count, tmp_path):
         str(count),
         port,
         str(tmp_path),
-        *METHODS,
+        *methods,
       ],
       count,
     )
   )
   assert codes == [0] * count, outs[0][-2000:]
-  for method in METHODS:
+  for method in methods:
     _check(tmp_path, method)
   # One process goes on where several stopped.
   longer = many_rounds('flora', federated__num_rounds=6)

@@ -232,14 +232,14 @@ def test_a_field_that_a_run_did_not_have_yet_counts_as_its_default(done, tmp_pat
     training.train(small_config(lora__scale=3.0), workdir)
 
 
-LAYOUTS = {
-  'one to eight': ((1, 1, 1), (1, 8, 1)),
-  'eight to 2 x 4': ((1, 8, 1), (1, 2, 4)),
-  '2 x 4 to one': ((1, 2, 4), (1, 1, 1)),
-}
+LAYOUTS = [
+  pytest.param(((1, 1, 1), (1, 8, 1)), id='one to eight'),
+  pytest.param(((1, 8, 1), (1, 2, 4)), id='eight to 2 x 4', marks=pytest.mark.slow),
+  pytest.param(((1, 2, 4), (1, 1, 1)), id='2 x 4 to one'),
+]
 
 
-@pytest.mark.parametrize('layouts', LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize('layouts', LAYOUTS)
 def test_a_run_goes_on_on_another_layout(layouts, tmp_path):
   first, then = layouts
   # The state of full fine-tuning is split over `model`.

@@ -220,34 +220,41 @@ def test_a_bad_grid_is_named(grid, message):
     sweep.parse_grid(grid, small_config())
 
 
+TWO_METHODS = 'federated.tail_penalty=[0.0,5.0] x method=["hetlora","fedit"]'
+
+
 def _sweep(workdir, *more):
   given = [f'--config.{k}={v}' for k, v in SMALL.items()]
   return [
     sys.executable, '-m', 'launch.sweep', '--config=configs/tiny.py', *given,
-    f'--workdir={workdir}', f'--grid={GRID} x method=["hetlora","fedit"]',
+    f'--workdir={workdir}', f'--grid={TWO_METHODS}',
     *more,
   ]  # fmt: skip
 
 
 def test_a_killed_sweep_ends_with_the_same_table(tmp_path):
-  def tables(workdir, kill):
+  def timeless_table(lines):  # all columns but the seconds
+    return [line.split('|')[1:-2] for line in lines if line.startswith('|')]
+
+  def launch(kill):
     env = os.environ | {'PYTHONWARNINGS': 'ignore'}
     with subprocess.Popen(
-      _sweep(workdir), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+      _sweep(tmp_path / 'killed'), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
     ) as process:
       lines = []
       for line in process.stdout:
         lines.append(line)
         if kill and line.startswith('round 2/4'):
           process.kill()
-    rows = [line.split('|')[1:-2] for line in lines if line.startswith('|')]
-    return process.returncode, rows  # all columns but the seconds
+    return process.returncode, timeless_table(lines)
 
-  code, rows = tables(tmp_path / 'killed', kill=True)
+  code, rows = launch(kill=True)
   assert code == -signal.SIGKILL and not rows
-  code, rows = tables(tmp_path / 'killed', kill=False)
+  code, rows = launch(kill=False)
   assert code == 0 and len(rows) == 6
-  assert (code, rows) == tables(tmp_path / 'whole', kill=False)
+  c = small_config()
+  whole = sweep.plan(c, sweep.parse_grid(TWO_METHODS, c), tmp_path / 'whole', 'train')
+  assert rows == timeless_table(sweep.table(_run_all(whole)).splitlines())
 
 
 def test_commands_are_printed_one_a_program(tmp_path):
