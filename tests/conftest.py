@@ -80,3 +80,12 @@ def traced_once():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(points, 'prepare', prepare_with_shared_programs)
     yield
+
+
+@pytest.fixture
+def older_partitioner():
+  """As launchers do where all three axes of the mesh are divided."""
+  before = jax.config.jax_use_shardy_partitioner
+  jax.config.update('jax_use_shardy_partitioner', False)
+  yield
+  jax.config.update('jax_use_shardy_partitioner', before)

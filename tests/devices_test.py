@@ -80,7 +80,7 @@ def test_every_mesh_agrees_with_one_device(mesh, method):
     assert (state.memory.rank[..., 0] < start).any()
 
 
-def test_points_on_their_own_devices_agree_with_each_alone():
+def test_points_on_their_own_devices_agree_with_each_alone(older_partitioner):
   configs = [
     many_rounds('hetlora', (2, 2, 2), seed=s, federated__tail_penalty=p)
     for s, p in ((0, 5.0), (0, 0.0), (1, 5.0))

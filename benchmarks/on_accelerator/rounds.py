@@ -82,7 +82,7 @@ class Round:
 
   def run(self, cohorts) -> dict:
     x = self.x
-    self._state, out = self.program(x.base, self._state, cohorts, x.hyper)
+    self._state, out = self.program(*points.arguments(x, self._state, cohorts))
     return out
 
   def time(self) -> dict[str, float]:
