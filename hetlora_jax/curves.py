@@ -48,13 +48,13 @@ def plot(rows: Sequence[Row], title: str) -> matplotlib.figure.Figure:
   for who, marker in (('seen', 'o'), ('unseen', 's')):
     name = f'eval/{who}/perplexity'
     perplexity.plot(*series(rows, name), marker=marker, label=f'{who} people')
-  perplexity.set(title='Held-out perplexity', ylabel='perplexity a token')
+  perplexity.set(title='Held-out perplexity', ylabel='perplexity per token')
   perplexity.legend()
   loss.plot(*series(rows, 'train/loss'), color='C2')
-  loss.set(title='Training loss of the cohort', ylabel='nats a target token')
+  loss.set(title='Training loss of the cohort', ylabel='nats per target token')
   for name, style in (('max', ':'), ('mean', '-'), ('min', '--')):
     rank.plot(*series(rows, f'rank/{name}'), style, color='C3', label=name)
-  rank.set(title='Ranks over all people', ylabel='rank')
+  rank.set(title='Ranks of all clients', ylabel='rank')
   rank.legend()
   _draw_energy(figure, energy, rows)
   for axis in (perplexity, loss, rank, energy):
