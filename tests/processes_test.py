@@ -57,7 +57,10 @@ def _check(folder, method):
     files.read_rows(place / 'metrics.jsonl') for place in (folder / method, alone)
   )
   assert [r['round'] for r in rows] == [0, 1, 2, 3]
-  assert [set(row) for row in rows] == [set(row) for row in want]
+  for row, other in zip(rows, want, strict=True):
+    # On several devices, only where there is an evaluation.
+    unmeasured = set() if 'eval/seen/loss' in row else {'aggregation/error'}
+    assert set(row) == set(other) - unmeasured
   for row, other in zip(rows, want, strict=True):
     for name in set(row) & {'train/loss', 'train/tokens', 'eval/unseen/loss'}:
       assert row[name] == pytest.approx(other[name], rel=1e-5)
