@@ -91,6 +91,17 @@ def test_norm_weights_by_hand(scope):
     np.testing.assert_allclose(got['q'][:, layer, 0], want / want.sum(), rtol=1e-5)
 
 
+def test_who_has_learnt_nothing_weighs_nothing_beside_those_who_have():
+  num_examples, masks, norms = _inputs()
+
+  def weights(norms):
+    got = weighting.norm(num_examples, masks, norms, weight_scope='layer')
+    return got['q'][:, 0, 0].tolist()
+
+  assert weights({t: x.at[0].set(0.0) for t, x in norms.items()}) == [0, 0, 1]
+  assert weights({t: 0 * x for t, x in norms.items()}) == [0.5, 0, 0.5]
+
+
 @pytest.mark.parametrize('rule', registry.ROLES['weighting'])
 def test_weights_sum_to_one_over_those_present(rule):
   num_examples, masks, norms = _inputs()
