@@ -254,7 +254,7 @@ def test_a_killed_sweep_ends_with_the_same_table(tmp_path):
   assert code == 0 and len(rows) == 6
   c = small_config()
   whole = sweep.plan(c, sweep.parse_grid(TWO_METHODS, c), tmp_path / 'whole', 'train')
-  assert rows == timeless_table(sweep.table(_run_all(whole)).splitlines())
+  assert rows == timeless_table(tables.table(_run_all(whole)).splitlines())
 
 
 def test_commands_are_printed_one_a_program(tmp_path):
