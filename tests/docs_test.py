@@ -52,9 +52,8 @@ def test_made_pages_have_every_method_rule_and_page():
 
 def test_fields_are_all_listed_with_their_defaults():
   lines = list(_hooks()._fields())
-  values = config.FIELDS
-  for name, value in values.items():
-    assert any(f'| `{name}` | `{value!r}` |' in line for line in lines)
+  for name, field in config.FIELDS.items():
+    assert any(f'| `{name}` | `{field.default!r}` |' in line for line in lines)
 
 
 def test_pictures_are_xml():
