@@ -1,5 +1,6 @@
 """The base model of a run: a pretrained one, a random one, or yours."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,9 +14,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from hetlora_jax import prng, sharding
+from hetlora_jax import files, prng, sharding
 from hetlora_jax.config import Config, ConfigError, Model, RandomModel
-from hetlora_jax.data import people
+from hetlora_jax.data import builders, people
 from hetlora_jax.models import Pretrained, decoder, readout, shapes
 from hetlora_jax.models.decoder import DecoderConfig
 from hetlora_jax.models.tokenizer import Tokenizer
@@ -171,8 +172,7 @@ def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
 @functools.lru_cache(1)
 def _draw(c: Model, data: str, path: str, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
   """Draws parameters, each where it lives; trains a tokenizer on the data."""
-  words = people.corpus(data, path=path)
-  tokenizer = Tokenizer.train(words, c.random.vocab_size)
+  tokenizer = _tokenizer(data, path, c.random.vocab_size)
   shape = shape_of_random(c, tokenizer.vocab_size)
   draw = functools.partial(decoder.init_params, shape, dtype=dtype)
   key = prng.stream(c.random.seed, 'base')
@@ -180,6 +180,21 @@ def _draw(c: Model, data: str, path: str, dtype: jnp.dtype, mesh: Mesh) -> Pretr
   params = jax.jit(draw, out_shardings=where)(key)
   name = f'{c.source}-{c.random.seed}'
   return Pretrained(shape, params, name, tokenizer)
+
+
+def _tokenizer(data: str, path: str, vocab_size: int) -> Tokenizer:
+  """Trains a tokenizer on the data and keeps it in their folder, where it can."""
+  dataset = builders.open_dataset(data, path=path)
+  kept = dataset.folder / f'tokenizer_{vocab_size}.model'
+  if not kept.exists():
+    trained = Tokenizer.train(people.corpus(dataset), vocab_size)
+    with contextlib.suppress(OSError):  # others' data may be read-only
+      files.write_whole(kept, lambda path: path.write_bytes(trained.serialize()[1]))
+    return trained
+  remedy = 'delete it, it is made anew'
+  content = files.read_bytes(kept, remedy)
+  with files.parsing(kept, remedy):
+    return Tokenizer.from_model_proto(content)
 
 
 def _place(model: Pretrained, mesh: Mesh) -> Pretrained:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from log_probs import make_log_probs
 
-from hetlora_jax import base_model, lora
+from hetlora_jax import base_model, files, lora
 from hetlora_jax.config import ConfigError, RandomModel
+from hetlora_jax.data import people
 from hetlora_jax.models import decoder, readout
 from hetlora_jax.types import Batch
 
@@ -84,3 +85,26 @@ def test_a_name_that_is_there_twice_is_refused():
   params = {'enc': {'q': np.ones((1, 2, 3))}, 'dec': {'q': np.ones((1, 2, 3))}}
   with pytest.raises(ConfigError, match="two parameters 'q'"):
     base_model.own(params, _apply, ('q',), Words())
+
+
+def test_a_tokenizer_that_was_trained_is_kept_beside_its_data(tmp_path, monkeypatch):
+  texts = tmp_path / 'mine.jsonl'
+  lines = [{'client': 'a', 'context': f'{n} and', 'target': f'{n * n}'} for n in range(99)]
+  files.write_json_lines(texts, lines)
+  monkeypatch.setenv('HETLORA_CACHE', str(tmp_path / 'cache'))
+  trained = base_model._tokenizer('text_folder', str(texts), 280)
+  (kept,) = (tmp_path / 'cache').rglob('tokenizer_280.model')
+  monkeypatch.setattr(people, 'corpus', None)  # would be called to train again
+  again = base_model._tokenizer('text_folder', str(texts), 280)
+  assert again.serialize() == trained.serialize()
+  kept.write_bytes(b'damaged')
+  with pytest.raises(files.Damaged, match='tokenizer_280.model.*delete it'):
+    base_model._tokenizer('text_folder', str(texts), 280)
+
+
+def test_a_tokenizer_is_trained_where_it_cannot_be_kept(monkeypatch):
+  def full(*_):
+    raise OSError('read-only')
+
+  monkeypatch.setattr(files, 'write_whole', full)
+  assert base_model._tokenizer('synthetic', None, 290).vocab_size == 290

@@ -257,7 +257,8 @@ def test_setting_everyone_aside_is_named(load):
 
 
 def test_corpus_covers_people_evenly(data_dir):
-  texts = list(people.corpus('synthetic', data_dir=data_dir, num_texts=40))
+  dataset = builders.open_dataset('synthetic', data_dir)
+  texts = list(people.corpus(dataset, num_texts=40))
   assert len(texts) == 40
   assert all(text.startswith('B: ') and '\nA: ' in text for text in texts)
   assert len(set(texts)) == 40

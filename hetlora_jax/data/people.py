@@ -275,18 +275,11 @@ def encode(
   return Example(np.asarray(tokens, np.int32), len(target_tokens))
 
 
-def corpus(
-  dataset: str,
-  *,
-  data_dir: str | os.PathLike | None = None,
-  path: str = '',
-  num_texts: int = 4096,
-) -> Iterator[str]:
+def corpus(dataset: builders.Dataset, num_texts: int = 4096) -> Iterator[str]:
   """Yields texts, spread evenly over clients, to train a tokenizer on."""
-  prepared = builders.open_dataset(dataset, data_dir, path)
-  for row in evenly_spaced(len(prepared.examples), num_texts):
-    record = prepared.examples[int(row)]
-    text = _render(prepared.builder.render, record, MAX_CONTEXT_TURNS)
+  for row in evenly_spaced(len(dataset.examples), num_texts):
+    record = dataset.examples[int(row)]
+    text = _render(dataset.builder.render, record, MAX_CONTEXT_TURNS)
     yield text.prompt + text.cue + text.completion
 
 

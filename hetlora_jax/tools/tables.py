@@ -6,7 +6,6 @@ import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
 
-import matplotlib.figure
 import numpy as np
 
 from hetlora_jax import curves, files
@@ -136,6 +135,8 @@ def _plot(found: Sequence[dict], workdir: pathlib.Path) -> None:
 
   Of several seeds it draws the mean, and one standard deviation to either side.
   """
+  import matplotlib.figure  # half a second, which no start should wait for
+
   figure = matplotlib.figure.Figure((13, 5.5), layout='constrained')
   by_round, by_bytes = figure.subplots(1, 2, sharey=True)
   good = over_seeds([result for result in found if 'error' not in result])
