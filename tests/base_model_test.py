@@ -89,7 +89,9 @@ def test_a_name_that_is_there_twice_is_refused():
 
 def test_a_tokenizer_that_was_trained_is_kept_beside_its_data(tmp_path, monkeypatch):
   texts = tmp_path / 'mine.jsonl'
-  lines = [{'client': 'a', 'context': f'{n} and', 'target': f'{n * n}'} for n in range(99)]
+  lines = [
+    {'client': 'a', 'context': f'{n} and', 'target': f'{n * n}'} for n in range(99)
+  ]
   files.write_json_lines(texts, lines)
   monkeypatch.setenv('HETLORA_CACHE', str(tmp_path / 'cache'))
   trained = base_model._tokenizer('text_folder', str(texts), 280)

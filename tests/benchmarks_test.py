@@ -2,17 +2,17 @@
 
 import importlib
 import json
-import os
 import pathlib
 import re
 import subprocess
-import sys
 import xml.etree.ElementTree
 
+import jax
 import pytest
 from absl import flags
 
 from benchmarks import figures, machine, pictures
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / 'benchmarks'
@@ -50,12 +50,7 @@ def smoke():
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-  # On one device, as they are run; the tests' eight are theirs.
-  xla = re.sub(r'--\S*device_count=8', '', os.environ['XLA_FLAGS'])
-  return subprocess.run(
-    [sys.executable, '-m', *words], cwd=ROOT, env=os.environ | {'XLA_FLAGS': xla},
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  return programs.run(*words, XLA_FLAGS=programs.ONE_DEVICE)
 
 
 def check(name: str, result: dict) -> str:
@@ -80,13 +75,17 @@ def test_benchmark_runs(name, smoke):
   assert len(check(name, json.loads(json.dumps(result)))) > 200
 
 
+def test_a_start_is_timed(smoke):
+  start = module_of('start')
+  once = start.child()
+  assert list(once.values())[:-1] == sorted(list(once.values())[:-1])  # but the MB
+  found = {'cold': once, 'warm': once, 'host': start.waiting(), 'model': 'random'}
+  assert 'first round' in check('start', {'machine': machine.describe()} | found)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  ('name', 'more'),
-  [
-    ('start', ()),
-    ('grid', ('--fake_devices=2',)),
-    pytest.param('grid', (), marks=pytest.mark.slow),
-  ],
+  ('name', 'more'), [('start', ()), ('grid', ('--fake_devices=2',)), ('grid', ())]
 )
 def test_benchmark_runs_as_a_program(name, more, tmp_path):
   out = tmp_path / 'result.json'
@@ -119,6 +118,19 @@ def check_parts(out: pathlib.Path, names: set[str]) -> dict:
   return {name: part['result'] for name, part in parts.items()}
 
 
+def test_methods_are_compared_with_those_of_a_cpu(smoke):
+  methods = importlib.import_module('benchmarks.on_accelerator.methods')
+  wanted, before = machine.read(methods.CPU), jax.config.jax_default_matmul_precision
+  exact, coarse = (
+    methods.all_runs(precision, methods.methods())
+    for precision in ('highest', 'bfloat16')
+  )
+  jax.config.update('jax_default_matmul_precision', before)
+  assert methods.apart(exact, wanted['probes'])['hetlora'] < methods.LIMIT
+  assert 1e-4 < methods.distance(coarse, exact)['hetlora'] < 0.3
+
+
+@pytest.mark.slow
 def test_the_accelerator_is_checked_against_a_cpu(tmp_path):
   out = tmp_path / 'gpu.json'
   words = ('benchmarks.accelerator', '--smoke', f'--result={out}')

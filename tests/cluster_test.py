@@ -6,11 +6,12 @@ import pathlib
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 import yaml
 from experiment_test import SMALL
+
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / 'launch' / 'cluster'
@@ -39,7 +40,7 @@ exec() { "$@"; }
 
 
 def _run(*command, env=None):
-  """Runs a command in the checkout: all processes of these tests."""
+  """Runs a command of a shell in the checkout."""
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
   assert done.returncode == 0, (shlex.join(command), done.stderr)
   return done
@@ -176,17 +177,24 @@ def test_the_array_has_a_task_for_every_program():
   command = [
     word for word in words('slurm_array.sbatch') if not word.startswith('--group')
   ]
-  done = _run(sys.executable, *command, '--print')
+  done = programs.run(*command[1:], '--print')
+  assert not done.returncode, done.stderr
   last = len(done.stdout.splitlines()) - 1
   assert _sbatch('slurm_array.sbatch')['array'] == f'0-{last}'
 
 
-@pytest.mark.parametrize('name', TEMPLATES)
+@pytest.mark.parametrize(
+  'name',
+  # By default one of several hosts and one of a sweep.
+  [
+    *SHELL[:2],
+    *(pytest.param(name, marks=pytest.mark.slow) for name in TEMPLATES[2:]),
+  ],
+)
 def test_the_command_is_accepted(name):
   command = words(name)
   small = [f'--config.{k}={v}' for k, v in SMALL.items() if 'clients' not in k]
-  env = os.environ | {
-    'XLA_FLAGS': re.sub(r'--\S*device_count=8', '', os.environ['XLA_FLAGS'])
-  }
-  done = _run(sys.executable, *command, *small, '--dry_run', env=env)
+  small = (*command[1:], *small, '--dry_run')
+  done = programs.run(*small, XLA_FLAGS=programs.ONE_DEVICE)
+  assert not done.returncode, done.stderr
   assert f'= {_mesh(command)} devices' in done.stdout

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from experiment_test import ROOT, small_config
+from experiment_test import small_config
 from rouge_score import rouge_scorer
 
 from hetlora_jax import points, training
@@ -16,6 +14,7 @@ from hetlora_jax.data.people import Example
 from hetlora_jax.run import Run
 from hetlora_jax.tools import bootstrap, completions, prompts
 from hetlora_jax.tools.completions import Settings
+from tests import programs
 
 # Room for every example as it is, so that packing cuts none.
 WHOLE = {'data__tokens_per_example': 64, 'data__targets_per_example': 24}
@@ -171,15 +170,9 @@ def test_a_beam_search_and_what_cannot_be(workdir):
   assert _read(workdir) == before
 
 
-def _launch(*flags):
-  return subprocess.run(
-    [sys.executable, '-W', 'ignore', '-m', 'launch.evaluate', *flags],
-    cwd=ROOT, capture_output=True, text=True,
-  )  # fmt: skip
-
-
 def test_the_program(workdir):
-  done = _launch(
+  done = programs.run(
+    'launch.evaluate',
     f'--workdir={workdir}', '--generate=greedy', '--max_tokens=3',
     '--examples_per_person=1', '--own_rank',
   )  # fmt: skip
@@ -189,6 +182,6 @@ def test_the_program(workdir):
   lines, found = _read(workdir)
   assert len(lines) == 6 and found['settings']['max_tokens'] == 3
   assert found['settings']['own_rank']
-  done = _launch(f'--workdir={workdir}', '--shots=2')
+  done = programs.run('launch.evaluate', f'--workdir={workdir}', '--shots=2')
   assert done.returncode == 2 and done.stderr.count('\n') == 1
   assert 'add --generate=greedy' in done.stderr

@@ -13,6 +13,7 @@ from configs import default
 from hetlora_jax import config
 from hetlora_jax.fields import flat
 from hetlora_jax.methods import registry
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -119,11 +120,7 @@ def test_unknown_missing_and_mistyped_fields_are_named():
 
 
 def _train(*flags):
-  return subprocess.run(
-    [sys.executable, '-m', 'launch.train', *flags],
-    cwd=ROOT, capture_output=True, text=True, timeout=100,
-    env=os.environ | {'PYTHONWARNINGS': 'ignore'},
-  )  # fmt: skip
+  return programs.run('launch.train', *flags)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from absl import flags
 from hetlora_jax import formats
 from hetlora_jax.data import partition, statistics
 from launch import data, program
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 LINES = [
@@ -132,8 +131,5 @@ def test_errors_are_of_one_line(launch, capsys, words, message):
 
 
 def test_help_explains():
-  done = subprocess.run(
-    [sys.executable, '-m', 'launch.data', '--help'],
-    cwd=ROOT, capture_output=True, text=True, check=False,
-  )  # fmt: skip
+  done = programs.run('launch.data', '--help')
   assert 'says what it is like' in done.stdout and '--partition' in done.stdout

@@ -16,9 +16,14 @@ MESHES = ((1, 2, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4))
 
 
 def many_rounds(method, mesh=(1, 1, 1), **overrides):
-  """Returns a small run of three rounds a call on a mesh."""
+  """Returns a small run of three rounds a call on a mesh.
+
+  The method may have a pruning of its own, as in 'flexlora+norm_tail'.
+  """
   sweep, clients, model = mesh
+  method, _, pruning = method.partition('+')
   fields = {
+    'methods__pruning': pruning or None,
     'federated__num_rounds': 3, 'federated__rounds_per_call': 3,
     'federated__clients_per_round': 6, 'eval__every': 3, 'checkpoint__every': 3,
     # SGD: Adam turns rounding into signs.

@@ -1,11 +1,8 @@
 """Dry runs: bytes that match the compiler's, errors, the command line."""
 
 import math
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -14,6 +11,7 @@ from devices_test import many_rounds
 from hetlora_jax import base_model, config, points
 from hetlora_jax.data import people
 from hetlora_jax.tools import chips, dryrun
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -87,18 +85,13 @@ def test_a_compiler_that_gives_up_is_quoted():
 
 
 def test_a_pod_is_compiled_for_without_having_it():
-  env = os.environ | {
-    'XLA_FLAGS': re.sub(r'--\S*device_count=8', '', os.environ['XLA_FLAGS'])
-  }
-  done = subprocess.run(
-    [
-      sys.executable, '-m', 'launch.train', '--dry_run', '--chip=h100',
-      '--config=configs/chitchat_gemma3.py', '--config.mesh.clients=16',
-      '--config.mesh.model=4', '--config.federated.clients_at_once=1',
-      '--config.federated.local_steps=1',
-    ],
-    cwd=ROOT, env=env, check=True, capture_output=True, text=True,
+  done = programs.run(
+    'launch.train', '--dry_run', '--chip=h100', '--config=configs/chitchat_gemma3.py',
+    '--config.mesh.clients=16', '--config.mesh.model=4',
+    '--config.federated.clients_at_once=1', '--config.federated.local_steps=1',
+    XLA_FLAGS=programs.ONE_DEVICE,
   )  # fmt: skip
+  assert not done.returncode, done.stderr
   assert '16 clients x 4 model = 64 devices' in done.stdout
   base = float(re.search(r'base +([\d.]+) MB', done.stdout)[1])
   whole = 268_098_176 * 2 / 1e6  # bfloat16

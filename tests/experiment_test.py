@@ -222,7 +222,6 @@ def _signal_after(process, text, number):
   return process.returncode, rest
 
 
-@pytest.mark.slow  # chaos_test.py does more of it
 def test_killed_and_continued_equals_unbroken(unbroken, tmp_path):
   code, _ = _signal_after(_launch(tmp_path), 'round 2', signal.SIGKILL)
   assert code == -signal.SIGKILL

@@ -7,7 +7,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.run import Run
 from hetlora_jax.tools import export
 from hetlora_jax.types import Lora
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = ROOT / 'tests' / 'golden'
@@ -399,13 +399,6 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['run']
 
 
-def _launch(*args):
-  return subprocess.run(
-    [sys.executable, '-m', 'launch.export', *args], cwd=ROOT, check=False,
-    capture_output=True, text=True,
-  )  # fmt: skip
-
-
 def test_the_command_takes_the_configuration_of_the_run(tmp_path):
   x, _ = _run(tmp_path / 'run')
   path = tmp_path / 'run' / 'config.json'
@@ -413,11 +406,11 @@ def test_the_command_takes_the_configuration_of_the_run(tmp_path):
   del fields['lora']['from_peft']  # as a run from before has it
   path.write_text(json.dumps(fields))
   place = [f'--workdir={tmp_path / "run"}', f'--out={tmp_path / "out"}']
-  done = _launch(*place, '--rank=2')
+  done = programs.run('launch.export', *place, '--rank=2')
   assert done.returncode == 0, done.stderr
   about = json.loads(done.stdout.splitlines()[-1])
   assert about['rank_max'] == 2 and about['round'] == 3
-  done = _launch(*place)
+  done = programs.run('launch.export', *place)
   assert done.returncode == 2
   assert re.fullmatch(r'Error: --out=\S+ exists: [^\n]+\n', done.stderr)
 

@@ -8,8 +8,6 @@ import functools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 import fuzz
@@ -28,6 +26,7 @@ from hetlora_jax.formats import layout
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.tools import sweep
 from launch import errors
+from tests import programs
 
 LEAST = 800  # malformed inputs refused by the long run; a tenth by the short one
 MOST = 2  # of a mutation of a format, in the short run
@@ -351,15 +350,12 @@ def test_a_launcher_says_one_line_and_makes_nothing(
   own.mkdir(parents=True, exist_ok=True)
   path = form.make(own)
   path.write_bytes(damage(path.read_bytes()))
+  more = {}
   if name.startswith('chitchat'):  # in the place of the real package
     (files / 'chitchat_dataset.py').touch()
-    monkeypatch.setenv('PYTHONPATH', str(files))
-  done = subprocess.run(
-    [sys.executable, '-m', *(x.format(files=files) for x in command),
-     f'--workdir={run}'],
-    cwd=fuzz.ROOT, capture_output=True, text=True, check=False, timeout=60,
-    env=os.environ | {'XLA_FLAGS': ''},
-  )  # fmt: skip
+    more = {'PYTHONPATH': str(files)}
+  words = [x.format(files=files) for x in command]
+  done = programs.run(*words, f'--workdir={run}', XLA_FLAGS='', **more)
   assert done.returncode == 2, done.stderr
   assert done.stderr.startswith('Error: '), done.stderr
   assert done.stderr.count('\n') == 1, done.stderr

@@ -3,13 +3,10 @@
 import html.parser
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 
 import pytest
 from experiment_test import small_config
@@ -17,6 +14,7 @@ from experiment_test import small_config
 from hetlora_jax import config, files
 from hetlora_jax.tools import report, sweep, tables
 from hetlora_jax.tools.report import charts, runs
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOSTILE = '</blockquote><script>alert(1)</script><img src="http://x/y">&amp;'
@@ -336,15 +334,10 @@ def test_folders_and_pages_that_cannot_be(copied, tmp_path):
 
 
 def test_the_program_writes_a_page_or_one_line(swept, tmp_path):
-  def call(*words):
-    return subprocess.run(
-      [sys.executable, '-m', 'launch.report', *map(str, words)], cwd=ROOT,
-      capture_output=True, text=True,
-      env=os.environ | {'PYTHONWARNINGS': 'ignore'},
-    )  # fmt: skip
-
   out = tmp_path / 'page.html'
-  done = call(swept / 'seed=0', swept / 'seed=1', f'--out={out}')
+  done = programs.run(
+    'launch.report', swept / 'seed=0', swept / 'seed=1', f'--out={out}'
+  )
   assert done.returncode == 0 and 'compares 2 runs' in done.stdout
   assert '<h1>Comparison of 2 runs</h1>' in out.read_text()
   nowhere = tmp_path / 'nowhere'
@@ -353,7 +346,7 @@ def test_the_program_writes_a_page_or_one_line(swept, tmp_path):
     ((swept, '--oot=x'), "flag 'oot'.*--help shows all"),
     ((nowhere, f'--out={out}'), 'nowhere is no folder'),
   ):
-    refused = call(*words)
+    refused = programs.run('launch.report', *words)
     assert refused.returncode == 2
     assert re.fullmatch(f'Error: .*{why}.*\n', refused.stderr)
 

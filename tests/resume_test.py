@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import subprocess
-import sys
 
 import jax
 import ml_collections
@@ -16,7 +15,6 @@ import orbax.checkpoint as ocp
 import pytest
 from devices_test import assert_agree, many_rounds
 from experiment_test import (
-  ROOT,
   SMALL,
   fill_memory,
   newest_state,
@@ -28,6 +26,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from hetlora_jax import checkpoint, config, files, points, training
 from hetlora_jax.fields import flat
+from tests import programs
 
 # tensorstore's futures outlive the event loop of a read that failed.
 pytestmark = pytest.mark.filterwarnings(
@@ -359,13 +358,9 @@ def test_a_full_disk_is_said_and_what_was_saved_stays(tmp_path):
     pytest.skip('a small disk needs the right to mount one')
   try:
     given = [f'--config.{k}={v}' for k, v in SMALL.items()]
-    found = subprocess.run(
-      [
-        sys.executable, '-m', 'launch.train', '--config=configs/tiny.py',
-        f'--workdir={disk}/run', *given, '--config.checkpoint.keep=99',
-        '--config.federated.num_rounds=40',
-      ],
-      cwd=ROOT, capture_output=True, text=True,
+    found = programs.run(
+      'launch.train', '--config=configs/tiny.py', f'--workdir={disk}/run', *given,
+      '--config.checkpoint.keep=99', '--config.federated.num_rounds=40',
     )  # fmt: skip
     last = found.stderr.splitlines()[-1]
     assert found.returncode == 2

@@ -23,6 +23,7 @@ from hetlora_jax import (
   training,
 )
 from hetlora_jax.tools import sweep, tables
+from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -226,12 +227,13 @@ TWO_METHODS = 'federated.tail_penalty=[0.0,5.0] x method=["hetlora","fedit"]'
 def _sweep(workdir, *more):
   given = [f'--config.{k}={v}' for k, v in SMALL.items()]
   return [
-    sys.executable, '-m', 'launch.sweep', '--config=configs/tiny.py', *given,
+    'launch.sweep', '--config=configs/tiny.py', *given,
     f'--workdir={workdir}', f'--grid={TWO_METHODS}',
     *more,
   ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_ends_with_the_same_table(tmp_path):
   def timeless_table(lines):  # all columns but the seconds
     return [line.split('|')[1:-2] for line in lines if line.startswith('|')]
@@ -239,7 +241,11 @@ def test_a_killed_sweep_ends_with_the_same_table(tmp_path):
   def launch(kill):
     env = os.environ | {'PYTHONWARNINGS': 'ignore'}
     with subprocess.Popen(
-      _sweep(tmp_path / 'killed'), cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+      [sys.executable, '-m', *_sweep(tmp_path / 'killed')],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      text=True,
     ) as process:
       lines = []
       for line in process.stdout:
@@ -258,10 +264,7 @@ def test_a_killed_sweep_ends_with_the_same_table(tmp_path):
 
 
 def test_commands_are_printed_one_a_program(tmp_path):
-  out = subprocess.run(
-    _sweep(tmp_path / 'nowhere', '--print'), cwd=ROOT, check=True,
-    capture_output=True, text=True,
-  )  # fmt: skip
+  out = programs.run(*_sweep(tmp_path / 'nowhere', '--print'))
   lines = [shlex.split(line) for line in out.stdout.splitlines()]
   assert [line[-1] for line in lines] == ['--group=0', '--group=1']
   assert all('--print' not in line and '-m' in line for line in lines)
