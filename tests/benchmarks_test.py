@@ -95,6 +95,7 @@ def test_benchmark_runs_as_a_program(name, more, tmp_path):
   assert check(name, json.loads(out.read_text())) in done.stdout
 
 
+@pytest.mark.slow  # study_test.py does its parts
 @pytest.mark.parametrize('name', ['study', 'study_report'])
 def test_study_runs(name):
   done = run(f'benchmarks.{name}', '--smoke')

@@ -45,8 +45,8 @@ gc.set_threshold(50_000, 20, 100)
 
 # The order in which the longest test files start, so that none is left for the end.
 LONGEST = (
-  'chaos_test', 'processes_test', 'benchmarks_test', 'tutorial_test', 'devices_test',
-  'resume_test', 'experiment_test', 'sweep_test',
+  'methods_test', 'benchmarks_test', 'chaos_test', 'processes_test', 'devices_test',
+  'experiment_test', 'resume_test', 'rounds_test', 'decoder_test', 'sweep_test',
 )  # fmt: skip
 
 

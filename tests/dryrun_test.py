@@ -40,6 +40,7 @@ def test_bytes_match_the_compilers_and_the_real_runs(method):
   assert report.flops > 0 and report.moved['all-reduce'] > 0
 
 
+@pytest.mark.slow
 def test_points_together_are_counted(older_partitioner):
   points = [many_rounds('hetlora', (2, 2, 2), seed=s) for s in (0, 1)]
   one = dryrun.compile_for([many_rounds('hetlora', (1, 2, 2))], 'a100')

@@ -306,6 +306,7 @@ def test_a_second_ctrl_c_stops_within_the_round(tmp_path):
   assert [row['round'] for row in rows] == [0]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_equals_a_run_on_one_device(tmp_path):
   # A step that lowers the loss: one that raises it amplifies rounding too.
   sgd = {
@@ -402,22 +403,9 @@ def test_people_json_tells_everybodys_part_of_the_last_evaluation(unbroken):
   assert {p['rank'] for p in told['unseen']} == {None}
 
 
-@pytest.mark.parametrize(
-  'faster',
-  [
-    # Fewer and smaller steps, at twice the rate.
-    {
-      'federated.num_rounds': 20, 'federated.local_batch': 4,
-      'client_optimizer.learning_rate': 2e-2, 'eval.every': None,
-    },
-    pytest.param({}, marks=pytest.mark.slow),
-  ],
-  ids=['faster', 'as it is'],
-)  # fmt: skip
-def test_tiny_beats_the_unigram_entropy_of_its_data(faster, tmp_path):
-  raw = tiny.get_config()
-  raw.update_from_flattened_dict(faster)
-  c = config.resolve(raw)
+@pytest.mark.slow  # by default the tutorial learns
+def test_tiny_beats_the_unigram_entropy_of_its_data(tmp_path):
+  c = config.resolve(tiny.get_config())
   x = points.prepare(c)
   summary = training.train(c, tmp_path).summary
   for name, cohort in x.evaluation.items():

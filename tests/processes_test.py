@@ -154,6 +154,7 @@ def test_all_processes_are_told_that_a_folder_is_in_use(tmp_path):
   assert 'in use by process' in outs[0] and 'first process' in outs[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_loses_another_ends_and_says_so(tmp_path):
   processes = _two_in_a_long_run(tmp_path)
   processes[1].kill()

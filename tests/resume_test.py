@@ -267,6 +267,7 @@ def _with(c, fields):
 SGD = {'client_optimizer__name': 'sgd', 'client_optimizer__learning_rate': 0.05}
 
 
+@pytest.mark.slow
 def test_points_go_on_alone_and_runs_together(tmp_path):
   """Two points on a sweep axis of 2, then each alone; and the other way round."""
   whole = [small_config(seed=s, **SGD) for s in (0, 1)]
