@@ -31,10 +31,10 @@ train: $(VENV)/train
 	$(BIN)/python -m launch.train --config=$(CONFIG) --workdir=$(WORKDIR) $(FLAGS)
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q $(FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q $(FLAGS)
 
 test-all: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m 'slow or not slow' $(FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m 'slow or not slow' $(FLAGS)
 
 mutations: $(VENV)/test
 	$(BIN)/python -m tests.mutations $(WORDS)
