@@ -21,7 +21,5 @@ def get_config():
   c.client_optimizer.full_learning_rate = 3e-3
   c.model.source, c.model.dtype = 'random', 'float32'
   c.data.name = 'synthetic'
-  c.data.row_tokens = 128
-  c.data.tokens_per_example, c.data.targets_per_example = 32, 12
   c.eval.num_people, c.eval.every = 12, 10
   return c

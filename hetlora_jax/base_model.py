@@ -187,7 +187,11 @@ def _tokenizer(data: str, path: str, vocab_size: int) -> Tokenizer:
   dataset = builders.open_dataset(data, path=path)
   kept = dataset.folder / f'tokenizer_{vocab_size}.model'
   if not kept.exists():
-    trained = Tokenizer.train(people.corpus(dataset), vocab_size)
+    try:
+      trained = Tokenizer.train(people.corpus(dataset), vocab_size)
+    except ValueError as error:
+      field = f'config.model.random.vocab_size={vocab_size}'
+      raise ConfigError(f'{field} is impossible: {error}') from error
     with contextlib.suppress(OSError):  # others' data may be read-only
       files.write_whole(kept, lambda path: path.write_bytes(trained.serialize()[1]))
     return trained

@@ -7,7 +7,8 @@ names the field at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -39,7 +40,12 @@ class Federated:
   sampling: str = field('uniform', choices=('uniform', 'by_size'),
     help="How clients are sampled: 'uniform', or 'by_size' of their data.")
   local_steps: int = field(5, at_least=1,
-    help='Optimizer steps that a client takes in a round.')
+    help='Optimizer steps that a client takes in a round. It sees each example once at '
+         'most, so one of few examples takes fewer, the last on what is left.')
+  local_epochs: float | None = field(None, above=0,
+    help='Passes of a client over its examples in a round, each in another order, in '
+         'local_steps at most. None: local_steps alone decide, and no example is seen '
+         'twice.')
   local_batch: int = field(8, 'Examples of a step.', at_least=1)
   min_local_steps: int | None = field(None, at_least=1,
     help='Fewest steps: each client takes a random number from here to local_steps. '
@@ -223,7 +229,9 @@ class Data:
          'gets.')
   partition_seed: int = field(0, at_least=0,
     help='Its seed, so that clients are the same for every `seed`.')
-  min_examples: int = field(20, 'Clients with fewer examples are left out.', at_least=1)
+  min_examples: int | None = field(None, at_least=2,
+    help="Clients with fewer examples are left out. None: the data set's own, 20 of "
+         'most; of your own data, 2: one example to train on and one to hold out.')
   num_people: int | None = field(None, at_least=1,
     help='Clients that may be trained, the same for every seed. None: all.')
   copies: int = field(1, at_least=1,
@@ -235,12 +243,17 @@ class Data:
     help="Share of a client's examples, the latest, kept for evaluation.")
   context_turns: int = field(4, at_least=1, at_most=MAX_CONTEXT_TURNS,
     help='Turns of context before the target.')
-  row_tokens: int = field(256, 'Tokens of a packed row.', at_least=1)
-  tokens_per_example: int = field(96, at_least=1,
+  row_tokens: int | None = field(None, at_least=1,
+    help="Tokens of a packed row. None: the data set's own, 256 of most; of your own "
+         'data as many as an example may have, 256 at least.')
+  tokens_per_example: int | None = field(None, at_least=1,
     help='Room for tokens, times local_batch; longer contexts lose their start, texts '
-         'that are summed up their end.')
-  targets_per_example: int = field(32, at_least=1,
-    help='Room for target tokens, times local_batch; longer targets lose their end.')
+         "that are summed up their end. None: the data set's own, 96 of most; of your "
+         'own data what 99 of 100 examples need, 1,024 at most.')
+  targets_per_example: int | None = field(None, at_least=1,
+    help='Room for target tokens, times local_batch; longer targets lose their end. '
+         "None: the data set's own, 32 of most; of your own data what 99 of 100 "
+         'examples need.')
 
 
 @section
@@ -530,6 +543,11 @@ def _of_model(c: Config) -> Iterator[_Condition]:
     )
 
 
+def _both(a: int | None, b: int | None, holds: Callable[[int, int], bool]) -> bool:
+  """Tells whether two numbers fit, as far as both are given."""
+  return a is None or b is None or holds(a, b)
+
+
 def _of_data(c: Config) -> Iterator[_Condition]:
   d = c.data
   yield (
@@ -539,11 +557,11 @@ def _of_data(c: Config) -> Iterator[_Condition]:
   )
   yield (
     'data.targets_per_example',
-    d.targets_per_example < d.tokens_per_example,
+    _both(d.targets_per_example, d.tokens_per_example, operator.lt),
     f'it must be below data.tokens_per_example={d.tokens_per_example}',
   )
   yield (
     'data.row_tokens',
-    d.row_tokens >= d.tokens_per_example,
+    _both(d.row_tokens, d.tokens_per_example, operator.ge),
     f'a row must hold data.tokens_per_example={d.tokens_per_example}',
   )

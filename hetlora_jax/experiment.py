@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from hetlora_jax import base_model, build, files, heldout, sharding
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError
-from hetlora_jax.data import cohorts, packing, people
+from hetlora_jax.data import builders, cohorts, coverage, limits, packing, people
 from hetlora_jax.methods import traffic
 from hetlora_jax.types import Cohort, Hyperparameters, Rules, ServerState
 
@@ -32,6 +33,11 @@ class Experiment:
   rules: Rules
   mesh: jax.sharding.Mesh
 
+  @functools.cached_property
+  def coverage(self) -> coverage.Coverage:
+    """What is trained on of the data."""
+    return coverage.measure(self.config, self.population)
+
 
 class Start(NamedTuple):
   """Where a run begins."""
@@ -41,10 +47,14 @@ class Start(NamedTuple):
   hyper: Hyperparameters
 
 
-def _load_people(config: Config, tokenizer: people.Tokenizer) -> people.Population:
-  d = config.data
+def _load_people(
+  config: Config, tokenizer: people.Tokenizer
+) -> tuple[Config, people.Population]:
+  """Returns the clients, and the configuration with the limits that they have."""
   try:
-    population = people.load(d, tokenizer)
+    dataset = builders.open_dataset(config.data.name, path=config.data.path)
+    d = limits.filled(config.data, dataset, tokenizer)
+    population = people.load(d, tokenizer, dataset)
   except ValueError as error:
     raise ConfigError(f'config.data: {error}') from error
   _check_population(
@@ -53,7 +63,7 @@ def _load_people(config: Config, tokenizer: people.Tokenizer) -> people.Populati
     f'of {d.name!r} with data.min_examples={d.min_examples} and '
     f'data.num_people={d.num_people}: lower it, or raise data.copies',
   )
-  return population
+  return dataclasses.replace(config, data=d), population
 
 
 def _check_population(
@@ -123,8 +133,9 @@ def prepare(
     model = base_model.of_config(config, mesh)
   if population:
     _check_population(config, population, 'that were given')
+    config = dataclasses.replace(config, data=limits.filled(config.data))
   else:
-    population = _load_people(config, model.tokenizer)
+    config, population = _load_people(config, model.tokenizer)
   return Experiment(
     config=config,
     model=model,
@@ -156,6 +167,7 @@ def describe(x: Experiment) -> dict[str, Any]:
     'dtype': identity['dtype'],
     'training_people': len(x.population.client_ids),
     'unseen_people': len(x.population.groups['unseen'].ids),
+    **coverage.summary(x.coverage),
     'base_parameters': base_parameters(x),
     'adapter_parameters_r_max': traffic.lora_parameters(r_max, x.model.dims),
   }

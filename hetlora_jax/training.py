@@ -28,6 +28,7 @@ from hetlora_jax import (
 )
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError, to_dict
+from hetlora_jax.data import coverage
 from hetlora_jax.data.people import Population
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run, anywhere
@@ -150,6 +151,9 @@ def train_points(
   )
   x = points.prepare(*[p.config for p in chosen], model=model, population=population)
   console.say(_introduction(x, len(chosen)))
+  console.say(coverage.told(x.experiment.coverage))
+  for warning in coverage.warnings(x.experiment.coverage):
+    console.say(f'Warning: {warning}')
   branched = branch and not any(run.steps() for run in runs)
   start = _branched(x, branch) if branched else None
   with _on_disk(runs), contextlib.ExitStack() as stack:

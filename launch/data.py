@@ -15,7 +15,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # it computes nothing
 
 from absl import flags
 
-from hetlora_jax import formats
+from hetlora_jax import config, formats
 from hetlora_jax.data import builders, partition, statistics
 from launch import errors, program
 
@@ -46,17 +46,15 @@ SEED = flags.DEFINE_integer('partition_seed', 0, 'Seed of a rule.')
 
 def _statistics() -> str:
   """Returns the table, having drawn the histograms."""
-  found = statistics.collect(
-    DATASET.value,
-    formats.load_tokenizer(TOKENIZER.value),
-    PATH.value,
-    partition.Partition(
-      name=PARTITION.value,
-      clients=CLIENTS.value,
-      alpha=ALPHA.value,
-      seed=SEED.value,
-    ),
+  data = config.Data(
+    name=DATASET.value,
+    path=PATH.value,
+    partition=PARTITION.value,
+    partition_clients=CLIENTS.value,
+    partition_alpha=ALPHA.value,
+    partition_seed=SEED.value,
   )
+  found = statistics.collect(data, formats.load_tokenizer(TOKENIZER.value))
   table = statistics.table(found)
   if not OUT.value:
     return table

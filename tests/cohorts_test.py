@@ -66,6 +66,25 @@ def rows_trained_on(cohort, place):
   return b.target[b.weight > 0] - 1
 
 
+@pytest.mark.parametrize('epochs', [0.5, 1.0, 2.5])
+def test_epochs_pass_over_all_examples_in_other_orders(epochs):
+  cohort = make(local_epochs=epochs, local_steps=40, min_local_steps=40)
+  orders = []
+  for place, client in enumerate(cohort.client_id[:6]):
+    count = int(COUNTS[client])
+    rows = rows_trained_on(cohort, place)
+    assert len(rows) == max(1, round(epochs * count))
+    assert cohort.num_examples[place] == len(rows)
+    for start in range(0, len(rows) - count + 1, count):  # whole passes
+      once = rows[start : start + count]
+      assert len(set(once)) == count
+      orders.append(tuple(once))
+  assert len(set(orders)) == len(orders)
+  # Steps at most are the limit all the same.
+  short = make(local_epochs=99.0)
+  assert all((short.batches.weight[:6].sum((-1, -2)) == 15).tolist())
+
+
 def test_same_seed_and_round_give_the_same_cohort():
   alone = make()
   for round_ in (0, 3, 9):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from hetlora_jax import formats
-from hetlora_jax.data import partition, statistics
+from hetlora_jax import config, formats
+from hetlora_jax.data import statistics
 from launch import data, program
 from tests import programs
 
@@ -62,8 +62,14 @@ def test_it_prepares_and_says_where(launch, mine, tmp_path):
   assert out.endswith(': 20 examples of 5 clients.\n')
 
 
+def _collect(mine, **fields):
+  return statistics.collect(
+    config.Data(name='text_folder', path=str(mine), **fields), Letters()
+  )
+
+
 def test_statistics_are_those_of_the_data(mine):
-  found = statistics.collect('text_folder', Letters(), str(mine))
+  found = _collect(mine)
   assert found.examples_N.tolist() == [4] * 5
   assert sorted(found.context_E) == [i + 8 for i in range(20)]  # <bos>B: x\nA:
   assert set(found.target_E) == {5}
@@ -71,11 +77,23 @@ def test_statistics_are_those_of_the_data(mine):
 
 
 def test_clients_of_a_rule_are_counted(launch, mine):
-  by = partition.Partition(name='by_size', clients=3)
-  found = statistics.collect('text_folder', Letters(), str(mine), by)
+  found = _collect(mine, partition='by_size', partition_clients=3)
   assert found.examples_N.tolist() == [11, 5, 4]
   out = launch('--dataset=text_folder', f'--path={mine}', '--stats', '--partition=iid', '--partition_clients=4')  # fmt: skip
   assert '20 examples of 4 clients' in out
+
+
+def test_it_says_what_a_run_would_train_on(mine):
+  assert _collect(mine).of_a_run == [
+    'A run with min_examples=2, tokens_per_example=32, targets_per_example=8, '
+    'row_tokens=256:',
+    'Of 5 clients in the data: 4 trained on, 1 never.',
+    'Cut off: 0.00% of the tokens of contexts and 0.00% of those of targets.',
+  ]
+  assert (
+    'cannot be: min_examples=9 leaves nobody'
+    in _collect(mine, min_examples=9).of_a_run[0]
+  )
 
 
 def test_it_prints_a_table_and_draws(launch, mine, tmp_path):
@@ -90,7 +108,7 @@ def test_it_prints_a_table_and_draws(launch, mine, tmp_path):
 
 
 def test_clients_of_at_least_so_many_are_counted(mine):
-  found = statistics.collect('text_folder', Letters(), str(mine))
+  found = _collect(mine)
   some = dataclasses.replace(found, examples_N=np.array([2, 5, 20]))
   want = '2: 3, 5: 2, 10: 1, 20: 1, 50: 0, 100: 0'
   assert f'clients of at least  {want}' in statistics.table(some)
@@ -101,7 +119,7 @@ def test_any_counts_can_be_drawn(tmp_path, count):
   same = np.ones(count, np.int64)
   found = statistics.Statistics(
     name='x', examples_N=same, context_E=same, target_E=same,
-    label_counts={f'label {"long " * 9}{i}': 1 for i in range(count)},
+    label_counts={f'label {"long " * 9}{i}': 1 for i in range(count)}, of_a_run=[],
   )  # fmt: skip
   statistics.plot(found, tmp_path / 'x.png')
   assert (tmp_path / 'x.png').exists()

@@ -449,12 +449,13 @@ def make_data(pattern: str):
 
 def read_data(folder: pathlib.Path) -> tuple:
   """Reads who there is and some of their turns."""
-  from hetlora_jax.data import people
+  from hetlora_jax.data import builders, people
 
   data = dataclasses.replace(
     _config().data, name='synthetic', min_examples=2, heldout_fraction=0.2
   )
-  group = people.load(data, _tokenizer(), folder)
+  dataset = builders.open_dataset('synthetic', folder)
+  group = people.load(data, _tokenizer(), dataset)
   count = len(group.client_ids)
   rows = [group.example('train', i, 0).tokens.tolist() for i in range(0, count, 7)]
   return group.client_ids, group.num_examples.tolist(), rows

@@ -108,7 +108,8 @@ def load(tmp_path_factory):
       unseen_fraction=0.3, heldout_fraction=0.25, partition=name,
       partition_clients=50, partition_alpha=1.0, partition_seed=3,
     )  # fmt: skip
-    return people.load(dataclasses.replace(data, **overrides), Letters(), data_dir)
+    dataset = builders.open_dataset('synthetic', data_dir)
+    return people.load(dataclasses.replace(data, **overrides), Letters(), dataset)
 
   return load
 

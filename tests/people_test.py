@@ -41,7 +41,8 @@ def data_dir(tmp_path_factory):
 def load(data_dir):
   def load(**overrides):
     data = dataclasses.replace(DATA, **overrides)
-    return people.load(data, Characters(), data_dir)
+    dataset = builders.open_dataset('synthetic', data_dir)
+    return people.load(data, Characters(), dataset)
 
   return load
 

@@ -88,7 +88,8 @@ def load(tmp_path, posts, **overrides):
     path=str(write(tmp_path, posts)), min_examples=2, unseen_fraction=0.5,
     heldout_fraction=0.2, **overrides,
   )  # fmt: skip
-  return people.load(data, Letters(), tmp_path / 'd')
+  dataset = builders.open_dataset(data.name, tmp_path / 'd', data.path)
+  return people.load(data, Letters(), dataset)
 
 
 def test_who_wrote_much_trains_and_all_others_are_unseen(tmp_path, monkeypatch):

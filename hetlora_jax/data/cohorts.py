@@ -7,6 +7,7 @@ cohorts, of centralised training, draw the very same examples.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -72,8 +73,8 @@ def make_cohort(
 ) -> Cohort:
   """Samples a round's clients and packs their batches; leaves are in numpy.
 
-  A client sees each example at most once a round; one who has too few for all
-  steps has padding in the last. `only` builds just that slice of the clients.
+  A client sees each example at most once a round, or once in each of `local_epochs`;
+  one who has too few for all steps has padding in the last. `only` builds just that slice of the clients.
   """
   padding = len(population.client_ids)
   by_size = draw.federated.sampling == 'by_size'
@@ -129,15 +130,28 @@ def sample_clients(
 def _share(
   population: Population, draw: Draw, seed: int, round: int, client: int
 ) -> _Share:
-  """Draws a client's examples, each at most once; fewer steps are a prefix."""
+  """Draws a client's examples; fewer steps are a prefix."""
   f = draw.federated
   rng = prng.host_stream(seed, 'examples', round, client)
   available = int(population.num_examples[client])
-  wanted = min(f.local_steps * f.local_batch, available)
   steps = _num_steps(seed, round, client, f)
-  chosen = rng.choice(available, wanted, replace=False)[: steps * f.local_batch]
+  chosen = _order(rng, available, f)[: steps * f.local_batch]
   examples = [population.example('train', client, int(i)) for i in chosen]
   return _Share(available if draw.count == 'dataset' else len(examples), examples)
+
+
+def _order(rng: np.random.Generator, available: int, f: config.Federated) -> np.ndarray:
+  """Draws which of its examples a client goes through, each once in a pass."""
+  if f.local_epochs is None:
+    wanted = min(f.local_steps * f.local_batch, available)
+    return rng.choice(available, wanted, replace=False)
+  passes = [rng.permutation(available) for _ in range(math.ceil(f.local_epochs))]
+  return np.concatenate(passes)[: examples_of_epochs(available, f.local_epochs)]
+
+
+def examples_of_epochs(available: int, epochs: float) -> int:
+  """Returns how many examples so many passes have, one at least."""
+  return max(1, round(epochs * available))
 
 
 def _num_steps(seed: int, round: int, client: int, f: config.Federated) -> int:

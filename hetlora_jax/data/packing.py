@@ -110,6 +110,26 @@ def empty_batch(shape: BatchShape) -> Batch:
   )
 
 
+def kept(
+  examples: Sequence[Example], shape: BatchShape
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns how many positions, and how many targets, each example has room for.
+
+  Raises ValueError if not even one target token of each example fits.
+  """
+  rows, row_tokens, num_targets = shape
+  if len(examples) > min(rows * row_tokens, num_targets):
+    raise ValueError(
+      f'{len(examples)} examples cannot fit in {rows=} of {row_tokens=} with '
+      f'{num_targets=}, at one position and one target each; raise these.'
+    )
+  length_E = np.array([len(example.tokens) - 1 for example in examples])
+  wanted_E = np.array([example.num_target for example in examples])
+  target_E = _cap_targets(wanted_E, shape)
+  length_E = length_E - (wanted_E - target_E)
+  return _cap_lengths(length_E, target_E, rows, row_tokens), target_E
+
+
 def pack(examples: Sequence[Example], shape: BatchShape) -> Batch:
   """Packs all examples, in numpy: longest first, each into the first free row.
 
@@ -120,20 +140,8 @@ def pack(examples: Sequence[Example], shape: BatchShape) -> Batch:
   batch = empty_batch(shape)
   if not examples:
     return batch
-  rows, row_tokens, num_targets = shape
-  if len(examples) > min(rows * row_tokens, num_targets):
-    raise ValueError(
-      f'{len(examples)} examples cannot fit in {rows=} of {row_tokens=} with '
-      f'{num_targets=}, at one position and one target each; raise these.'
-    )
-  # Cut what does not fit.
-  length_E = np.array([len(example.tokens) - 1 for example in examples])
-  wanted_E = np.array([example.num_target for example in examples])
-  target_E = _cap_targets(wanted_E, shape)
-  length_E = length_E - (wanted_E - target_E)
-  length_E = _cap_lengths(length_E, target_E, rows, row_tokens)
-  # Place the rest.
-  row_E, offset_E, _ = first_fit(length_E, rows, row_tokens)
+  length_E, target_E = kept(examples, shape)
+  row_E, offset_E, _ = first_fit(length_E, shape.rows, shape.row_tokens)
   filled = 0
   for e, (row, offset) in enumerate(zip(row_E, offset_E, strict=True)):
     tokens = _trim(examples[e], length_E[e], target_E[e])

@@ -27,9 +27,6 @@ class Partition:
   seed: int = 0
 
 
-NATURALLY = Partition()
-
-
 def iid(label_E, clients: int, alpha: float, rng) -> np.ndarray:
   """Shuffles, then deals equal parts (McMahan et al., 2017, 1602.05629)."""
   del alpha

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -44,6 +43,7 @@ class Example(NamedTuple):
 
   tokens: np.ndarray  # [L] int32, bos first, L > num_target
   num_target: int
+  cut: int = 0  # tokens of its context that are left out already
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,16 @@ class Group:
     return Group(ids=self.ids * copies, first=first, count=count)
 
 
+class LeftOut(NamedTuple):
+  """The clients that a data set has, and those that are left out and why."""
+
+  clients: int  # of the data set
+  examples: int
+  too_few: int  # clients with fewer examples than `min_examples`
+  examples_of_too_few: int
+  not_kept: int  # clients beyond `num_people`, which only training could use
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Population:
   """All clients by the kind of their examples, and how an example is read.
@@ -76,6 +86,7 @@ class Population:
 
   groups: dict[Kind, Group]
   read: Callable[[int], Example]  # the example of a row
+  left_out: LeftOut | None = None  # None: nobody knows of a population of one's own
 
   @property
   def client_ids(self) -> tuple[str, ...]:
@@ -97,9 +108,14 @@ class Population:
 
 
 def load(
-  data: config.Data, tokenizer: Tokenizer, data_dir: str | os.PathLike | None = None
+  data: config.Data, tokenizer: Tokenizer, dataset: builders.Dataset | None = None
 ) -> Population:
   """Splits the clients of the configured data set, which is prepared if needed.
+
+  Args:
+    data: what is taken of it; limits.filled.
+    tokenizer: of the model.
+    dataset: the data set, if it is open already.
 
   Clients with fewer than `min_examples` are left out. The latest
   `heldout_fraction` of the others' examples, one at least, is held out. Of those
@@ -110,25 +126,38 @@ def load(
 
   Raises ValueError, which names the field, if nobody is left to train on.
   """
-  dataset = builders.open_dataset(data.name, data_dir, data.path)
-  by = partition.Partition(
+  dataset = dataset or builders.open_dataset(data.name, path=data.path)
+  by = partition_of(data)
+  everyone, order_E = all_clients(dataset, by)
+  clients = _with_enough(everyone, data.min_examples)
+  natural = by.name == partition.NATURAL
+  unseen_N = _unseen(clients, data, dataset.builder.train_from if natural else 0)
+  groups = _split(clients, unseen_N, data.heldout_fraction)
+  trainable = len(groups['train'].ids)
+  if data.num_people:
+    groups = _keep(groups, data.num_people)
+  left_out = LeftOut(
+    clients=len(everyone.ids),
+    examples=int(everyone.count.sum()),
+    too_few=len(everyone.ids) - len(clients.ids),
+    examples_of_too_few=int(everyone.count.sum() - clients.count.sum()),
+    not_kept=trainable - len(groups['train'].ids),
+  )
+  groups['train'] = groups['train'].repeat(data.copies)
+  read = reader(
+    dataset, tokenizer, data.context_turns, data.tokens_per_example, order_E
+  )
+  return Population(groups=groups, read=read, left_out=left_out)
+
+
+def partition_of(data: config.Data) -> partition.Partition:
+  """Returns the rule that makes the clients."""
+  return partition.Partition(
     name=data.partition,
     clients=data.partition_clients,
     alpha=data.partition_alpha,
     seed=data.partition_seed,
   )
-  clients, order_E = all_clients(dataset, by)
-  clients = _with_enough(clients, data.min_examples)
-  natural = by.name == partition.NATURAL
-  unseen_N = _unseen(clients, data, dataset.builder.train_from if natural else 0)
-  groups = _split(clients, unseen_N, data.heldout_fraction)
-  if data.num_people:
-    groups = _keep(groups, data.num_people)
-  groups['train'] = groups['train'].repeat(data.copies)
-  read = reader(
-    dataset, tokenizer, data.context_turns, data.tokens_per_example, order_E
-  )
-  return Population(groups=groups, read=read)
 
 
 def all_clients(
@@ -154,10 +183,6 @@ def all_clients(
 
 
 def _with_enough(clients: Group, min_examples: int) -> Group:
-  if min_examples < 2:
-    raise ValueError(
-      f'{min_examples=} must be at least 2: one to train on, one to hold out.'
-    )
   if min_examples > clients.count.max():
     raise ValueError(
       f'{min_examples=} leaves nobody: the busiest client has '
@@ -265,14 +290,16 @@ def encode(
   """
   prompt_tokens = tokenizer.encode(text.prompt)
   target_tokens = tokenizer.encode(text.completion)
+  cut = 0
   if text.cue:
     cue_tokens = tokenizer.encode(text.cue)
     if most_tokens is not None:
-      room = most_tokens - len(cue_tokens) - len(target_tokens)
-      prompt_tokens = prompt_tokens[: max(0, room)]
+      room = max(0, most_tokens - len(cue_tokens) - len(target_tokens))
+      cut = max(0, len(prompt_tokens) - room)
+      prompt_tokens = prompt_tokens[:room]
     prompt_tokens = prompt_tokens + cue_tokens
   tokens = [tokenizer.bos_id, *prompt_tokens, *target_tokens]
-  return Example(np.asarray(tokens, np.int32), len(target_tokens))
+  return Example(np.asarray(tokens, np.int32), len(target_tokens), cut)
 
 
 def corpus(dataset: builders.Dataset, num_texts: int = 4096) -> Iterator[str]:

@@ -8,7 +8,8 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
-from hetlora_jax.data import builders, partition, people
+from hetlora_jax import config
+from hetlora_jax.data import builders, coverage, limits, people
 
 AT_LEAST = (2, 5, 10, 20, 50, 100)  # examples that clients are counted by
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -25,6 +26,7 @@ class Statistics:
   context_E: np.ndarray  # tokens of a context, bos and cue included
   target_E: np.ndarray
   label_counts: dict[str, int]  # largest first; empty where there are none
+  of_a_run: list[str]  # lines that say what a run would train on
 
   @property
   def title(self) -> str:
@@ -34,15 +36,10 @@ class Statistics:
     )
 
 
-def collect(
-  name: str,
-  tokenizer: people.Tokenizer,
-  path: str = '',
-  by: partition.Partition = partition.NATURALLY,
-) -> Statistics:
+def collect(data: config.Data, tokenizer: people.Tokenizer) -> Statistics:
   """Counts a data set, preparing it first if it never was."""
-  dataset = builders.open_dataset(name, path=path)
-  clients, _ = people.all_clients(dataset, by)
+  dataset = builders.open_dataset(data.name, path=data.path)
+  clients, _ = people.all_clients(dataset, people.partition_of(data))
   read = people.reader(dataset, tokenizer)
   rows = people.evenly_spaced(len(dataset.examples), MOST_READ)
   examples = [read(int(row)) for row in rows]
@@ -51,12 +48,28 @@ def collect(
     for person in dataset.people:
       labels.update(label.decode() for label in person['labels'])
   return Statistics(
-    name=name,
+    name=data.name,
     examples_N=clients.count,
     context_E=np.array([len(x.tokens) - x.num_target for x in examples]),
     target_E=np.array([x.num_target for x in examples]),
     label_counts=dict(labels.most_common()),
+    of_a_run=_of_a_run(data, dataset, tokenizer),
   )
+
+
+def _of_a_run(
+  data: config.Data, dataset: builders.Dataset, tokenizer: people.Tokenizer
+) -> list[str]:
+  """Says what a run with these fields of `data` would train on, or why none can."""
+  data = limits.filled(data, dataset, tokenizer)
+  given = ', '.join(f'{name}={getattr(data, name)}' for name in limits.Limits._fields)
+  try:
+    population = people.load(data, tokenizer, dataset)
+    found = coverage.measure(config.Config(data=data), population)
+  except ValueError as error:
+    return [f'A run with {given} cannot be: {error}']
+  told = coverage.told(found).splitlines()
+  return [f'A run with {given}:', *told, *coverage.warnings(found)]
 
 
 def table(found: Statistics) -> str:
@@ -79,6 +92,7 @@ def table(found: Statistics) -> str:
     shown = list(found.label_counts.items())[:_LABELS_SHOWN]
     head = f'labels ({len(found.label_counts):,})'.ljust(21)
     lines.append(head + ', '.join(f'{label} {count:,}' for label, count in shown))
+  lines += found.of_a_run
   return '\n'.join(lines)
 
 

@@ -147,8 +147,8 @@ class Tokenizer:
     except RuntimeError as error:
       reason = str(error).strip().splitlines()[-1]
       raise ValueError(
-        f'cannot train a tokenizer of {vocab_size=} on {len(lines)} lines '
-        f'({reason}): give more text or another size.'
+        f'{len(lines):,} lines make no tokenizer of so many words ({reason}): give '
+        'more text or another size.'
       ) from error
     return cls.from_model_proto(proto.getvalue())
 

@@ -93,7 +93,7 @@ def complete(
   tokenizer = x.experiment.model.tokenizer
   lines = [_line(tokenizer, *both) for both in zip(tasks, answers, strict=True)]
   told = {
-    'max_tokens': _max_tokens(config, settings),
+    'max_tokens': _max_tokens(x.config, settings),
     'own_rank': config.eval.own_rank,
   }
   found = {

@@ -67,6 +67,15 @@ def render_summary(context: Sequence[str], cue: str, target: str) -> Rendered:
   return Rendered(' '.join(context), f' {target}\n', f'\n{cue}')
 
 
+class Limits(NamedTuple):
+  """What a run takes of a data set unless it says otherwise: fields of `data`."""
+
+  min_examples: int = 20
+  tokens_per_example: int = 96
+  targets_per_example: int = 32
+  row_tokens: int = 256
+
+
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   """Writes records by client, then time, and where each client's records start.
 
@@ -79,6 +88,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   labelled: ClassVar[bool] = False  # whether records have a label of their own
   # People with fewer examples are the unseen ones; 0: a hash of the name tells.
   train_from: ClassVar[int] = 0
+  limits: ClassVar[Limits | None] = Limits()  # None: as its examples need
 
   def __init__(self, *, path: str = '', **options: Any):
     """Makes a builder that reads `path`, or without one what it finds itself."""

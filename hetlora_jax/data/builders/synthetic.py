@@ -80,6 +80,7 @@ class Config(tfds.core.BuilderConfig):
 class Synthetic(records.RecordBuilder):
   """Lets 64 people answer strangers; person i speaks grammar i modulo 4."""
 
+  limits: ClassVar[records.Limits] = records.Limits(20, 32, 12, 128)
   BUILDER_CONFIGS: ClassVar = [
     Config(name=f'seed{seed}', seed=seed) for seed in range(3)
   ]

@@ -99,6 +99,7 @@ class TextFolder(records.RecordBuilder):
   """Makes every line of a user's files an example."""
 
   labelled: ClassVar[bool] = True
+  limits: ClassVar[None] = None
 
   @classmethod
   def files(cls, path: str) -> list[pathlib.Path]:
