@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import gc
 import json
 import os
 import pathlib
@@ -32,6 +33,13 @@ from tests import programs
 pytestmark = pytest.mark.filterwarnings(
   'ignore::pytest.PytestUnraisableExceptionWarning'
 )
+
+
+@pytest.fixture(autouse=True, scope='module')
+def collected():
+  """Ends such futures before the tests of another file begin."""
+  yield
+  gc.collect()
 
 
 @pytest.fixture(scope='module')
