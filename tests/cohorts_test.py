@@ -68,7 +68,7 @@ def rows_trained_on(cohort, place):
 
 @pytest.mark.parametrize('epochs', [0.5, 1.0, 2.5])
 def test_epochs_pass_over_all_examples_in_other_orders(epochs):
-  cohort = make(local_epochs=epochs, local_steps=40, min_local_steps=40)
+  cohort = make(local_epochs=epochs, local_steps=60, min_local_steps=60)
   orders = []
   for place, client in enumerate(cohort.client_id[:6]):
     count = int(COUNTS[client])

@@ -74,8 +74,7 @@ def test_every_config_resolves(name):
     ('client_optimizer.learning_rate', float('inf'), 'finite'),
     ('data.heldout_fraction', 1.0, r'in \(0, 1\)'),
     ('data.context_turns', 9, r'in \[1, 4\]'),
-    ('data.targets_per_example', 96, 'tokens_per_example'),
-    ('data.row_tokens', 12, 'tokens_per_example'),
+    ('data.min_examples', 1, 'at least 2'),  # one to train on, one to hold out
     ('mesh.clients', 0, 'at least 1'),
     ('model.dtype', 'float16', "'bfloat16'"),
     ('model.source', 'random:gemma9', 'gemma3_270m, gemma3_1b'),
@@ -86,6 +85,15 @@ def test_impossible_value_is_named(field, value, message):
   with pytest.raises(config.ConfigError, match=message) as error:
     _resolve(**{field: value})
   assert field.split('.')[-1] in str(error.value) or 'methods' in field
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'), [('data.targets_per_example', 96), ('data.row_tokens', 12)]
+)
+def test_limits_that_are_given_must_fit(field, value):
+  _resolve(**{field: value})  # the other follows
+  with pytest.raises(config.ConfigError, match=f'{field}={value}.*tokens_per_example=96'):
+    _resolve(**{field: value, 'data.tokens_per_example': 96})
 
 
 def test_a_tokenizer_has_no_more_words_than_a_published_shape():

@@ -242,11 +242,6 @@ def test_impossible_values_are_named(field, value):
     config.resolve(raw)
 
 
-def test_one_example_cannot_be_trained_on_and_held_out(load):
-  with pytest.raises(ValueError, match=r'min_examples=1 must be at least 2'):
-    load(min_examples=1)
-
-
 def test_too_many_examples_asked_for_is_named(load):
   with pytest.raises(ValueError, match=r'min_examples=201 .* lower'):
     load(min_examples=201)
