@@ -54,7 +54,7 @@ class Federated:
     help='Chance that a client trains and never reports.')
   r_min: int = field(5, at_least=1, traced='r_min',
     help='Smallest rank; no client prunes below it.')
-  r_max: int = field(50, at_least=1,
+  r_max: int = field(50, at_least=1, at_most=16_384,
     help='Largest rank, and the number of rank slots of every adapter.')
   gamma: float = field(0.99, above=0, at_most=1, traced='gamma',
     help='Decay factor in (0, 1]: the tail is slots [gamma r, r). 1 never prunes.')
@@ -186,12 +186,12 @@ class RandomModel:
   """Shape of a model that is just 'random', of the Gemma 3 family."""
 
   seed: int = field(0, 'Seed of its parameters.', at_least=0)
-  width: int = field(64, 'Width of the residual stream.', at_least=1)
-  num_layers: int = field(2, 'Number of layers.', at_least=1)
-  num_heads: int = field(4, 'Query heads; half as many key-value heads.', at_least=1)
-  head_dim: int = field(16, 'Width of a head.', at_least=1)
-  mlp_width: int = field(128, 'Hidden width of the MLP.', at_least=1)
-  vocab_size: int = field(384, at_least=1,
+  width: int = field(64, 'Width of the residual stream.', at_least=1, at_most=65_536)
+  num_layers: int = field(2, 'Number of layers.', at_least=1, at_most=1_024)
+  num_heads: int = field(4, 'Query heads; half as many key-value heads.', at_least=1, at_most=1_024)
+  head_dim: int = field(16, 'Width of a head.', at_least=1, at_most=4_096)
+  mlp_width: int = field(128, 'Hidden width of the MLP.', at_least=1, at_most=1_048_576)
+  vocab_size: int = field(384, at_least=1, at_most=1_048_576,
     help='Vocabulary of the tokenizer that is trained on the data.')
 
 
@@ -234,7 +234,7 @@ class Data:
          'most; of your own data, 2: one example to train on and one to hold out.')
   num_people: int | None = field(None, at_least=1,
     help='Clients that may be trained, the same for every seed. None: all.')
-  copies: int = field(1, at_least=1,
+  copies: int = field(1, at_least=1, at_most=1_000_000,
     help='Clients that each of them stands for, with the same examples, but ranks and '
          'draws of their own: a population larger than the data set.')
   unseen_fraction: float = field(0.2, above=0, below=1,
@@ -517,6 +517,12 @@ def _of_model(c: Config) -> Iterator[_Condition]:
     bool(c.lora.targets) and set(c.lora.targets) <= set(decoder.TARGETS),
     f'name one or more of {", ".join(decoder.TARGETS)}',
   )
+  yield (
+    'lora.targets',
+    len(set(c.lora.targets)) == len(c.lora.targets),
+    'one of them is there twice',
+  )
+  yield 'model.source', bool(c.model.source), "name a model, or 'random'"
   yield (
     'lora.from_peft',
     not c.lora.from_peft or 'trains base' not in c.traits,

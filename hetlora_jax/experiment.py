@@ -55,6 +55,8 @@ def _load_people(
     dataset = builders.open_dataset(config.data.name, path=config.data.path)
     d = limits.filled(config.data, dataset, tokenizer)
     population = people.load(d, tokenizer, dataset)
+  except ConfigError:
+    raise
   except ValueError as error:
     raise ConfigError(f'config.data: {error}') from error
   _check_population(

@@ -127,7 +127,7 @@ def build(cls, values: Mapping, prefix: str = ''):
     )
   for name in values:
     if name not in hints:
-      known = [prefix + n for n in hints]
+      known = declared(cls, prefix)
       raise ConfigError(
         f'config.{prefix}{name} does not exist{remedy(prefix + name, known)}'
       )
@@ -154,8 +154,25 @@ def remedy(path: str, known: Collection[str]) -> str:
   """Ends the sentence that a field does not exist, with what to do."""
   if path in GONE:
     return f': {GONE[path]}.'
-  close = difflib.get_close_matches(path, known, 1, 0)
-  return f'; did you mean config.{close[0]}?' if close else '.'
+  near = nearest(path, known)
+  last = path.rpartition('.')[2], near.rpartition('.')[2]
+  alike_enough = max(alike(path, near), alike(*last)) > 0.65
+  return f'; did you mean config.{near}?' if alike_enough else '.'
+
+
+def nearest(path: str, known: Collection[str]) -> str:
+  """Returns the field that somebody meant, by its whole path or its last name."""
+
+  def likeness(other: str) -> float:
+    last = path.rpartition('.')[2], other.rpartition('.')[2]
+    return max(alike(path, other), alike(*last))
+
+  return max(known, key=likeness)
+
+
+def alike(a: str, b: str) -> float:
+  """Returns how alike two words are, from 0 to 1."""
+  return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def _typed(f: Field, value: Any, path: str) -> Any:
@@ -165,6 +182,10 @@ def _typed(f: Field, value: Any, path: str) -> Any:
   if typing.get_origin(f.type) is tuple:
     one = f._replace(type=typing.get_args(f.type)[0])
     values = value if isinstance(value, (tuple, list)) else (value,)
+    if one.type is str:  # 'q,v' of a flag
+      values = [
+        w for v in values for w in (v.split(',') if isinstance(v, str) else [v])
+      ]
     return tuple(_typed(one, v, path) for v in values)
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
   small = isinstance(value, float) or (is_number and abs(value) < 2**63)

@@ -3,6 +3,7 @@
 Nothing here, nor what uses it, executes what it reads.
 """
 
+import codecs
 import contextlib
 import hashlib
 import itertools
@@ -30,6 +31,16 @@ UNEXPECTED = (
 
 
 # --- Errors ----------------------------------------------------------------
+
+_NOT_UTF_8 = {
+  codecs.BOM_UTF16_LE: 'UTF-16',
+  codecs.BOM_UTF16_BE: 'UTF-16',
+  b'\x1f\x8b': 'compressed by gzip',
+  b'PK\x03\x04': 'a zip archive',
+  b'BZh': 'compressed by bzip2',
+  b'\xfd7zXZ': 'compressed by xz',
+  b'\x28\xb5\x2f\xfd': 'compressed by zstd',
+}
 
 
 class Damaged(ValueError):
@@ -139,10 +150,20 @@ def json_lines(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, 
           return
         if len(line) > MOST_LINE:
           raise damaged(place, f'more than {MOST_LINE} bytes', remedy)
+        if number == 1:
+          line = _unmarked(line, path)
         if line.strip():
           yield place, parse_json(line, place, remedy)
   except OSError as error:
     raise unreadable(path, error, remedy) from error
+
+
+def _unmarked(line: bytes, path: pathlib.Path) -> bytes:
+  """Drops the mark that some editors begin UTF-8 with; raises on other encodings."""
+  for start, what in _NOT_UTF_8.items():
+    if line.startswith(start):
+      raise Damaged(f'{path} is {what}: save it as UTF-8 text.')
+  return line.removeprefix(codecs.BOM_UTF8)
 
 
 def _nested(value: Any) -> int:
@@ -209,7 +230,13 @@ def cache_folder() -> pathlib.Path:
   """Returns $HETLORA_CACHE, or ~/.cache/hetlora_jax; makes it if it is absent."""
   place = os.environ.get('HETLORA_CACHE') or '~/.cache/hetlora_jax'
   folder = pathlib.Path(place).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise OSError(
+      f'the cache folder {folder} cannot be made ({error}): set HETLORA_CACHE to a '
+      'folder that can be written, for models, data and compiled programs.'
+    ) from error
   return folder
 
 

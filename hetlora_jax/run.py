@@ -12,6 +12,7 @@ import pathlib
 import shlex
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,7 +202,10 @@ class Run:
       )
 
   def check_free(self) -> None:
-    """Raises if another run is in the folder; the first process looks for all."""
+    """Raises if another run is in the folder, or nothing can be written there.
+
+    The first process looks for all.
+    """
     with _in_the_first(self.folder, make=False):
       pass
 
@@ -267,6 +271,20 @@ def _lock(folder: pathlib.Path, make: bool) -> Iterator:
     yield file
 
 
+def _check_writable(folder: pathlib.Path) -> None:
+  """Raises OSError at once if a folder cannot be made or written to."""
+  place = folder
+  while not place.exists() and place != place.parent:
+    place = place.parent
+  try:
+    with tempfile.TemporaryDirectory(dir=place, prefix='.writing_'):
+      pass
+  except OSError as error:
+    raise OSError(
+      f'--workdir={folder} cannot be written: {error}; name another folder.'
+    ) from error
+
+
 @contextlib.contextmanager
 def _in_the_first(folder: pathlib.Path, make: bool) -> Iterator:
   """Holds the lock in the first process; raises in all if that fails."""
@@ -274,6 +292,7 @@ def _in_the_first(folder: pathlib.Path, make: bool) -> Iterator:
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       try:
+        _check_writable(folder)
         file = stack.enter_context(_lock(folder, make))
       except (ConfigError, OSError) as e:
         error = e

@@ -58,7 +58,7 @@ def _statistics() -> str:
   table = statistics.table(found)
   if not OUT.value:
     return table
-  folder = pathlib.Path(OUT.value)
+  folder = pathlib.Path(OUT.value).expanduser()
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / f'{found.name.replace("/", "_")}.png'
   statistics.plot(found, path)
@@ -83,7 +83,10 @@ def run() -> None:
   try:
     print(_statistics() if STATS.value else _prepared())
   except ValueError as error:
-    raise ValueError(str(error).replace('data.path', '--path')) from error
+    told = str(error)
+    for field, flag in (('data.path', '--path'), ('data.name', '--dataset')):
+      told = told.replace(f'config.{field}', flag).replace(field, flag)
+    raise ValueError(told) from error
 
 
 def main() -> None:

@@ -79,7 +79,7 @@ def evaluate(config: config_lib.Config, workdir: pathlib.Path) -> None:
 
 def main() -> None:
   """Starts the program, hetlora-evaluate too."""
-  flags.run(evaluate, config_of_run=True)
+  flags.run(evaluate)
 
 
 if __name__ == '__main__':

@@ -42,13 +42,13 @@ def write(config: config_lib.Config, workdir: pathlib.Path) -> None:
   run = Run(workdir)
   run.check(config)
   selection = export.Selection(FORMAT.value, DTYPE.value, RANK.value, CLIENT.value)
-  about = export.write(run, pathlib.Path(OUT.value), selection)
+  about = export.write(run, pathlib.Path(OUT.value).expanduser(), selection)
   print(json.dumps(about))
 
 
 def main() -> None:
   """Starts the program, hetlora-export too."""
-  flags.run(write, config_of_run=True)
+  flags.run(write)
 
 
 if __name__ == '__main__':

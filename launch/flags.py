@@ -18,7 +18,6 @@ from ml_collections import config_flags
 from hetlora_jax import config as config_lib
 from hetlora_jax import console, files, training
 from hetlora_jax.methods import registry
-from hetlora_jax.run import Run
 from hetlora_jax.tools import chips, dryrun
 from launch import errors, signals
 from launch import program as program_lib
@@ -74,6 +73,11 @@ def command() -> str:
   return shlex.join([*program_lib.words(), *sys.argv[1:]])
 
 
+def workdir() -> pathlib.Path:
+  """Returns --workdir; no shell expands the ~ of --workdir=~/runs."""
+  return pathlib.Path(WORKDIR.value).expanduser()
+
+
 def _keep_programs() -> None:
   """Keeps compiled programs from one run to the next."""
   if not jax.config.jax_compilation_cache_dir:
@@ -107,13 +111,33 @@ def _choose_devices(raw, needed: bool) -> None:
     _join_processes()
 
 
-def _chosen(config_of_run: bool):
-  """Returns --config, or the configuration of the run in --workdir."""
-  if CONFIG.value is not None:
-    return CONFIG.value
-  if config_of_run and WORKDIR.value:
-    return Run(WORKDIR.value).config
-  errors.fail('--config is missing: try --config=configs/tiny.py')
+def _check_environment() -> None:
+  """Ends the program where a variable would silently change what is computed."""
+  if jax.config.jax_enable_x64:
+    errors.fail('JAX_ENABLE_X64 changes the numbers of every run: unset it')
+  if jax.config.jax_numpy_dtype_promotion != 'standard':
+    errors.fail('JAX_NUMPY_DTYPE_PROMOTION must be standard, its default: unset it')
+
+
+def _check_devices() -> None:
+  """Ends the program if JAX_PLATFORMS names devices that are not here."""
+  try:
+    jax.devices()
+  except (AssertionError, RuntimeError) as error:  # jax asserts that there is one
+    why = f' ({files.short(error, 200)})' if str(error) else ''
+    errors.fail(
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS")} names no device that JAX finds '
+      f'here{why}: unset it, or install hetlora_jax[cuda] or hetlora_jax[tpu]'
+    )
+
+
+def _chosen():
+  """Returns --config, which is that of the run in --workdir unless it is given."""
+  if CONFIG.value is None:
+    errors.fail(
+      '--config is missing: try --config=configs/tiny.py, or the --workdir of a run'
+    )
+  return CONFIG.value
 
 
 def dry_run(*points: config_lib.Config) -> None:
@@ -129,7 +153,6 @@ def run(
   program: Program,
   dry_run: Callable[[config_lib.Config], None] = dry_run,
   needs_devices: Callable[[], bool] = lambda: True,
-  config_of_run: bool = False,
 ) -> None:
   """Runs a program on the resolved config and the workdir.
 
@@ -138,7 +161,6 @@ def run(
     dry_run: what to do instead with --dry_run.
     needs_devices: asked once flags are parsed; a program that only starts
       others leaves the devices to them.
-    config_of_run: without --config, take that of the run in --workdir.
   """
 
   def main() -> None:
@@ -149,20 +171,23 @@ def run(
     if LIST_METHODS.value:
       print(registry.table())
       return
-    raw = _chosen(config_of_run)
+    _check_environment()
+    raw = _chosen()
     _choose_devices(raw, needs_devices())
     config = config_lib.resolve(raw)
 
     # What is asked of it.
     if PRINT_CONFIG.value:
       print(config_lib.explain(config))
-    elif DRY_RUN.value:
+      return
+    _check_devices()
+    if DRY_RUN.value:
       dry_run(config)
     elif not WORKDIR.value:
       errors.fail('--workdir is missing: name a folder for the results')
     else:
       _keep_programs()
-      _run_until_stopped(program, config, pathlib.Path(WORKDIR.value))
+      _run_until_stopped(program, config, workdir())
 
   if '--helpfull' in sys.argv:
     module = sys.modules[program.__module__]

@@ -1,4 +1,4 @@
-"""Compares runs: python -m launch.report DIR [DIR ...] --out=FILE.html.
+"""Compares runs: python -m launch.report DIR [DIR ...] [--out=FILE.html].
 
 A DIR is a run's --workdir or that of a sweep. The page is one file that needs no
 network and no script.
@@ -14,15 +14,22 @@ from absl import flags as absl_flags
 from hetlora_jax.tools import report
 from launch import errors, program
 
-OUT = absl_flags.DEFINE_string('out', None, 'Page to write, e.g. report.html.')
+OUT = absl_flags.DEFINE_string(
+  'out', None, 'Page to write; of one DIR, DIR/report.html unless it is given.'
+)
 
 
 def run(*words: str) -> None:
   """Writes the page and prints where it is."""
-  if not OUT.value:
-    errors.fail('--out is missing: name the page, e.g. --out=report.html')
-  count = report.write([pathlib.Path(word) for word in words], pathlib.Path(OUT.value))
-  print(f'{OUT.value} compares {count} run{"s" * (count != 1)}.')
+  folders = [pathlib.Path(word).expanduser() for word in words]
+  if OUT.value:
+    out = pathlib.Path(OUT.value).expanduser()
+  elif len(folders) == 1:
+    out = folders[0] / 'report.html'
+  else:
+    errors.fail('--out is missing: of several folders, name the page to write')
+  count = report.write(folders, out)
+  print(f'{out} compares {count} run{"s" * (count != 1)}.')
 
 
 def main() -> None:

@@ -92,7 +92,9 @@ def test_impossible_value_is_named(field, value, message):
 )
 def test_limits_that_are_given_must_fit(field, value):
   _resolve(**{field: value})  # the other follows
-  with pytest.raises(config.ConfigError, match=f'{field}={value}.*tokens_per_example=96'):
+  with pytest.raises(
+    config.ConfigError, match=f'{field}={value}.*tokens_per_example=96'
+  ):
     _resolve(**{field: value, 'data.tokens_per_example': 96})
 
 

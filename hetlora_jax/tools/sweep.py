@@ -69,6 +69,10 @@ def parse_grid(text: str, config: Config) -> list[Fields]:
   axes = dict(_axis(part, known) for part in re.split(r'\s+x\s+', text.strip()))
   if math.prod(map(len, axes.values())) > MOST_POINTS:
     raise ConfigError(f'--grid has more than {MOST_POINTS} points: take fewer.')
+  for name, values in axes.items():
+    for i, value in enumerate(values):
+      if value in values[:i]:
+        raise ConfigError(f'--grid: {name}={value!r} is there twice: leave one out.')
   return [
     dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
   ]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hetlora_jax import files
+from hetlora_jax import fields, files
 
 if TYPE_CHECKING:
   from hetlora_jax.data.builders import records
@@ -112,7 +112,13 @@ def open_dataset(
 def builder_of(name: str) -> type[records.RecordBuilder]:
   """Returns the builder of a data set; raises ValueError if there is no such set."""
   if name not in BUILDERS:
-    raise ValueError(f'dataset={name!r} is unknown; one of {list(BUILDERS)}.')
+    valid = ', '.join(BUILDERS)
+    near = fields.nearest(name, BUILDERS)
+    meant = f' Did you mean {near!r}?' if fields.alike(name, near) > 0.6 else ''
+    raise fields.ConfigError(
+      f'config.data.name={name!r} is unknown: one of {valid}; files of your own are '
+      f"'text_folder'.{meant}"
+    )
   module, _, builder = BUILDERS[name].partition(':')
   return getattr(importlib.import_module(f'{__name__}.{module}'), builder)
 

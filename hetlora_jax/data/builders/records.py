@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from hetlora_jax.config import MAX_CONTEXT_TURNS
+from hetlora_jax.config import MAX_CONTEXT_TURNS, ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,8 +98,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   @classmethod
   def files(cls, path: str) -> list[pathlib.Path]:
     """Returns the files at a user's path; raises ValueError or OSError."""
-    raise ValueError(
-      f'{cls.name!r} reads no files of yours: leave data.path={path!r} empty.'
+    raise ConfigError(
+      f'config.data.path={path} is not read by config.data.name={cls.name!r}: for '
+      'files of your own set config.data.name=text_folder, else leave the path out.'
     )
 
   @staticmethod

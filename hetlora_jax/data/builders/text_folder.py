@@ -2,11 +2,13 @@
 
   {"client": "ann", "context": ["How are you?"], "target": "Fine."}
 
-`context` is a text or a list of texts, oldest first, by others unless `mine`
-says which are the client's. `time`, an integer, orders a client's examples
-(else their lines do) and `label` says what they are about.
+`client` is a text or a whole number. `context` is a text or a list of texts, oldest
+first, by others unless `mine` says which are the client's. `time`, a whole number or a
+date of ISO 8601, orders a client's examples (else their lines do) and `label` says what
+they are about.
 """
 
+import datetime
 import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ from hetlora_jax.data.builders import records
 FIELDS = {'client': str, 'context': list, 'target': str}
 OPTIONAL = {'mine': list, 'time': int, 'label': str}
 _OF_LISTS = {'context': str, 'mine': bool}
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 REMEDY = (
   'correct the line; it needs client (text), context (text or list of texts) '
   'and target (text)'
@@ -52,7 +55,8 @@ def _problem(record: dict) -> str:
     if kind is None:
       return f'{name!r} is no field'
     if not _is(value, kind, _OF_LISTS.get(name)):
-      return f'{name}={value!r}'
+      wants = ', a whole number or a date as 2024-01-31T10:00' if name == 'time' else ''
+      return f'{name}={value!r}{wants}'
   texts = [x for value in record.values() for x in _texts(value)]
   if not all(_is_unicode(text) for text in texts):
     return 'half a surrogate pair is not text'
@@ -66,9 +70,25 @@ def _problem(record: dict) -> str:
   return ''
 
 
+def _moment(time: Any) -> dict[str, int]:
+  """Returns a date of ISO 8601 as microseconds since 1970; of no zone, as UTC."""
+  if not isinstance(time, str):
+    return {}
+  try:
+    date = datetime.datetime.fromisoformat(time)
+  except ValueError:
+    return {}
+  date = date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
+  return {'time': (date - _EPOCH) // datetime.timedelta(microseconds=1)}
+
+
 def _record(line: dict, place: pathlib.Path, number: int) -> records.Record:
   if isinstance(line.get('context'), str):
     line['context'] = [line['context']]
+  for name in ('client', 'label'):  # ids may be numbers
+    if type(line.get(name)) is int:
+      line[name] = str(line[name])
+  line |= _moment(line.get('time'))
   if problem := _problem(line):
     raise files.damaged(place, problem, REMEDY)
   most = MAX_CONTEXT_TURNS
