@@ -90,7 +90,7 @@ class Checkpoints:
 
     Args:
       folders: one a point.
-      base: what identifies the base model, for JSON.
+      base: what identifies the base model, and data of one's own, for JSON.
       keep: which checkpoints are kept; None only reads.
     """
     options = ocp.CheckpointManagerOptions(
@@ -191,10 +191,17 @@ class Checkpoints:
   def _check(self, about, path: pathlib.Path, like: ServerState) -> None:
     """Raises if a checkpoint is whole, but not for this run."""
     for name, value in self._base.items():
-      if about['base'].get(name) != value:
+      found = about['base'].get(name)
+      if name == 'data' and found not in (value, None):  # earlier releases had none
+        raise ConfigError(
+          f'{path} is of a run on other data: the files at config.data.path were '
+          f'{found!r} then (a digest of their content) and are {value!r} now. Give '
+          'them as they were, or use another --workdir.'
+        )
+      if name != 'data' and found != value:
         raise ConfigError(
           f'{path} belongs to another base model: its {name} is '
-          f"{about['base'].get(name)!r}, this one's {value!r}. Give that "
+          f"{found!r}, this one's {value!r}. Give that "
           'model (config.model), or use another --workdir.'
         )
     old, new = about['shapes'], _shapes(like)

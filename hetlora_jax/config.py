@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -216,8 +217,8 @@ class Data:
   name: str = field('chitchat',
     "Data set: 'chitchat', 'mail_subject', 'multi_session_chat', 'reddit_tldr', "
     "'synthetic', or 'text_folder': your own data (docs/data.md).")
-  path: str | None = field(None,
-    'File or folder of your data, or of a data set that you downloaded.')
+  path: str | None = field(None, changeable=True,  # the content may not change
+    help='File or folder of your data, or of a data set that you downloaded.')
   partition: str = field(partition.NATURAL,
     choices=(partition.NATURAL, *partition.PARTITIONERS),
     help="Who the clients are: 'natural' (who wrote it), or made by a rule from all "
@@ -408,7 +409,24 @@ def resolve(raw: Config | ConfigDict | Mapping) -> Config:
   """Makes a checked Config of a ConfigDict or nested dicts; raises ConfigError."""
   config = built(raw)
   check(config)
-  return config
+  return _placed(config)
+
+
+def _placed(config: Config) -> Config:
+  """Makes paths absolute, so that a run can be opened from any folder."""
+  model, data, adapters = config.model, config.data, config.lora
+  named = model.source.partition(':')[0] in ('random', *shapes.SHAPES)
+  if not named and os.path.exists(os.path.expanduser(model.source)):
+    model = dataclasses.replace(model, source=_absolute(model.source))
+  if data.path:
+    data = dataclasses.replace(data, path=_absolute(data.path))
+  if adapters.from_peft:
+    adapters = dataclasses.replace(adapters, from_peft=_absolute(adapters.from_peft))
+  return dataclasses.replace(config, model=model, data=data, lora=adapters)
+
+
+def _absolute(path: str) -> str:
+  return os.path.abspath(os.path.expanduser(path))
 
 
 def built(raw: Config | ConfigDict | Mapping) -> Config:

@@ -54,8 +54,9 @@ class Points:
 
   @property
   def identity(self) -> dict[str, Any]:
-    """What identifies the base model of a checkpoint."""
-    return self.experiment.model.identity
+    """What a checkpoint belongs to: the base model, and files of one's own."""
+    digest = self.experiment.population.digest
+    return self.experiment.model.identity | ({'data': digest} if digest else {})
 
   @property
   def base(self) -> PyTree:

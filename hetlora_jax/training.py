@@ -254,7 +254,8 @@ def _exactness() -> str:
 
 def _branched(x: Points, branch: Branch) -> tuple[int, list[ServerState]]:
   """Returns the round and the states to branch from."""
-  other = checkpoint.Checkpoints([Run(branch.workdir).checkpoints], x.identity)
+  model = x.experiment.model.identity  # its data may be others
+  other = checkpoint.Checkpoints([Run(branch.workdir).checkpoints], model)
   states = other.restore(branch.round, points.shape_of_one(x))
   other.close()
   return branch.round, states * len(x.configs)

@@ -9,7 +9,7 @@ import json
 import os
 
 import pytest
-from experiment_test import SMALL
+from experiment_test import SMALL, small_config
 
 from hetlora_jax import config, files, training
 from hetlora_jax.run import Run
@@ -166,3 +166,36 @@ def test_dates_order_a_clients_examples(tmp_path):
 def test_python_says_too_where_nothing_can_be_written():
   with pytest.raises(OSError, match='cannot be written'):
     training.train(config.Config(), os.path.join('/proc', 'x'))
+
+
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
+  monkeypatch.setenv('HETLORA_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.chdir(tmp_path)
+
+  def write(path, word):
+    lines = [
+      {'client': f'c{i}', 'context': f'say {n}', 'target': f'{word} {n}'}
+      for i in range(9)
+      for n in range(6)
+    ]
+    files.write_json_lines(path, lines)
+
+  def own(path, rounds):
+    return small_config(
+      data__name='text_folder', data__path=path, model__random__vocab_size=280,
+      federated__num_rounds=rounds, eval__every=None,
+    )  # fmt: skip
+
+  write(tmp_path / 'mine.jsonl', 'one')
+  run = training.train(own('mine.jsonl', 1), 'run')
+  assert Run('run').config.data.path == str(tmp_path / 'mine.jsonl')  # absolute
+  # The same content elsewhere is the same data; other content is not.
+  (tmp_path / 'moved').mkdir()
+  (tmp_path / 'mine.jsonl').rename(tmp_path / 'moved' / 'mine.jsonl')
+  training.train(own('moved/mine.jsonl', 2), 'run')
+  write(tmp_path / 'moved/mine.jsonl', 'two')
+  with pytest.raises(config.ConfigError, match='of a run on other data.*data.path'):
+    training.train(own('moved/mine.jsonl', 3), 'run')
+  with pytest.raises(config.ConfigError, match='of a run on other data'):
+    training.evaluate(Run('run'))
+  assert [row['round'] for row in run.history] == [0, 1, 2]

@@ -189,7 +189,8 @@ def test_a_body_loses_its_end_not_its_start(tmp_path, mails, most, left):
     config.built(tiny.get_config()).data, name='mail_subject', path=str(mails),
     min_examples=2, unseen_fraction=0, heldout_fraction=0.2, tokens_per_example=most,
   )  # fmt: skip
-  example = people.load(data, Letters(), tmp_path / 'd').example('train', 0, 0)
+  dataset = builders.open_dataset(data.name, tmp_path / 'd', data.path)
+  example = people.load(data, Letters(), dataset).example('train', 0, 0)
   text = ''.join(map(chr, example.tokens[1:]))
   assert text == f'{f"0 {BODY}"[:left]}\nSubject: Sound card 0\n'
   assert text[-example.num_target :] == ' Sound card 0\n'

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from hetlora_jax import files, formats
 from hetlora_jax.formats import cache, sources
@@ -330,3 +331,54 @@ def test_the_real_gemma_loads():
   assert model.params['embed'].shape == (262144, 640)
   assert model.params['layers']['q'].shape == (18, 640, 1024)
   assert model.tokenizer.vocab_size == model.config.vocab_size
+
+
+# --- What would silently be another model ------------------------------------
+
+
+def test_a_forgotten_file_beside_the_weights_is_not_read(tmp_path):
+  weights = tensors(LLAMA)
+  folder = write_folder(tmp_path, LLAMA, weights)
+  other = {name: tensor + 1 for name, tensor in weights.items()}
+  safetensors.numpy.save_file(other, folder / 'model_old.safetensors')
+  loaded = formats.load(folder, dtype=np.float32, cached=False).params
+  np.testing.assert_array_equal(loaded['embed'], weights['model.embed_tokens.weight'])
+  # Of two files none of which is the model's own, neither is taken.
+  (folder / 'model.safetensors').rename(folder / 'model_new.safetensors')
+  with pytest.raises(files.Damaged, match=r'model_new.safetensors both hold .* move'):
+    formats.load(folder, dtype=np.float32, cached=False)
+
+
+@pytest.mark.parametrize('differs', [False, True])
+def test_a_stored_head_that_differs_is_the_head(tmp_path, differs):
+  weights = tensors(LLAMA)
+  head = weights['model.embed_tokens.weight'] + differs
+  folder = write_folder(tmp_path, LLAMA, weights | {'lm_head.weight': head})
+  loaded = formats.load(folder, dtype=np.float32, cached=False)
+  assert loaded.config.tied_embeddings == (not differs)
+  if differs:
+    np.testing.assert_array_equal(loaded.params['head'], head)
+
+
+def test_layers_beyond_the_last_are_refused(tmp_path):
+  weights = tensors(LLAMA)
+  few = LLAMA | {'num_hidden_layers': LAYERS - 1}
+  folder = write_folder(tmp_path, few, weights)
+  with pytest.raises(files.Damaged, match='but 1 layers by its configuration'):
+    formats.load(folder, dtype=np.float32, cached=False)
+
+
+def test_tokens_that_were_added_to_a_tokenizer_are_read(tmp_path):
+  folder = write_folder(tmp_path, LLAMA, {})
+  plain = Tokenizer.from_folder(folder)
+  content = formats.hf_folder._tokenizer_files(plain)
+  model = tokenizers.Tokenizer.from_str(content['tokenizer.json'].decode())
+  model.add_special_tokens(['<im_start>', '<im_end>'])
+  model.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_bytes(content['tokenizer_config.json'])
+  added = Tokenizer.from_folder(folder)
+  assert added.encode('some text') == plain.encode('some text')
+  chat = '<im_start>some text<im_end>'
+  wanted = [VOCAB, *plain.encode('some text'), VOCAB + 1]
+  assert plain.vocab_size == VOCAB
+  assert added.encode(chat) == wanted != plain.encode(chat)

@@ -24,7 +24,7 @@ def _run(folder: pathlib.Path) -> str:
 
 def test_tutorial(tmp_path):
   said = _run(tmp_path)
-  before = float(re.findall(r'bytes .*?\n.*?: seen ([\d.]+)', said)[0])
+  before = float(re.findall(r'bytes (?:.*\n)+?.*: seen ([\d.]+)', said)[0])
   own, *votes = map(float, re.findall(r'(?:own model|vote): ([\d.]+)', said))
   assert own < before / 5
   assert len(votes) == 2 and votes[0] != votes[1]

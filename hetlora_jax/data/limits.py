@@ -23,15 +23,15 @@ def filled(
 
   Args:
     data: the section; what it gives stays.
-    dataset: what it names, opened; None: clients that come from elsewhere.
+    dataset: what it names, opened; None: clients that come from elsewhere, or none.
     tokenizer: whose tokens are counted where a data set has no limits of its own.
   """
   given = {x: getattr(data, x) for x in Limits._fields if getattr(data, x) is not None}
   if len(given) == len(Limits._fields):
     return data
-  found = dataset.builder.limits if dataset else Limits()
+  found = (dataset.builder if dataset else builders.builder_of(data.name)).limits
   if found is None:
-    found = _needed(data, dataset, tokenizer)
+    found = _needed(data, dataset, tokenizer) if dataset else Limits()
   limits = found._replace(**given)
   # What is given moves what is not: targets leave contexts their room.
   if 'tokens_per_example' not in given:

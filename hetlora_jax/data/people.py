@@ -87,6 +87,7 @@ class Population:
   groups: dict[Kind, Group]
   read: Callable[[int], Example]  # the example of a row
   left_out: LeftOut | None = None  # None: nobody knows of a population of one's own
+  digest: str = ''  # of the user's files that it was made of
 
   @property
   def client_ids(self) -> tuple[str, ...]:
@@ -147,7 +148,7 @@ def load(
   read = reader(
     dataset, tokenizer, data.context_turns, data.tokens_per_example, order_E
   )
-  return Population(groups=groups, read=read, left_out=left_out)
+  return Population(groups=groups, read=read, left_out=left_out, digest=dataset.digest)
 
 
 def partition_of(data: config.Data) -> partition.Partition:

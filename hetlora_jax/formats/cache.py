@@ -17,7 +17,7 @@ from hetlora_jax.types import PyTree
 
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 # Part of the file name: raise it when the tree or its values change meaning.
-VERSION = 1
+VERSION = 2
 ANEW = 'delete it and load again, it is made anew'
 
 

@@ -1,5 +1,6 @@
 """Reads and writes Hugging Face folders: config.json, *.safetensors, a tokenizer."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -142,12 +143,21 @@ def open_checkpoint(folder: pathlib.Path) -> layout.Checkpoint:
     config = read_config(path, raw)
     layout.check_config(path, config, AGAIN)
   tensors = _tensor_files(folder)
+  names = tensor_names(config.family, tensors)
+
+  def read(name: str) -> np.ndarray:
+    return read_tensor(tensors[name], name)
+
+  if config.tied_embeddings and names['head'] in tensors:
+    # A head that is stored and differs is meant, whatever config.json says.
+    tied = np.array_equal(read(names['head']), read(names['embed']))
+    config = dataclasses.replace(config, tied_embeddings=tied)
   return layout.Checkpoint(
     path=folder,
     config=config,
-    names=tensor_names(config.family, tensors),
+    names=names,
     tensors=tensors,
-    read=lambda name: read_tensor(tensors[name], name),
+    read=read,
     repair=functools.partial(_repair, config.family),
     tokenizer=Tokenizer.from_folder(folder),
   )
@@ -227,13 +237,21 @@ def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     if not isinstance(shards, dict) or not all(map(_is_name, shards.values())):
       raise files.damaged(index, 'its weight_map names no files', AGAIN)
     return {name: folder / shard for name, shard in shards.items()}
-  paths = sorted(folder.glob('*.safetensors'))
+  whole = folder / 'model.safetensors'  # alone, as transformers takes it
+  paths = [whole] if whole.exists() else sorted(folder.glob('*.safetensors'))
   if not paths:
     raise FileNotFoundError(
       f'{folder} has no *.safetensors file: save the model with '
       'safe_serialization=True.'
     )
-  return {name: path for path in paths for name in open_file(path).offset_keys()}
+  found: dict[str, pathlib.Path] = {}
+  for path in paths:
+    for name in open_file(path).offset_keys():
+      if name in found:
+        why = f'it and {found[name].name} both hold {name}'
+        raise files.damaged(path, why, 'move one of the files out of the folder')
+      found[name] = path
+  return found
 
 
 def _is_name(shard: Any) -> bool:

@@ -105,6 +105,7 @@ def check_tokenizer(
 
 def assemble(checkpoint: Checkpoint, dtype: np.dtype) -> PyTree:
   """Reads every tensor and stacks the layers on axis 0."""
+  _check_number_of_layers(checkpoint)
   tree: dict = {
     leaf: _fetch(checkpoint, leaf, shape).astype(dtype)
     for leaf, shape in _outer_shapes(checkpoint.config).items()
@@ -114,6 +115,15 @@ def assemble(checkpoint: Checkpoint, dtype: np.dtype) -> PyTree:
     for leaf, shape in _layer_shapes(checkpoint.config).items()
   }
   return tree
+
+
+def _check_number_of_layers(checkpoint: Checkpoint) -> None:
+  """Raises Damaged if there are tensors of layers beyond the last."""
+  num_layers = checkpoint.config.num_layers
+  surplus = checkpoint.names['q'].format(num_layers)
+  if surplus in checkpoint.tensors:
+    why = f'it has a tensor {surplus}, but {num_layers} layers by its configuration'
+    raise files.damaged(checkpoint.path, why, AGAIN)
 
 
 def _outer_shapes(c: decoder.DecoderConfig) -> dict[str, tuple[int, ...]]:

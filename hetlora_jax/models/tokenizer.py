@@ -88,12 +88,16 @@ class Tokenizer:
 
   @classmethod
   def from_folder(cls, folder: pathlib.Path) -> Tokenizer:
-    """Reads tokenizer.model or else tokenizer.json of a model's folder."""
-    path = folder / 'tokenizer.model'
-    if path.exists():
-      with files.parsing(path, AGAIN):
-        return cls.from_model_proto(files.read_bytes(path, AGAIN))
-    path = folder / 'tokenizer.json'
+    """Reads tokenizer.model or else tokenizer.json of a model's folder.
+
+    Where the second has tokens that were added to the first, it is the whole.
+    """
+    path, plain = folder / 'tokenizer.json', folder / 'tokenizer.model'
+    if plain.exists():
+      with files.parsing(plain, AGAIN):
+        found = cls.from_model_proto(files.read_bytes(plain, AGAIN))
+      if not path.exists() or not _added(path, found):
+        return found
     if not path.exists():
       raise FileNotFoundError(
         f'{folder} has no tokenizer.model and no tokenizer.json: copy one '
@@ -153,6 +157,13 @@ class Tokenizer:
     return cls.from_model_proto(proto.getvalue())
 
 
+def _added(path: pathlib.Path, plain: Tokenizer) -> list[str]:
+  """Returns the tokens of a tokenizer.json that the model of SentencePiece lacks."""
+  added = files.read_json(path, AGAIN).get('added_tokens') or ()
+  with files.parsing(path, AGAIN):
+    return [x['content'] for x in added if x['id'] >= plain.vocab_size]
+
+
 def _training_options(lines: Sequence[str]) -> dict[str, Any]:
   longest = max((len(line.encode()) for line in lines), default=1)
   return dict(
@@ -166,7 +177,7 @@ def _training_options(lines: Sequence[str]) -> dict[str, Any]:
     bos_id=BOS,
     unk_id=UNK,
     num_threads=1,  # more may break ties in another order
-    max_sentence_length=longest + 1,  # longer lines would be left out
+    max_sentence_length=max(10, longest + 1),  # longer lines would be left out
     minloglevel=3,
   )
 

@@ -287,7 +287,7 @@ def _row_each(examples: Sequence[Example]) -> Batch:
 
 def _line(tokenizer, task: Task, answer: Answer) -> dict[str, Any]:
   """Returns a line of generations.jsonl."""
-  tokens, count = task.example
+  tokens, count, _ = task.example
   generated = tokenizer.decode(answer.generated).partition('\n')[0]
   return {
     'client': task.name,

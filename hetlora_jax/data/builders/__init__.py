@@ -38,6 +38,7 @@ class Dataset(NamedTuple):
   people: Sequence[dict]
   folder: pathlib.Path  # where they were prepared
   builder: type[records.RecordBuilder]
+  digest: str = ''  # of a user's files; '' where there are none
 
 
 class _Split(Sequence):
@@ -91,8 +92,9 @@ def open_dataset(
   kind, _, config = name.partition('/')
   make = builder_of(kind)
   data_dir = pathlib.Path(data_dir or files.cache_folder() / 'tfds')
+  digest = files.digest_all(make.files(path))[:16] if path else ''
   if path:
-    data_dir = data_dir / 'files' / files.digest_all(make.files(path))[:16]
+    data_dir = data_dir / 'files' / digest
   make_builder = functools.partial(
     make,
     data_dir=data_dir,
@@ -106,7 +108,7 @@ def open_dataset(
   with _reading(folder):
     open_split: Any = make_builder().as_data_source
     examples, people = (_Split(open_split(s), folder) for s in ('examples', 'people'))
-  return Dataset(examples, people, folder, make)
+  return Dataset(examples, people, folder, make, digest)
 
 
 def builder_of(name: str) -> type[records.RecordBuilder]:
