@@ -99,19 +99,31 @@ def _norm_bound(config: Config) -> Callable:
   return functools.partial(robust.bounded, norm=norm)
 
 
+def _client_optimizer(config: Config) -> Callable:
+  """Returns (hyper, round) -> the optimizer of that round's local steps."""
+  o, full = config.client_optimizer, 'trains base' in config.traits
+  by_round = optimizers.over_rounds(o.schedule, config.decay_rounds, o.warmup_rounds)
+  by_step = optimizers.SCHEDULES[o.local_schedule](config.federated.local_steps)
+
+  def client_optimizer(hyper: Hyperparameters, round: Array):
+    rate = hyper.full_learning_rate if full else hyper.client_learning_rate
+    if o.schedule != 'constant' or o.warmup_rounds:
+      rate = rate * by_round(round)
+    of_step = rate if o.local_schedule == 'constant' else lambda i: rate * by_step(i)
+    steps = [optimizers.CLIENT[o.name](of_step, o.weight_decay)]
+    if o.clip_norm is not None:
+      steps.insert(0, optax.clip_by_global_norm(o.clip_norm))
+    if o.b_rate_ratio != 1:
+      steps.append(optimizers.faster_b(o.b_rate_ratio))
+    return optax.chain(*steps) if len(steps) > 1 else steps[0]
+
+  return client_optimizer
+
+
 def make_rules(config: Config, loss: Loss) -> Rules:
   """Binds every static choice of the round."""
-  m, o, traits = config.methods, config.client_optimizer, config.traits
+  m, traits = config.methods, config.traits
   at_once, clients = clients_at_once(config)
-
-  def client_optimizer(hyper: Hyperparameters):
-    full = 'trains base' in traits
-    rate = hyper.full_learning_rate if full else hyper.client_learning_rate
-    steps = optimizers.CLIENT[o.name](rate, o.weight_decay)
-    if o.clip_norm is None:
-      return steps
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), steps)
-
   return Rules(
     loss=loss,
     scale=functools.partial(_scale, power=SCALE_RULES[config.lora.scale_rule]),
@@ -121,7 +133,8 @@ def make_rules(config: Config, loss: Loss) -> Rules:
     objective=_bound_rule(config, 'objective'),
     trainable=_bound_rule(config, 'trainable'),
     trains_base='trains base' in traits,
-    client_optimizer=client_optimizer,
+    client_optimizer=_client_optimizer(config),
+    accumulate=config.federated.accumulate,
     tamper=_tamper(config),
     bound=_norm_bound(config),
     tail_norms=tail.norms,

@@ -112,7 +112,7 @@ def local_update(
   Returns:
     What was trained, the summed token loss [], and the token count [].
   """
-  optimizer = rules.client_optimizer(hyper)
+  optimizer = rules.client_optimizer(hyper, round)
   live = rules.trainable(round, view.mask)
 
   def objective(trained: Trained, batch: Batch, step_key: Array):
@@ -123,11 +123,17 @@ def local_update(
     about = About(task, received, rank_G, hyper, step_key)
     return rules.objective(trained, about)
 
+  gradient = jax.grad(objective, has_aux=True)
+  if rules.accumulate > 1:
+    gradient = _accumulated(gradient)
+    batches = jax.tree.map(
+      lambda x: x.reshape(-1, rules.accumulate, *x.shape[1:]), batches
+    )
+
   def step(carry, xs):
     (trained, opt_state), (batch, i) = carry, xs
-    grads, (total, count) = jax.grad(objective, has_aux=True)(
-      trained, batch, jax.random.fold_in(key, i)
-    )
+    step_key = jax.random.fold_in(key, i)
+    grads, (total, count) = gradient(trained, batch, step_key)
     updates, new_opt_state = optimizer.update(grads, opt_state, trained)
     updates = updates._replace(
       adapters=jax.tree.map(jnp.multiply, updates.adapters, live)
@@ -141,6 +147,27 @@ def local_update(
     step, (received, optimizer.init(received)), (batches, jnp.arange(steps))
   )
   return trained, total_S.sum(), count_S.sum()
+
+
+def _accumulated(gradient: Callable) -> Callable:
+  """Makes a gradient of one batch that of several on a leading axis, as if they were one.
+
+  An objective is a mean over target tokens, plus what depends on no batch: both are the
+  means of the batches', each weighed by its tokens.
+  """
+
+  def of_all(trained: Trained, batches: Batch, key: Array):
+    def add(sums, batch):
+      grads, (total, count) = gradient(trained, batch, key)
+      weighed = jax.tree.map(lambda x: count * x, grads)
+      return jax.tree.map(jnp.add, sums, (weighed, total, count)), None
+
+    zero = jnp.zeros(())
+    start = jax.tree.map(jnp.zeros_like, trained), zero, zero
+    (grads, total, count), _ = jax.lax.scan(add, start, batches)
+    return jax.tree.map(lambda x: x / jnp.maximum(count, 1), grads), (total, count)
+
+  return of_all
 
 
 def _prune(rules: Rules, sent: Adapters, trained: Adapters, memory, hyper):

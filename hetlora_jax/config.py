@@ -47,7 +47,11 @@ class Federated:
     help='Passes of a client over its examples in a round, each in another order, in '
          'local_steps at most. None: local_steps alone decide, and no example is seen '
          'twice.')
-  local_batch: int = field(8, 'Examples of a step.', at_least=1)
+  local_batch: int = field(8, at_least=1,
+    help='Examples of a batch, which is a step unless accumulate says otherwise.')
+  accumulate: int = field(1, at_least=1,
+    help='Batches whose gradients a step adds up, as if they were one: so many times the '
+         'examples in the memory of one batch.')
   min_local_steps: int | None = field(None, at_least=1,
     help='Fewest steps: each client takes a random number from here to local_steps. '
          'None: all take local_steps.')
@@ -70,6 +74,12 @@ class Federated:
   rounds_per_call: int = field(1, at_least=1, changeable=True,
     help='Rounds in one call of the compiled program; evaluations, checkpoints and '
          'Ctrl-C wait for its end.')
+
+
+  @property
+  def step_examples(self) -> int:
+    """Examples of an optimizer step."""
+    return self.local_batch * self.accumulate
 
 
 @section
@@ -167,6 +177,18 @@ class ClientOptimizer:
     help='Learning rate of the clients.')
   full_learning_rate: float = field(1e-5, at_least=0, traced='full_learning_rate',
     help='Learning rate of clients that train the base (full fine-tuning).')
+  schedule: str = field('constant', choices=optimizers.SCHEDULES,
+    help="How the rate falls over rounds, to 0 at decay_rounds: 'constant' (not at all), "
+         "'linear' or 'cosine'.")
+  decay_rounds: int | None = field(None, at_least=1,
+    help='Rounds over which it falls. None: federated.num_rounds, with which the run '
+         'must then be continued too.')
+  warmup_rounds: int = field(0, at_least=0,
+    help='Rounds over which the rate rises first, from 1 / (warmup_rounds + 1) of it.')
+  local_schedule: str = field('constant', choices=optimizers.SCHEDULES,
+    help='The same over the local_steps of a round, anew in each.')
+  b_rate_ratio: float = field(1.0, above=0,
+    help='By how much B steps further than A (LoRA+ has 16; arXiv 2402.12354).')
   clip_norm: float | None = field(None, above=0,
     help="Longest gradient of a client's step, in L2 over all it trains. None: any.")
   weight_decay: float = field(0.0, "Decoupled weight decay ('adamw' only).", at_least=0)
@@ -352,6 +374,11 @@ class Config:
     return getattr(METHODS[self.method], name) if value is None else value
 
   @property
+  def decay_rounds(self) -> int:
+    """Rounds over which the clients' rate falls."""
+    return self.client_optimizer.decay_rounds or self.federated.num_rounds
+
+  @property
   def rules(self) -> dict[str, Rule]:
     """The rule of every role."""
     return {role: table[self.chosen(role)] for role, table in ROLES.items()}
@@ -509,6 +536,19 @@ def _of_rounds(c: Config) -> Iterator[_Condition]:
     'federated.min_local_steps',
     (f.min_local_steps or 0) <= f.local_steps,
     f'it exceeds federated.local_steps={f.local_steps}',
+  )
+
+  o = c.client_optimizer
+  yield (
+    'client_optimizer.warmup_rounds',
+    o.warmup_rounds < c.decay_rounds or o.schedule == 'constant',
+    f'the rate falls in {c.decay_rounds} rounds: give fewer, or more of '
+    'client_optimizer.decay_rounds',
+  )
+  yield (
+    'client_optimizer.weight_decay',
+    not o.weight_decay or o.name == 'adamw',
+    f'client_optimizer.name={o.name!r} has none: take adamw',
   )
 
 

@@ -233,11 +233,15 @@ def on_one_device(c: Config) -> Config:
 
 def _differences(old: Config, new: Config) -> list[tuple]:
   """Returns (field, old value, new value) where a run may not differ."""
+  fixed = {p for p, f in config.FIELDS.items() if not f.declaration.changeable}
+  if (
+    old.client_optimizer.schedule != 'constant' and old.decay_rounds != new.decay_rounds
+  ):
+    fixed.add('federated.num_rounds')
   return [
     (path, fields.lookup(old, path), fields.lookup(new, path))
-    for path, f in config.FIELDS.items()
-    if not f.declaration.changeable
-    and fields.lookup(old, path) != fields.lookup(new, path)
+    for path in config.FIELDS
+    if path in fixed and fields.lookup(old, path) != fields.lookup(new, path)
   ]
 
 

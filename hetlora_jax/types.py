@@ -178,7 +178,8 @@ class Rules:
   objective: Callable  # (trained, about) -> (loss, (sum, count))
   trainable: Callable  # (round, masks) -> target -> Lora of masks
   trains_base: bool  # full fine-tuning: no adapters
-  client_optimizer: Callable  # (hyper) -> GradientTransformation
+  client_optimizer: Callable  # (hyper, round) -> GradientTransformation
+  accumulate: int  # batches of a step
   tamper: Callable  # (received, trained, id, seed) -> Trained; see faults.py
   bound: Callable  # (received, trained) -> Trained
   tail_norms: Callable  # (adapters, rank [G], gamma) -> target -> [L]

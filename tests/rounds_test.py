@@ -266,10 +266,10 @@ def test_a_clipped_gradient_moves_a_client_no_further_than_its_steps():
     rng = np.random.default_rng(2)
     base, cohort = quadratic.make_base(rng), quadratic.make_cohort(rng)
     trained, _, _ = client.local_update(
-      run.rules, base, *_received(run), jax.tree.map(lambda x: x[1], cohort.batches),
+      run.rules, base, *received(run), jax.tree.map(lambda x: x[1], cohort.batches),
       jnp.int32(0), run.hyper, jax.random.key(0),
     )  # fmt: skip
-    start = _received(run)[0]
+    start = received(run)[0]
     gaps = jax.tree.leaves(
       jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), trained, start)
     )
@@ -278,7 +278,7 @@ def test_a_clipped_gradient_moves_a_client_no_further_than_its_steps():
   assert 0 < moved[0.01] <= 1.0001 * steps * 0.02 * 0.01 < moved[None]
 
 
-def _received(run):
+def received(run):
   """Returns what client 1 trains from: adapters, view and rank."""
   view, _ = client.sent_to(run.rules, run.state, run.hyper, jnp.int32(1))
   return Trained(view.adapters, {}), view, run.state.memory.rank[1]

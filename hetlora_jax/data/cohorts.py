@@ -52,6 +52,11 @@ class Draw:
     f = self.federated
     return f.local_steps * (f.clients_per_round if self.pooled else 1)
 
+  @property
+  def num_batches(self) -> int:
+    """Returns how many batches these are."""
+    return self.num_steps * self.federated.accumulate
+
 
 class _Share(NamedTuple):
   """What a client trains on in a round, in order, and how much it counts."""
@@ -100,7 +105,7 @@ def make_cohort(
   return _pack(
     client_C[only],
     [share_at(place) for place in range(draw.pad_to)[only]],
-    steps=draw.num_steps,
+    batches=draw.num_batches,
     batch=draw.federated.local_batch,
     shape=draw.shape,
   )
@@ -135,7 +140,7 @@ def _share(
   rng = prng.host_stream(seed, 'examples', round, client)
   available = int(population.num_examples[client])
   steps = _num_steps(seed, round, client, f)
-  chosen = _order(rng, available, f)[: steps * f.local_batch]
+  chosen = _order(rng, available, f)[: steps * f.step_examples]
   examples = [population.example('train', client, int(i)) for i in chosen]
   return _Share(available if draw.count == 'dataset' else len(examples), examples)
 
@@ -143,7 +148,7 @@ def _share(
 def _order(rng: np.random.Generator, available: int, f: config.Federated) -> np.ndarray:
   """Draws which of its examples a client goes through, each once in a pass."""
   if f.local_epochs is None:
-    wanted = min(f.local_steps * f.local_batch, available)
+    wanted = min(f.local_steps * f.step_examples, available)
     return rng.choice(available, wanted, replace=False)
   passes = [rng.permutation(available) for _ in range(math.ceil(f.local_epochs))]
   return np.concatenate(passes)[: examples_of_epochs(available, f.local_epochs)]
@@ -174,12 +179,12 @@ def _pool(shares: Sequence[_Share], rng: np.random.Generator) -> _Share:
 def _pack(
   client_id: np.ndarray,
   shares: Sequence[_Share],
-  steps: int,
+  batches: int,
   batch: int,
   shape: packing.BatchShape,
 ) -> Cohort:
-  """Packs the examples of each client, `batch` of them a step."""
-  starts = range(0, steps * batch, batch)
+  """Packs the examples of each client, `batch` of them in one of so many batches."""
+  starts = range(0, batches * batch, batch)
 
   def pack(examples: list[Example]) -> Batch:
     return _stack([packing.pack(examples[i : i + batch], shape) for i in starts])
@@ -230,7 +235,7 @@ def evaluation_set(
   return _pack(
     client_E,
     [*[share(int(person)) for person in person_E], *[_NOTHING] * padding],
-    steps=1,
+    batches=1,
     batch=examples_per_person,
     shape=shape,
   )

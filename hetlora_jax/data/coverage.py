@@ -73,7 +73,7 @@ def _hurried(f: Federated, examples_N: np.ndarray) -> int:
   if f.local_epochs is None:
     return 0
   wanted = [cohorts.examples_of_epochs(int(n), f.local_epochs) for n in examples_N]
-  return int((np.array(wanted) > f.local_steps * f.local_batch).sum())
+  return int((np.array(wanted) > f.local_steps * f.step_examples).sum())
 
 
 def _cut(
