@@ -15,6 +15,7 @@ from hetlora_jax import client, lora, optimizers, prng, ranks, robust, server, s
 from hetlora_jax.config import FIELDS, SCALE_RULES, Config, ConfigError
 from hetlora_jax.fields import lookup
 from hetlora_jax.methods import tail
+from hetlora_jax.methods.registry import Rule
 from hetlora_jax.types import (
   Adapters,
   Array,
@@ -53,7 +54,56 @@ def _bound_rule(config: Config, role: str) -> Callable:
       'is no field of config.methods or config.lora: name it after one, or give it a '
       'default.'
     )
-  return functools.partial(function, **{name: known[name] for name in wanted})
+  bound = functools.partial(function, **{name: known[name] for name in wanted})
+  wanted_of = _WANTED.get(role)
+  if not wanted_of:
+    return bound
+
+  @functools.wraps(function)
+  def checked(*args):
+    out = bound(*args)
+    _check_shapes(config.rules[role], *wanted_of(config, out, *args))
+    return out
+
+  return checked
+
+
+def _product_shapes(adapters: Adapters) -> Deltas:
+  """Returns arrays of the shapes of the products: target -> [L, d_in, d_out]."""
+  return jax.eval_shape(lambda: {t: x.a @ x.b for t, x in adapters.items()})
+
+
+# role -> (config, what a rule returned, *its arguments) -> that, and what is like it.
+_WANTED = {
+  'pruning': lambda c, out, before, trained, rank, hyper: (out, rank),
+  'weighting': lambda c, out, num_examples, masks, norms: (out, masks),
+  'aggregation': lambda c, out, updates, weights, server: (
+    out,
+    _product_shapes(server.adapters)
+    if 'product space' in c.traits
+    else server.adapters,
+  ),
+  'redistribution': lambda c, out, aggregate, error, server, hyper: (
+    out.adapters,
+    server.adapters,
+  ),
+}
+
+
+def _check_shapes(rule: Rule, found: PyTree, wanted: PyTree) -> None:
+  """Raises ConfigError, which names the rule, if it returned what does not fit."""
+  told = [
+    {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in leaves}
+    for leaves in map(jax.tree_util.tree_leaves_with_path, (found, wanted))
+  ]
+  for path in sorted(set(told[0]) | set(told[1])):
+    shape, want = (x.get(path, 'nothing') for x in told)
+    if shape != want:
+      raise ConfigError(
+        f'the {rule.role} {rule.name!r} returns {shape} where {want} must be'
+        f'{f" (at {path})" if path else ""}: see what a rule of its role returns, '
+        'docs/howto/own_rule.md.'
+      )
 
 
 def _scale_carriers(config: Config) -> tuple[float, float]:

@@ -127,7 +127,7 @@ def test_preparing_prints_one_line_and_reading_none(tmp_path, capfd):
 
 
 def test_an_unknown_data_set_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r"'redit' is unknown.*'chitchat'"):
+  with pytest.raises(ValueError, match=r"'redit' is unknown.*chitchat"):
     builders.open_dataset('redit', tmp_path)
 
 

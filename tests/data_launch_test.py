@@ -130,10 +130,10 @@ def test_any_counts_can_be_drawn(tmp_path, count):
   ('words', 'message'),
   [
     ([], '--dataset is missing: name one of chitchat, '),
-    (['--dataset=redit'], "dataset='redit' is unknown; one of"),
+    (['--dataset=redit'], "dataset='redit' is unknown: one of"),
     (['--dataset=synthetic', '--out=x'], '--out is for histograms'),
     (['--dataset=synthetic', 'x'], "unexpected argument 'x'"),
-    (['--dataset=synthetic', '--path=x'], "leave --path='x' empty"),
+    (['--dataset=synthetic', '--path=x'], 'set --dataset=text_folder'),
     (
       ['--dataset=synthetic', '--stats', '--partition=x'],
       "partition='x' is unknown",

@@ -4,10 +4,12 @@ Every message names the field, the value and the remedy, in one line, with code 
 """
 
 import codecs
+import dataclasses
 import gzip
 import json
 import os
 
+import numpy as np
 import pytest
 from experiment_test import SMALL, small_config
 
@@ -200,3 +202,44 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
   with pytest.raises(config.ConfigError, match='of a run on other data'):
     training.evaluate(Run('run'))
   assert [row['round'] for row in run.history] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+  ('role', 'known', 'function', 'said'),
+  [
+    (
+      'weighting',
+      'size',
+      lambda num_examples, masks, norms: {t: num_examples for t in masks},
+      r"the weighting 'mine' returns \(4,\) where \(4, 1, 1\) must be \(at \['base'\]\)",
+    ),
+    (
+      'pruning',
+      'none',
+      lambda before, trained, rank, hyper: rank.sum(),
+      r"the pruning 'mine' returns \(\) where \(1,\) must be:",
+    ),
+    (
+      'aggregation',
+      'factors',
+      lambda updates, weights, server: dict(list(server.adapters.items())[1:]),
+      r"the aggregation 'mine' returns nothing where \(2, 7, 9\) must be \(at \['q'\]",
+    ),
+  ],
+)
+def test_a_rule_of_ones_own_of_another_shape_is_named(
+  role, known, function, said, monkeypatch
+):
+  import quadratic
+
+  from hetlora_jax.methods import registry
+
+  monkeypatch.setitem(
+    registry.ROLES[role],
+    'mine',
+    dataclasses.replace(registry.ROLES[role][known], name='mine', function=function),
+  )
+  rng = np.random.default_rng(0)
+  with pytest.raises(config.ConfigError, match=said):
+    made = quadratic.make_run(**{f'methods__{role}': 'mine'})
+    made.step(quadratic.make_base(rng), made.state, quadratic.make_cohort(rng))
