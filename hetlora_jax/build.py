@@ -41,7 +41,8 @@ def _bound_rule(config: Config, role: str) -> Callable:
 
   They may be any of `config.methods` and `config.lora`.
   """
-  function = config.rules[role].function
+  rule, traits = config.rules[role], config.traits
+  function = rule.function
   wanted = {
     name
     for name, p in inspect.signature(function).parameters.items()
@@ -50,7 +51,7 @@ def _bound_rule(config: Config, role: str) -> Callable:
   known = dataclasses.asdict(config.lora) | dataclasses.asdict(config.methods)
   if unknown := wanted - set(known):
     raise ConfigError(
-      f'the {role} {config.rules[role].name!r} has the keyword {unknown.pop()!r}, which '
+      f'the {role} {rule.name!r} has the keyword {unknown.pop()!r}, which '
       'is no field of config.methods or config.lora: name it after one, or give it a '
       'default.'
     )
@@ -62,7 +63,7 @@ def _bound_rule(config: Config, role: str) -> Callable:
   @functools.wraps(function)
   def checked(*args):
     out = bound(*args)
-    _check_shapes(config.rules[role], *wanted_of(config, out, *args))
+    _check_shapes(rule, *wanted_of(traits, out, *args))
     return out
 
   return checked
@@ -73,17 +74,15 @@ def _product_shapes(adapters: Adapters) -> Deltas:
   return jax.eval_shape(lambda: {t: x.a @ x.b for t, x in adapters.items()})
 
 
-# role -> (config, what a rule returned, *its arguments) -> that, and what is like it.
+# role -> (traits, what a rule returned, *its arguments) -> that, and what is like it.
 _WANTED = {
-  'pruning': lambda c, out, before, trained, rank, hyper: (out, rank),
-  'weighting': lambda c, out, num_examples, masks, norms: (out, masks),
-  'aggregation': lambda c, out, updates, weights, server: (
+  'pruning': lambda traits, out, before, trained, rank, hyper: (out, rank),
+  'weighting': lambda traits, out, num_examples, masks, norms: (out, masks),
+  'aggregation': lambda traits, out, updates, weights, server: (
     out,
-    _product_shapes(server.adapters)
-    if 'product space' in c.traits
-    else server.adapters,
+    _product_shapes(server.adapters) if 'product space' in traits else server.adapters,
   ),
-  'redistribution': lambda c, out, aggregate, error, server, hyper: (
+  'redistribution': lambda traits, out, aggregate, error, server, hyper: (
     out.adapters,
     server.adapters,
   ),

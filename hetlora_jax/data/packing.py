@@ -26,12 +26,15 @@ class BatchShape(NamedTuple):
 
 def batch_shape(data: config.Data, num_examples: int) -> BatchShape:
   """Returns the shape of a batch with the configured room for each example."""
-  room = num_examples * data.tokens_per_example
+  tokens, targets = data.tokens_per_example, data.targets_per_example
+  if tokens is None or targets is None or data.row_tokens is None:
+    raise ValueError('a limit of `data` is None: limits.filled gives them all.')
+  room = num_examples * tokens
   row_tokens = min(data.row_tokens, room)
   return BatchShape(
     rows=math.ceil(room / row_tokens),
     row_tokens=row_tokens,
-    num_targets=num_examples * data.targets_per_example,
+    num_targets=num_examples * targets,
   )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def tasks(x: Experiment, rank_N: np.ndarray, shots: int) -> Iterator[Task]:
     ConfigError: there are not so many other people.
   """
   e, between = x.config.eval, x.model.tokenizer.encode('\n')
-  room = x.config.data.row_tokens * (1 + shots)
+  room = cast(int, x.config.data.row_tokens) * (1 + shots)
   for name_of_set, kind in KINDS.items():
     group = x.population.groups[kind]
     for person in map(int, evenly_spaced(len(group.ids), e.num_people)):
