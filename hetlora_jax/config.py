@@ -312,7 +312,8 @@ class Communication:
   """What is sent."""
 
   wire_dtype: str = field('float32', choices=WIRE_DTYPES,
-    help='Type of parameters on the wire: float32, bfloat16, float16 or int8.')
+    help='Type that bytes on the wire are counted in: float32, bfloat16, float16 or '
+         'int8. It counts; the values that are sent are not rounded.')
 
 
 @section

@@ -49,6 +49,7 @@ def plot(rows: Sequence[Row], title: str) -> matplotlib.figure.Figure:
     name = f'eval/{who}/perplexity'
     perplexity.plot(*series(rows, name), marker=marker, label=f'{who} people')
   perplexity.set(title='Held-out perplexity', ylabel='perplexity per token')
+  perplexity.set_yscale('log')  # it falls by orders of magnitude
   perplexity.legend()
   loss.plot(*series(rows, 'train/loss'), color='C2')
   loss.set(title='Training loss of the cohort', ylabel='nats per target token')

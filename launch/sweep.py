@@ -83,7 +83,7 @@ def dry_run(config: config_lib.Config) -> None:
   _, programs = _plan(config, pathlib.Path('.'))
   for number, jobs in enumerate(programs):
     if GROUP.value in (None, number):
-      console.say(f'program {number}: {len(jobs)} points')
+      console.say(f'program {number + 1} of {len(programs)}: {len(jobs)} points')
       flags.dry_run(*[job.config for job in jobs])
 
 
@@ -117,7 +117,7 @@ def _start_programs(
 ) -> None:
   """Runs every program that is not finished in a process of its own."""
   unfinished = {
-    f'program {number} ({len(jobs)} of {count} points)': [
+    f'program {number + 1} ({len(jobs)} of {count} points)': [
       sys.executable,
       *_command(number),
     ]

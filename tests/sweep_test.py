@@ -292,3 +292,31 @@ def test_every_point_of_the_papers_sweeps_resolves(name):
 def test_an_unknown_sweep_is_named(spec):
   with pytest.raises(config.ConfigError, match='--sweep'):
     sweep.load(spec)
+
+
+def test_a_mistaken_line_spoils_no_table_and_another_grid_joins_it(tmp_path):
+  def run(grid, **fields):
+    c = small_config(federated__num_rounds=1, eval__every=None, **fields)
+    jobs = sweep.plan(c, sweep.parse_grid(grid, c), tmp_path, 'train')
+    for program in sweep.programs(jobs):
+      sweep.run_program(program)
+    return tables.write(sweep.results(jobs), tmp_path)
+
+  run('method=["hetlora","fedit"]')
+  before = (tmp_path / 'sweep.json').read_bytes()
+  with pytest.raises(config.ConfigError, match='gamma=0.6, not 0.5') as error:
+    run('method=["hetlora","fedit"]', federated__gamma=0.5)
+  assert str(error.value).count('another configuration') == 1
+  assert (tmp_path / 'sweep.json').read_bytes() == before
+  joined = run('method=["fedit","zero_pad"]')
+  names = [r['name'] for r in json.loads((tmp_path / 'sweep.json').read_text())]
+  assert names == ['method=hetlora', 'method=fedit', 'method=zero_pad']
+  assert all(name in joined for name in names)
+
+
+def test_seconds_are_of_all_calls_of_a_run(swept):
+  _, _, results = swept
+  good = [
+    dict(r, **{'time/rounds_s': 40.0, 'time/this_call_s': 3.0}) for r in results[:1]
+  ]
+  assert tables.table(good).splitlines()[-1].split('|')[-2].strip() == '40'

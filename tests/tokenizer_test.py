@@ -217,3 +217,9 @@ def test_special_ids_may_come_from_config_json(tmp_path):
 def test_lines_of_a_few_letters_make_a_tokenizer():
   tokenizer = Tokenizer.train(['ab', 'abc', 'abcd'], 265)
   assert tokenizer.decode(tokenizer.encode('abcd')) == 'abcd'
+
+
+def test_an_id_beyond_the_vocabulary_is_no_text():
+  tokenizer = Tokenizer.train(CORPUS, 285)
+  ids = tokenizer.encode('the cat')
+  assert tokenizer.decode([*ids, 285, 400]) == 'the cat'

@@ -82,8 +82,10 @@ def is_positive(value: Any) -> bool:
 
 def is_finite(tensor: np.ndarray) -> bool:
   """Tells whether weights are there and none is NaN, infinite or beyond LARGEST."""
-  # No comparison holds of a NaN.
-  return bool(tensor.size and -LARGEST < tensor.min() and tensor.max() < LARGEST)
+  # No comparison holds of a NaN; float16 has no LARGEST to compare with.
+  return bool(
+    tensor.size and -LARGEST < float(tensor.min()) and float(tensor.max()) < LARGEST
+  )
 
 
 def check_tokenizer(
@@ -176,5 +178,9 @@ def _find(checkpoint: Checkpoint, leaf: str, layer: int) -> str:
   """Returns the name of a leaf's tensor."""
   name = checkpoint.names[leaf].format(layer)
   if name not in checkpoint.tensors:
+    if leaf == 'head':
+      why = f'it lacks {name}, and its configuration ties no embedding to the output'
+      remedy = f'say tie_word_embeddings if the model does, or {AGAIN}'
+      raise files.damaged(checkpoint.path, why, remedy)
     raise files.damaged(checkpoint.path, f'it lacks the tensor {name}', AGAIN)
   return name

@@ -53,8 +53,8 @@ class Tokenizer:
     return self.model.encode(text)
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of ids; special tokens are dropped."""
-    return self.model.decode([int(i) for i in ids])
+    """Returns the text of ids; special tokens, and ids without one, are dropped."""
+    return self.model.decode([int(i) for i in ids if i < self.vocab_size])
 
   def serialize(self) -> tuple[str, bytes]:
     """Returns the library's name and what `deserialize` needs."""

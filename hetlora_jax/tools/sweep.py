@@ -118,6 +118,9 @@ def plan(
     points: the fields that each changes.
     workdir: gets a folder a point.
     program: the command line of one run, without fields and workdir.
+
+  Raises:
+    ConfigError: a point's folder has a run of another configuration.
   """
   jobs = []
   for fields in points:
@@ -128,9 +131,10 @@ def plan(
     # What cannot run is told at the end; the other points go on.
     try:
       job = job._replace(config=config.replace(**fields))
-      Run(job.workdir).check(job.config)
     except (ValueError, OSError) as error:
-      job = job._replace(config=None, error=f'{name}: {error}')
+      job = job._replace(error=f'{name}: {error}')
+    else:
+      Run(job.workdir).check(job.config)  # a mistaken line must not spoil a table
     jobs.append(job)
   return jobs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
@@ -16,14 +17,33 @@ from hetlora_jax.tools.sweep import name_of
 def write(found: list[dict], workdir: pathlib.Path) -> str:
   """Writes sweep.json and sweep.png, and returns the table.
 
+  Points that an earlier grid had in the folder stay in all three.
+
   Args:
     found: of `sweep.results`.
     workdir: the folder of the sweep.
   """
   workdir.mkdir(parents=True, exist_ok=True)
+  found = [*_others(found, workdir), *found]
   files.write_json(workdir / 'sweep.json', found)
   _plot(found, workdir)
   return table(found)
+
+
+def _others(found: Sequence[dict], workdir: pathlib.Path) -> list[dict]:
+  """Returns the records of sweep.json of other points, whose runs are still there."""
+  path = workdir / 'sweep.json'
+  if not path.exists():
+    return []
+  names, remedy = {result['name'] for result in found}, 'delete it, it is made anew'
+  with files.parsing(path, remedy):
+    earlier = json.loads(files.read_bytes(path, remedy))
+    return [
+      result
+      for result in earlier
+      if result['name'] not in names
+      and (workdir / result['name'] / 'summary.json').exists()
+    ]
 
 
 def size(count: float | None, unit: str = '') -> str:
@@ -77,7 +97,7 @@ def _cells(name: str, seeds: list[dict]) -> Iterator[str]:
     yield size(mean(field))
   error = mean('aggregation/error')
   yield 'not measured' if error is None else f'{error:.3f}'
-  yield f'{mean("time/this_call_s"):.0f}'
+  yield f'{mean("time/rounds_s"):.0f}'
 
 
 def table(found: Sequence[dict]) -> str:
@@ -93,7 +113,7 @@ def table(found: Sequence[dict]) -> str:
     'bytes down',
     'trained',
     'aggregation error',
-    'seconds',
+    'seconds in rounds',
   )
   rows = [heads, ('---', *('---:',) * (len(heads) - 1))]
   rows += [tuple(_cells(*group)) for group in over_seeds(found).items()]
