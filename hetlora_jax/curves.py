@@ -34,6 +34,20 @@ def _draw_energy(figure, axis, rows: Sequence[Row]) -> None:
   figure.colorbar(image, ax=axis, label='share (dB)')
 
 
+def _scale_perplexity(axis) -> None:
+  """Makes the axis logarithmic, since perplexity may fall by orders of magnitude."""
+  import matplotlib.ticker as ticker
+
+  axis.set_yscale('log')
+  low, high = axis.get_ylim()
+  wide = high > 5 * low
+  axis.yaxis.set_major_locator(
+    ticker.LogLocator(subs=(1, 2, 5)) if wide else ticker.MaxNLocator(6)
+  )
+  axis.yaxis.set_major_formatter('{x:g}')
+  axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
 def plot(rows: Sequence[Row], title: str) -> matplotlib.figure.Figure:
   """Draws perplexities, loss, ranks and energy of each slot against rounds."""
   # Half a second, which a program that draws nothing need not wait for.
@@ -49,7 +63,7 @@ def plot(rows: Sequence[Row], title: str) -> matplotlib.figure.Figure:
     name = f'eval/{who}/perplexity'
     perplexity.plot(*series(rows, name), marker=marker, label=f'{who} people')
   perplexity.set(title='Held-out perplexity', ylabel='perplexity per token')
-  perplexity.set_yscale('log')  # it falls by orders of magnitude
+  _scale_perplexity(perplexity)
   perplexity.legend()
   loss.plot(*series(rows, 'train/loss'), color='C2')
   loss.set(title='Training loss of the cohort', ylabel='nats per target token')
