@@ -204,6 +204,33 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
   assert [row['round'] for row in run.history] == [0, 1, 2]
 
 
+def test_perplexity_is_drawn_on_a_log_axis_with_plain_numbers():
+  from hetlora_jax import curves
+
+  def ticks(first, last):
+    rows = [
+      {'round': i, **{f'eval/{who}/perplexity': x for who in ('seen', 'unseen')}}
+      for i, x in enumerate((first, last))
+    ]
+    figure = curves.plot(rows, '')
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    assert axis.get_yscale() == 'log'
+    low, high = axis.get_ylim()
+    labels = [label.get_text() for label in axis.get_yticklabels(which='both')]
+    return [float(text) for text in labels if text and low <= float(text) <= high]
+
+  assert ticks(700, 2) == [2, 5, 10, 20, 50, 100, 200, 500]
+  assert len(ticks(35.7, 31.9)) >= 3
+
+
+def test_weights_in_float16_are_compared_without_a_warning():
+  from hetlora_jax.formats import layout
+
+  assert layout.is_finite(np.full(3, 6e4, np.float16))
+  assert not layout.is_finite(np.array([1, np.inf], np.float16))
+
+
 @pytest.mark.parametrize(
   ('role', 'known', 'function', 'said'),
   [

@@ -157,6 +157,22 @@ def test_the_summary_has_the_numbers_of_summary_json(swept, page):
   assert '±' in hetlora[1] and '±' not in fedit[1]
 
 
+def test_what_is_left_out_of_the_data_is_told(swept, page, copied):
+  rows = _cells(_section(page, 'summary').all('table')[1])
+  (one,) = _summaries(swept, 'seed=0')
+  assert one['data/clients'] == one['training_people'] + one['unseen_people'] == 64
+  for row in rows:
+    assert row[1:] == ['64', '47', '17', '0', '0', *(
+      f'{one[f"data/{name}_cut"]:.2%}' for name in ('contexts', 'targets')
+    )]  # fmt: skip
+  # Runs of earlier releases do not say.
+  for path in copied.rglob('summary.json'):
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k[:5] != 'data/'}
+    path.write_text(json.dumps(old))
+  page = _page([copied], copied)
+  assert len(_section(page, 'summary').all('table')) == 1
+
+
 def test_the_curves_have_the_numbers_of_metrics_jsonl(swept, page):
   curves = _section(page, 'curves')
   rows = files.read_rows(swept / 'fedit' / 'metrics.jsonl')

@@ -52,6 +52,30 @@ def mean(entries: Sequence[Entry], name: str) -> float | None:
   return None if None in values else statistics.mean(values)
 
 
+def data(groups: Sequence[Group]) -> list[tuple[object, ...]]:
+  """Returns what each group's runs took of their data, as rows of a table.
+
+  Runs of earlier releases do not say, nor do those of a population of one's own say how
+  many clients there were.
+  """
+  rows = []
+  for group in groups:
+    told = [e.summary for e in group.entries if 'data/targets_cut' in e.summary]
+    for one in told[:1]:
+      counts = [
+        one.get(f'data/{name}', 'not known')
+        for name in (
+          'clients',
+          'clients_of_too_few_examples',
+          'clients_beyond_num_people',
+        )
+      ]
+      cut = [f'{one[f"data/{name}_cut"]:.2%}' for name in ('contexts', 'targets')]
+      people = one['training_people'], one['unseen_people']
+      rows.append((group.name, counts[0], *people, *counts[1:], *cut))
+  return rows
+
+
 def _curve(group: Group, name: str, against: str) -> Line:
   """Returns the mean over a group's runs and one standard deviation around it."""
   x, mean, deviation = runs.mean(group, name)
