@@ -615,7 +615,7 @@ def make_run(name: str):
     files.write_json(folder / 'a/config.json', config.to_dict(_config()))
     summary = {
       'last': row, 'comm/up_bytes': 1, 'comm/down_bytes': 1,
-      'train/parameters': 1, 'aggregation/error': 0.0, 'time/this_call_s': 1.0,
+      'train/parameters': 1, 'aggregation/error': 0.0, 'time/rounds_s': 1.0,
     }  # fmt: skip
     files.write_json(folder / 'a/summary.json', summary)
     traffic = {'comm/total_up_bytes': 1, 'comm/total_down_bytes': 1}
