@@ -215,6 +215,15 @@ MUTATIONS = tuple(Mutation(*row) for row in [
    'rank_CM.sum(0)', _STACKS),
   ('methods/traffic', "np.minimum(rank_M * _sizes(dims, 'ab'), whole)", 'whole',
    _BYTES),
+  # How clients step.
+  ('client', 'lambda x: count * x, grads', 'lambda x: 1.0 * x, grads',
+   'knobs_test.py::test_batches_that_are_added_up_are_one[hetlora]'),
+  ('optimizers', '[rise, fall], [warmup]', '[rise, fall], [0]',
+   'knobs_test.py::test_rates_rise_and_fall_over_rounds'),
+  ('optimizers', 'b=ratio * x.b', 'a=ratio * x.a',
+   'knobs_test.py::test_steps_follow_the_schedules'),
+  ('data/cohorts', '[: examples_of_epochs(available, f.local_epochs)]', '',
+   'cohorts_test.py::test_epochs_pass_over_all_examples_in_other_orders'),
 ])  # fmt: skip
 
 
