@@ -83,7 +83,7 @@ _WANTED = {
     _product_shapes(server.adapters) if 'product space' in traits else server.adapters,
   ),
   'redistribution': lambda traits, out, aggregate, error, server, hyper: (
-    out.adapters,
+    getattr(out, 'adapters', out),
     server.adapters,
   ),
 }
@@ -152,19 +152,20 @@ def _client_optimizer(config: Config) -> Callable:
   """Returns (hyper, round) -> the optimizer of that round's local steps."""
   o, full = config.client_optimizer, 'trains base' in config.traits
   by_round = optimizers.over_rounds(o.schedule, config.decay_rounds, o.warmup_rounds)
-  by_step = optimizers.SCHEDULES[o.local_schedule](config.federated.local_steps)
+  steps = config.federated.num_steps('pools data' in config.traits)
+  by_step = optimizers.SCHEDULES[o.local_schedule](steps)
 
   def client_optimizer(hyper: Hyperparameters, round: Array):
     rate = hyper.full_learning_rate if full else hyper.client_learning_rate
     if o.schedule != 'constant' or o.warmup_rounds:
       rate = rate * by_round(round)
     of_step = rate if o.local_schedule == 'constant' else lambda i: rate * by_step(i)
-    steps = [optimizers.CLIENT[o.name](of_step, o.weight_decay)]
+    chain = [optimizers.CLIENT[o.name](of_step, o.weight_decay)]
     if o.clip_norm is not None:
-      steps.insert(0, optax.clip_by_global_norm(o.clip_norm))
+      chain.insert(0, optax.clip_by_global_norm(o.clip_norm))
     if o.b_rate_ratio != 1:
-      steps.append(optimizers.faster_b(o.b_rate_ratio))
-    return optax.chain(*steps) if len(steps) > 1 else steps[0]
+      chain.append(optimizers.faster_b(o.b_rate_ratio))
+    return optax.chain(*chain) if len(chain) > 1 else chain[0]
 
   return client_optimizer
 

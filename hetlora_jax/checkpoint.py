@@ -191,18 +191,14 @@ class Checkpoints:
   def _check(self, about, path: pathlib.Path, like: ServerState) -> None:
     """Raises if a checkpoint is whole, but not for this run."""
     for name, value in self._base.items():
-      found = about['base'].get(name)
-      if name == 'data' and found not in (value, None):  # earlier releases had none
+      found = about['base'].get(name, value)  # earlier releases do not say all
+      if found != value:
+        what, remedy = 'another base model', 'that model (config.model)'
+        if name == 'data':
+          what, remedy = 'other data', 'the files at config.data.path as they were'
         raise ConfigError(
-          f'{path} is of a run on other data: the files at config.data.path were '
-          f'{found!r} then (a digest of their content) and are {value!r} now. Give '
-          'them as they were, or use another --workdir.'
-        )
-      if name != 'data' and found != value:
-        raise ConfigError(
-          f'{path} belongs to another base model: its {name} is '
-          f"{found!r}, this one's {value!r}. Give that "
-          'model (config.model), or use another --workdir.'
+          f"{path} belongs to {what}: its {name} is {found!r}, this one's {value!r}. "
+          f'Give {remedy}, or use another --workdir.'
         )
     old, new = about['shapes'], _shapes(like)
     for name in sorted(set(old) | set(new)):

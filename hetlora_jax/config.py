@@ -75,11 +75,14 @@ class Federated:
     help='Rounds in one call of the compiled program; evaluations, checkpoints and '
          'Ctrl-C wait for its end.')
 
-
   @property
   def step_examples(self) -> int:
     """Examples of an optimizer step."""
     return self.local_batch * self.accumulate
+
+  def num_steps(self, pooled: bool) -> int:
+    """Steps of a client at most; of one on the pooled data, those of all together."""
+    return self.local_steps * (self.clients_per_round if pooled else 1)
 
 
 @section
@@ -211,7 +214,8 @@ class RandomModel:
   seed: int = field(0, 'Seed of its parameters.', at_least=0)
   width: int = field(64, 'Width of the residual stream.', at_least=1, at_most=65_536)
   num_layers: int = field(2, 'Number of layers.', at_least=1, at_most=1_024)
-  num_heads: int = field(4, 'Query heads; half as many key-value heads.', at_least=1, at_most=1_024)
+  num_heads: int = field(4, at_least=1, at_most=1_024,
+    help='Query heads; half as many key-value heads.')
   head_dim: int = field(16, 'Width of a head.', at_least=1, at_most=4_096)
   mlp_width: int = field(128, 'Hidden width of the MLP.', at_least=1, at_most=1_048_576)
   vocab_size: int = field(384, at_least=1, at_most=1_048_576,
@@ -538,7 +542,6 @@ def _of_rounds(c: Config) -> Iterator[_Condition]:
     (f.min_local_steps or 0) <= f.local_steps,
     f'it exceeds federated.local_steps={f.local_steps}',
   )
-
   o = c.client_optimizer
   yield (
     'client_optimizer.warmup_rounds',
@@ -550,6 +553,11 @@ def _of_rounds(c: Config) -> Iterator[_Condition]:
     'client_optimizer.weight_decay',
     not o.weight_decay or o.name == 'adamw',
     f'client_optimizer.name={o.name!r} has none: take adamw',
+  )
+  yield (
+    'client_optimizer.b_rate_ratio',
+    o.b_rate_ratio == 1 or 'trains base' not in c.traits,
+    'full fine-tuning has no B: leave it out',
   )
 
 

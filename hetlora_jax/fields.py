@@ -146,6 +146,7 @@ def build(cls, values: Mapping, prefix: str = ''):
   })  # fmt: skip
 
 
+_ALIKE = 0.65  # from which on one word is likely to mean another
 # Fields that are gone -> what to do instead.
 GONE = {'methods.tail_rounding': 'gamma r is always rounded down; leave it out'}
 
@@ -154,25 +155,19 @@ def remedy(path: str, known: Collection[str]) -> str:
   """Ends the sentence that a field does not exist, with what to do."""
   if path in GONE:
     return f': {GONE[path]}.'
-  near = nearest(path, known)
-  last = path.rpartition('.')[2], near.rpartition('.')[2]
-  alike_enough = max(alike(path, near), alike(*last)) > 0.65
-  return f'; did you mean config.{near}?' if alike_enough else '.'
+  near = meant(path, known)
+  return f'; did you mean config.{near}?' if near else '.'
 
 
-def nearest(path: str, known: Collection[str]) -> str:
-  """Returns the field that somebody meant, by its whole path or its last name."""
+def meant(path: str, known: Collection[str]) -> str | None:
+  """Returns what somebody is likely to have meant, by the whole path or its last name."""
 
   def likeness(other: str) -> float:
-    last = path.rpartition('.')[2], other.rpartition('.')[2]
-    return max(alike(path, other), alike(*last))
+    pairs = (path, other), (path.rpartition('.')[2], other.rpartition('.')[2])
+    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-  return max(known, key=likeness)
-
-
-def alike(a: str, b: str) -> float:
-  """Returns how alike two words are, from 0 to 1."""
-  return difflib.SequenceMatcher(None, a, b).ratio()
+  near = max(known, key=likeness)
+  return near if likeness(near) > _ALIKE else None
 
 
 def _typed(f: Field, value: Any, path: str) -> Any:

@@ -72,12 +72,26 @@ class Run:
     return config.fields_of_folder(files.read_json(path, 'use another --workdir'))
 
   @functools.cached_property
+  def unchecked(self) -> Config:
+    """Its configuration, which may name rules that nobody has registered yet.
+
+    Raises ConfigError or OSError.
+    """
+    with self._naming_config():
+      return config.built(fields.nested(self.fields))
+
+  @functools.cached_property
   def config(self) -> Config:
     """The configuration that it was trained with; raises ConfigError or OSError."""
-    path = self.folder / 'config.json'
+    with self._naming_config():
+      return config.resolve(self.unchecked)
+
+  @contextlib.contextmanager
+  def _naming_config(self) -> Iterator[None]:
     try:
-      return config.resolve(fields.nested(self.fields))
+      yield
     except ConfigError as error:
+      path = self.folder / 'config.json'
       raise ConfigError(
         f'{path} is of another release, or damaged: {error} Use another --workdir.'
       ) from error
@@ -296,7 +310,8 @@ def _in_the_first(folder: pathlib.Path, make: bool) -> Iterator:
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       try:
-        _check_writable(folder)
+        if not make:
+          _check_writable(folder)  # at once, before anything is loaded
         file = stack.enter_context(_lock(folder, make))
       except (ConfigError, OSError) as e:
         error = e

@@ -12,6 +12,7 @@ from typing import NoReturn
 from absl import flags
 
 from hetlora_jax import config, fields, files
+from hetlora_jax.run import Run
 
 VERBOSE = flags.DEFINE_bool(
   'verbose', False, "Show libraries' messages and the tracebacks of errors."
@@ -20,7 +21,6 @@ BAD_INPUT = 2
 # What absl and ml_collections raise about a flag.
 _OF_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 _OF_RUN = pathlib.Path(__file__).with_name('of_run.py')
-_ALIKE = 0.8  # from which on a flag is likely to mean a field
 MOST_CHARACTERS = 20_000  # of a message; it may name every field
 
 
@@ -78,6 +78,7 @@ def _with_config_of_run(argv: Sequence[str]) -> list[str]:
     if name == '--workdir':
       folder = pathlib.Path(value or [*words, ''][i + 1]).expanduser()
       if (folder / 'config.json').is_file():
+        _ = Run(folder).unchecked  # ml_collections would tell a traceback
         return [words[0], f'--config={_OF_RUN}:{folder}', *words[1:]]  # flags follow
   return words
 
@@ -94,9 +95,9 @@ def _told(argv: Sequence[str], error: Exception) -> str:
     name = error.flagname
     if name.startswith('config.'):
       return '--config is missing, whose field that is, or the --workdir of a run'
-    near = fields.nearest(name, config.FIELDS)
-    if fields.alike(name, near.rpartition('.')[2]) > _ALIKE:
-      return f'--{name} does not exist; did you mean --config.{near}?'
+    meant = fields.meant(name, config.FIELDS) if 'config' in flags.FLAGS else None
+    if meant and 'Did you mean' not in text:
+      return f'--{name} does not exist; did you mean --config.{meant}?'
   # ml_collections puts the repr of one error into another.
   text = text.replace('\\n', ' ').replace('\\', '')
   quoted = len(text) > 1 and text[0] == text[-1] and text[0] in '"\''

@@ -74,7 +74,9 @@ def traced_once():
     if model or population:
       return x
     fields = points.program_of(x.config)
-    key = len(x.configs), *[f for f in fields if not f[0].startswith(UNREAD)]
+    read = [f for f in fields if not f[0].startswith(UNREAD)]
+    falls = x.config.client_optimizer.schedule != 'constant'  # a program knows when to
+    key = len(x.configs), falls and x.config.decay_rounds, *read
     shared = programs.setdefault(
       key,
       {name: getattr(x, name) for name in ('run_rounds', 'evaluators', 'take')},

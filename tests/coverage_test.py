@@ -123,6 +123,12 @@ def test_what_is_cut_is_what_batches_lack():
   assert found.contexts - found.contexts_cut == inputs - kept
 
 
+def test_a_client_of_a_population_of_ones_own_may_have_nothing():
+  empty = population([(5, 2), (3, 1)])
+  empty.groups['train'].count[1] = 0
+  assert measure(empty).targets == 2 * 2
+
+
 def test_what_a_summary_lost_before_packing_counts_too():
   whole, cut = (measure(population([(5, 2)], cut)) for cut in (0, 7))
   assert whole.contexts_cut == 0

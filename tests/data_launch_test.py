@@ -87,7 +87,7 @@ def test_it_says_what_a_run_would_train_on(mine):
   assert _collect(mine).of_a_run == [
     'A run with min_examples=2, tokens_per_example=32, targets_per_example=8, '
     'row_tokens=256:',
-    'Of 5 clients in the data: 5 trained on, 0 never.',
+    'Of 5 clients in the data: 5 trained on, 0 never trained on.',
     'Cut off: 0.00% of the tokens of contexts and 0.00% of those of targets.',
   ]
   assert (

@@ -76,6 +76,14 @@ def test_what_fits_is_said():
   assert 'v5e: DOES NOT FIT, 106 % of 16 GB' in dryrun.render(large, 'v5e')
 
 
+def test_room_that_only_the_data_know_is_said_to_be_assumed():
+  told = dryrun.compile_for([many_rounds('hetlora')], 'a100').room
+  assert told == '32 tokens, 12 of them targets'
+  own = many_rounds('hetlora', data__name='text_folder', data__path='mine.jsonl')
+  told = dryrun.compile_for([own], 'a100').room
+  assert told.startswith('96 tokens, 32 of them targets, ASSUMED: your data decide')
+
+
 def test_a_compiler_that_gives_up_is_quoted():
   class Lowered:
     def compile(self):

@@ -77,7 +77,7 @@ def test_a_variable_that_cannot_be_is_named(env, said, tmp_path):
 
 
 @pytest.mark.parametrize('grid', ['seed=[0,0,1]', 'federated.gamma=[1e-1,0.1]'])
-def test_a_value_is_in_a_grid_once(grid, tmp_path):
+def test_a_point_is_in_a_grid_once(grid, tmp_path):
   words = ('launch.sweep', '--config=configs/tiny.py', f'--grid={grid}')
   assert 'is there twice' in refused(*words, f'--workdir={tmp_path}/x', '--print')
 
@@ -107,6 +107,29 @@ def test_a_tilde_is_the_home_folder(tmp_path):
   # Its page has a place.
   assert programs.run('launch.report', tmp_path / 'run').returncode == 0
   assert (tmp_path / 'run' / 'report.html').exists()
+
+
+def test_a_run_with_rules_of_ones_own_is_opened_by_its_folder(tmp_path):
+  module = tmp_path / 'my_own_rules.py'
+  module.write_text(
+    'import hetlora_jax as hl\n'
+    "hl.rule('weighting', name='first')(lambda n, masks, norms: masks)\n"
+    "hl.METHODS['mine'] = hl.Method('me, 2026', weighting='first')\n"
+  )
+  given = [f'--config.{k}={v}' for k, v in SMALL.items() if k != 'eval.every']
+  own = ('--import=my_own_rules', f'--workdir={tmp_path}/run')
+  done = programs.run(
+    *TINY, *own, *given, '--config.method=mine', '--config.eval.every=None',
+    PYTHONPATH=str(tmp_path),
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  done = programs.run('launch.evaluate', *own, PYTHONPATH=str(tmp_path))
+  assert done.returncode == 0 and '"round": 4' in done.stdout, done.stderr
+  # What cannot be opened is one line, not ml_collections' traceback.
+  (tmp_path / 'run' / 'config.json').write_text('{"federated": 3}')
+  said = refused('launch.evaluate', f'--workdir={tmp_path}/run')
+  assert 'config.json is of another release, or damaged' in said
+  assert 'Traceback' not in said
 
 
 def test_fields_without_a_configuration_say_that_it_is_missing(tmp_path):
@@ -197,9 +220,9 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
   (tmp_path / 'mine.jsonl').rename(tmp_path / 'moved' / 'mine.jsonl')
   training.train(own('moved/mine.jsonl', 2), 'run')
   write(tmp_path / 'moved/mine.jsonl', 'two')
-  with pytest.raises(config.ConfigError, match='of a run on other data.*data.path'):
+  with pytest.raises(config.ConfigError, match='belongs to other data.*data.path'):
     training.train(own('moved/mine.jsonl', 3), 'run')
-  with pytest.raises(config.ConfigError, match='of a run on other data'):
+  with pytest.raises(config.ConfigError, match='belongs to other data'):
     training.evaluate(Run('run'))
   assert [row['round'] for row in run.history] == [0, 1, 2]
 
@@ -245,6 +268,12 @@ def test_weights_in_float16_are_compared_without_a_warning():
       'none',
       lambda before, trained, rank, hyper: rank.sum(),
       r"the pruning 'mine' returns \(\) where \(1,\) must be:",
+    ),
+    (
+      'redistribution',
+      'keep',
+      lambda aggregate, error, server, hyper: {'q': aggregate['q']},
+      r"the redistribution 'mine' returns nothing where .* must be \(at \['v'\]",
     ),
     (
       'aggregation',

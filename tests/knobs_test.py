@@ -69,6 +69,22 @@ def test_steps_follow_the_schedules(name):
   np.testing.assert_allclose(longer, plain * 3 / 4, 1e-5)
 
 
+def test_a_local_schedule_lasts_as_long_as_pooled_steps():
+  pooled = dict(method='centralized', federated__clients_per_round=2)
+  c = quadratic.make_config(
+    federated__local_steps=2, client_optimizer__local_schedule='linear', **pooled
+  )
+  optimizer = build.make_rules(c, quadratic.loss).client_optimizer(
+    build.make_hyperparameters(c), jnp.int32(0)
+  )
+  one = np.ones(1, np.float32)
+  state, moved = optimizer.init(one), []
+  for _ in range(4):  # two steps for each of two clients
+    updates, state = optimizer.update(one, state, one)
+    moved.append(float(updates[0]))
+  np.testing.assert_allclose(moved, [-RATE * x / 4 for x in (4, 3, 2, 1)], 1e-5)
+
+
 def test_a_round_of_a_schedule_is_one_at_that_rate():
   """The whole round, whose rate is data, against the same at another rate."""
   rng = np.random.default_rng(1)
@@ -143,12 +159,15 @@ def test_a_client_of_fewer_batches_loses_none_of_them():
     ({'schedule': 'linear', 'warmup_rounds': 8}, 'the rate falls in 8 rounds'),
     ({'weight_decay': 0.1}, 'take adamw'),
     ({'schedule': 'step'}, "'cosine'"),
+    ({'b_rate_ratio': 16.0}, 'full fine-tuning has no B'),
   ],
 )
 def test_knobs_that_do_not_fit_are_named(fields, said):
+  full = {'method': 'full_finetuning'} if 'b_rate_ratio' in fields else {}
   with pytest.raises(config.ConfigError, match=said):
     quadratic.make_config(
       federated__num_rounds=8,
+      **full,
       **{f'client_optimizer__{k}': v for k, v in fields.items()},
     )
 

@@ -360,6 +360,14 @@ def test_a_stored_head_that_differs_is_the_head(tmp_path, differs):
     np.testing.assert_array_equal(loaded.params['head'], head)
 
 
+def test_a_head_without_an_embedding_is_named(tmp_path):
+  weights = tensors(LLAMA)
+  embed = weights.pop('model.embed_tokens.weight')
+  folder = write_folder(tmp_path, LLAMA, weights | {'lm_head.weight': embed})
+  with pytest.raises(files.Damaged, match='lacks the tensor model.embed_tokens'):
+    formats.load(folder, dtype=np.float32, cached=False)
+
+
 def test_layers_beyond_the_last_are_refused(tmp_path):
   weights = tensors(LLAMA)
   few = LLAMA | {'num_hidden_layers': LAYERS - 1}

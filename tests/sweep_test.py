@@ -22,6 +22,7 @@ from hetlora_jax import (
   points,
   training,
 )
+from hetlora_jax.run import Run
 from hetlora_jax.tools import sweep, tables
 from tests import programs
 
@@ -309,9 +310,15 @@ def test_a_mistaken_line_spoils_no_table_and_another_grid_joins_it(tmp_path):
   assert str(error.value).count('another configuration') == 1
   assert (tmp_path / 'sweep.json').read_bytes() == before
   joined = run('method=["fedit","zero_pad"]')
-  names = [r['name'] for r in json.loads((tmp_path / 'sweep.json').read_text())]
+  found = json.loads((tmp_path / 'sweep.json').read_text())
+  names = [r['name'] for r in found]
   assert names == ['method=hetlora', 'method=fedit', 'method=zero_pad']
   assert all(name in joined for name in names)
+  first = Run(tmp_path / 'method=hetlora').summary
+  assert found[0]['last'] == first['last'] and 'error' not in found[0]
+  # What is no longer there is not told.
+  shutil.rmtree(tmp_path / 'method=hetlora')
+  assert 'method=hetlora' not in run('method=["fedit"]')
 
 
 def test_seconds_are_of_all_calls_of_a_run(swept):

@@ -166,7 +166,7 @@ def test_unknown_gguf_tokenizers_are_refused(metadata, message):
 def test_damaged_or_impossible_models_are_refused(tmp_path):
   with pytest.raises(ValueError, match='is damaged'):
     Tokenizer.from_model_proto(b'no model')
-  with pytest.raises(ValueError, match='3 lines make no tokenizer of so many words'):
+  with pytest.raises(ValueError, match='no tokenizer of 100,000 words .* 3 lines'):
     Tokenizer.train(CORPUS, 100_000)
   with pytest.raises(FileNotFoundError, match='no tokenizer.json'):
     Tokenizer.from_folder(tmp_path)

@@ -49,8 +49,7 @@ class Draw:
   @property
   def num_steps(self) -> int:
     """Returns how many steps a client takes at most."""
-    f = self.federated
-    return f.local_steps * (f.clients_per_round if self.pooled else 1)
+    return self.federated.num_steps(self.pooled)
 
   @property
   def num_batches(self) -> int:
@@ -79,7 +78,8 @@ def make_cohort(
   """Samples a round's clients and packs their batches; leaves are in numpy.
 
   A client sees each example at most once a round, or once in each of `local_epochs`;
-  one who has too few for all steps has padding in the last. `only` builds just that slice of the clients.
+  one who has too few for all steps has padding in the last. `only` builds just that
+  slice of the clients.
   """
   padding = len(population.client_ids)
   by_size = draw.federated.sampling == 'by_size'

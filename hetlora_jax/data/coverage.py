@@ -82,6 +82,8 @@ def _cut(
   """Counts the tokens of a client's batch, of examples spread evenly over its own."""
   rows = evenly_spaced(int(population.num_examples[client]), batch)
   examples = [population.example('train', client, int(row)) for row in rows]
+  if not examples:  # of a population of one's own
+    return Cut(0, 0, 0, 0)
   length_E, target_E = packing.kept(examples, shape)
   targets = sum(x.num_target for x in examples)
   contexts = sum(len(x.tokens) - x.num_target + x.cut for x in examples)
@@ -105,7 +107,7 @@ def told(found: Coverage) -> str:
     trained = f'{found.trained // found.copies:,} trained on'
     if found.copies > 1:
       trained += f', as {found.copies:,} each'
-    parts = [trained, f'{found.unseen:,} never', *why]
+    parts = [trained, f'{found.unseen:,} never trained on', *why]
     lines.append(f'Of {out.clients:,} clients in the data: {", ".join(parts)}.')
   lines.append(
     f'Cut off: {cut.share_of_contexts:.2%} of the tokens of contexts and '
@@ -144,19 +146,11 @@ def warnings(found: Coverage) -> Iterator[str]:
 
 def summary(found: Coverage) -> dict[str, Any]:
   """Returns the part of summary.json that it tells."""
-  out = found.left_out
-  return {
-    **({} if out is None else {f'data/{k}': v for k, v in _named(out).items()}),
-    'data/contexts_cut': found.cut.share_of_contexts,
-    'data/targets_cut': found.cut.share_of_targets,
-    **{f'data/{name}': value for name, value in found.limits._asdict().items()},
-  }
-
-
-def _named(out: LeftOut) -> dict[str, int]:
-  return {
-    'clients': out.clients,
-    'examples': out.examples,
-    'clients_of_too_few_examples': out.too_few,
-    'clients_beyond_num_people': out.not_kept,
-  }
+  told: dict[str, Any] = {}
+  if out := found.left_out:
+    told |= {'clients': out.clients, 'examples': out.examples}
+    told |= {'clients_of_too_few_examples': out.too_few}
+    told |= {'clients_beyond_num_people': out.not_kept}
+  told |= {'contexts_cut': found.cut.share_of_contexts}
+  told |= {'targets_cut': found.cut.share_of_targets}
+  return {f'data/{k}': v for k, v in (told | found.limits._asdict()).items()}

@@ -46,6 +46,12 @@ def filled(
   return dataclasses.replace(data, **limits._asdict())
 
 
+def are_known(data: Data) -> bool:
+  """Tells whether all limits are known without reading the data."""
+  given = all(getattr(data, name) is not None for name in Limits._fields)
+  return given or builders.builder_of(data.name).limits is not None
+
+
 def _needed(
   data: Data, dataset: builders.Dataset, tokenizer: people.Tokenizer
 ) -> Limits:

@@ -113,17 +113,17 @@ def load(
 ) -> Population:
   """Splits the clients of the configured data set, which is prepared if needed.
 
-  Args:
-    data: what is taken of it; limits.filled.
-    tokenizer: of the model.
-    dataset: the data set, if it is open already.
-
   Clients with fewer than `min_examples` are left out. The latest
   `heldout_fraction` of the others' examples, one at least, is held out. Of those
   trained on, `num_people` are kept, by a hash of their id, or all if it is not
   given. Each of them stands for `copies` clients, who share their examples but
   have ranks and draws of their own. Clients that are made by a partition have
   examples in no order, so what is held out of them is drawn, not the latest.
+
+  Args:
+    data: what is taken of it, with all limits (limits.filled).
+    tokenizer: of the model.
+    dataset: the data set, if it is open already.
 
   Raises ValueError, which names the field, if nobody is left to train on.
   """

@@ -148,7 +148,7 @@ def open_checkpoint(folder: pathlib.Path) -> layout.Checkpoint:
   def read(name: str) -> np.ndarray:
     return read_tensor(tensors[name], name)
 
-  if config.tied_embeddings and names['head'] in tensors:
+  if config.tied_embeddings and {names['head'], names['embed']} <= tensors.keys():
     # A head that is stored and differs is meant, whatever config.json says.
     tied = np.array_equal(read(names['head']), read(names['embed']))
     config = dataclasses.replace(config, tied_embeddings=tied)

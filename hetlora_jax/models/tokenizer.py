@@ -151,8 +151,8 @@ class Tokenizer:
     except RuntimeError as error:
       reason = str(error).strip().splitlines()[-1]
       raise ValueError(
-        f'{len(lines):,} lines make no tokenizer of so many words ({reason}): give '
-        'more text or another size.'
+        f'no tokenizer of {vocab_size:,} words can be trained on {len(lines):,} lines '
+        f'({reason}): give more text or another size.'
       ) from error
     return cls.from_model_proto(proto.getvalue())
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from hetlora_jax import base_model, build, experiment, points, prng, sharding
 from hetlora_jax.base_model import BaseModel
-from hetlora_jax.config import Config, ConfigError
-from hetlora_jax.data import people
+from hetlora_jax.config import Config, ConfigError, Data
+from hetlora_jax.data import limits, people
 from hetlora_jax.experiment import Experiment, Start
 from hetlora_jax.models import decoder, kernels, readout, shapes
 from hetlora_jax.points import Points
@@ -44,6 +44,7 @@ class Report(NamedTuple):
   clients_at_once: int  # on a device
   points: int
   population: int
+  room: str  # that examples have, and whether it is known without the data
   arguments: dict[str, int]  # base, adapters, optimizer, people, cohorts, hyper
   temporary: int
   output: int
@@ -219,6 +220,7 @@ def compile_for(configs: Sequence[Config], chip: str) -> Report:
     clients_at_once=at_once // config.mesh.clients,
     points=len(x.configs),
     population=len(x.experiment.population.client_ids),
+    room=_room(config.data, x.config.data),
     arguments=_arguments(x, cohorts),
     temporary=memory.temp_size_in_bytes,
     output=memory.output_size_in_bytes,
@@ -226,6 +228,17 @@ def compile_for(configs: Sequence[Config], chip: str) -> Report:
     flops=_flops(x, cohorts),
     moved={kind: n // rounds for kind, n in hlo.moved(text).items()},
     seconds=time.perf_counter() - start,
+  )
+
+
+def _room(given: Data, assumed: Data) -> str:
+  """Says how many tokens an example may have, which a dry run may have to assume."""
+  told = f'{assumed.tokens_per_example} tokens, {assumed.targets_per_example} of them targets'
+  if limits.are_known(given):
+    return told
+  return (
+    f'{told}, ASSUMED: your data decide; see hetlora-data --stats, and give '
+    'config.data.tokens_per_example and targets_per_example'
   )
 
 
@@ -249,6 +262,7 @@ def render(report: Report, chip: str) -> str:
       f'{report.points} point(s) of {report.clients} clients a round, '
       f'{report.clients_at_once} at once on a device; '
       f'a population of {report.population:,}',
+      f'room of an example: {report.room}',
       f'mesh: {axes} = {devices} devices; compiled in {report.seconds:.0f} s by {by}',
       'bytes on a device:',
       *[f'  {name:<20}{tables.size(n, "B"):>10}' for name, n in held.items()],

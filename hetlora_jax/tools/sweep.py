@@ -69,10 +69,6 @@ def parse_grid(text: str, config: Config) -> list[Fields]:
   axes = dict(_axis(part, known) for part in re.split(r'\s+x\s+', text.strip()))
   if math.prod(map(len, axes.values())) > MOST_POINTS:
     raise ConfigError(f'--grid has more than {MOST_POINTS} points: take fewer.')
-  for name, values in axes.items():
-    for i, value in enumerate(values):
-      if value in values[:i]:
-        raise ConfigError(f'--grid: {name}={value!r} is there twice: leave one out.')
   return [
     dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
   ]
@@ -120,11 +116,14 @@ def plan(
     program: the command line of one run, without fields and workdir.
 
   Raises:
-    ConfigError: a point's folder has a run of another configuration.
+    ConfigError: a point is there twice, or its folder has a run of another
+      configuration.
   """
-  jobs = []
+  jobs: list[Job] = []
   for fields in points:
     name = name_of(fields)
+    if name in {job.name for job in jobs}:
+      raise ConfigError(f'the point {name} is there twice: leave one out.')
     words = [f'--config.{k}={v}' for k, v in fields.items()]
     words.append(f'--workdir={workdir / name}')
     job = Job(name, fields, None, workdir / name, f'{program} {shlex.join(words)}')

@@ -31,19 +31,20 @@ def write(found: list[dict], workdir: pathlib.Path) -> str:
 
 
 def _others(found: Sequence[dict], workdir: pathlib.Path) -> list[dict]:
-  """Returns the records of sweep.json of other points, whose runs are still there."""
+  """Returns what other points of sweep.json have become, of those that are finished."""
   path = workdir / 'sweep.json'
   if not path.exists():
     return []
   names, remedy = {result['name'] for result in found}, 'delete it, it is made anew'
   with files.parsing(path, remedy):
-    earlier = json.loads(files.read_bytes(path, remedy))
-    return [
-      result
-      for result in earlier
+    earlier = [
+      {name: result[name] for name in ('name', 'fields', 'command')}
+      for result in json.loads(files.read_bytes(path, remedy))
       if result['name'] not in names
-      and (workdir / result['name'] / 'summary.json').exists()
     ]
+  there = [about for about in earlier if (workdir / about['name']).is_dir()]
+  ended = [(about, Run(workdir / about['name']).finished) for about in there]
+  return [about | summary for about, summary in ended if summary]
 
 
 def size(count: float | None, unit: str = '') -> str:

@@ -115,8 +115,8 @@ def builder_of(name: str) -> type[records.RecordBuilder]:
   """Returns the builder of a data set; raises ValueError if there is no such set."""
   if name not in BUILDERS:
     valid = ', '.join(BUILDERS)
-    near = fields.nearest(name, BUILDERS)
-    meant = f' Did you mean {near!r}?' if fields.alike(name, near) > 0.6 else ''
+    near = fields.meant(name, BUILDERS)
+    meant = f' Did you mean {near!r}?' if near else ''
     raise fields.ConfigError(
       f'config.data.name={name!r} is unknown: one of {valid}; files of your own are '
       f"'text_folder'.{meant}"
