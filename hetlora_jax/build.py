@@ -25,6 +25,7 @@ from hetlora_jax.types import (
   Loss,
   Memory,
   PyTree,
+  Redistributed,
   Rules,
   ServerState,
 )
@@ -83,7 +84,7 @@ _WANTED = {
     _product_shapes(server.adapters) if 'product space' in traits else server.adapters,
   ),
   'redistribution': lambda traits, out, aggregate, error, server, hyper: (
-    getattr(out, 'adapters', out),
+    out.adapters if isinstance(out, Redistributed) else {},
     server.adapters,
   ),
 }

@@ -272,8 +272,8 @@ def test_weights_in_float16_are_compared_without_a_warning():
     (
       'redistribution',
       'keep',
-      lambda aggregate, error, server, hyper: {'q': aggregate['q']},
-      r"the redistribution 'mine' returns nothing where .* must be \(at \['v'\]",
+      lambda aggregate, error, server, hyper: aggregate,  # no Redistributed
+      r"the redistribution 'mine' returns nothing where .* must be \(at \['q'\]",
     ),
     (
       'aggregation',
