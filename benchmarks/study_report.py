@@ -56,6 +56,8 @@ How fast they learn, and whether they lose it again (loss in nats a token, all p
 
 {study_tables.speed(task, found)}
 
+{study_tables.bending(found)}
+
 ### What happens inside on {NAMES[task]}
 
 {study_tables.why(found)}

@@ -233,6 +233,24 @@ def speed(task: str, found: Found) -> str:
   return _table(['', *heads, 'training loss at the end'], rows)
 
 
+def bending(found: Found) -> str:
+  """Says whether the curves had come to an end when training did."""
+  last = {}  # share of all that an arm gained which came with its last evaluation
+  for name, arm in found.items():
+    values = arm.curve('seen')
+    if values[-1] == values.min() and values[-1] < values[0]:
+      last[name] = (values[-2] - values[-1]) / (values[0] - values[-1])
+  if not last:
+    return 'No curve of people seen was still falling at the end.'
+  return (
+    f'**The curves had not come to an end**: in {len(last)} of {len(found)} arms the '
+    'loss of people seen was lowest at the last evaluation, which alone brought '
+    f'{min(last.values()):.0%} to {max(last.values()):.0%} of all that they gained. So '
+    'who learns slowly and who overfits is judged here of the first rounds only; '
+    'longer training may order the arms otherwise.'
+  )
+
+
 def why(found: Found) -> str:
   """Returns the diagnostics that explain the ranking."""
   rows = []

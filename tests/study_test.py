@@ -240,6 +240,14 @@ def test_curves_are_compared_seed_by_seed():
   assert all(0 < x < 1 for x in stats.by_seed(bytes_, found))
 
 
+def test_curves_that_still_fall_are_told():
+  found = stats.arms(results_of(FOUND))
+  told = tables.bending(found)  # the middle arm rises again
+  assert 'in 2 of 3 arms' in told and '25% to 50%' in told
+  del found['LoRA r = 5'], found[stats.OURS]
+  assert 'No curve' in tables.bending(found)
+
+
 def test_the_page_tells_what_ran(tmp_path):
   raw = tmp_path / 'raw' / 'chat'
   raw.mkdir(parents=True)
