@@ -132,8 +132,8 @@ def test_masked_rank_equals_true_rank(remat):
   gradient = jax.jit(jax.grad(lambda x: loss(params, x, jnp.float32(2), batch)[0]))
   got, want = gradient(wide), gradient(narrow)
   for t in wide:
-    np.testing.assert_allclose(got[t].a[..., :3], want[t].a, atol=1e-5)
-    np.testing.assert_allclose(got[t].b[:, :3], want[t].b, atol=1e-5)
+    np.testing.assert_allclose(got[t].a[..., :3], want[t].a, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[t].b[:, :3], want[t].b, rtol=1e-5, atol=1e-5)
     assert not got[t].a[..., 3:].any() and not got[t].b[:, 3:].any()
 
 
