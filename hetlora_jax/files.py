@@ -178,7 +178,9 @@ def _nested(value: Any) -> int:
   return depth
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_rows(
+  path: pathlib.Path, remedy: str = 'delete it, or run again'
+) -> list[dict[str, Any]]:
   """Reads JSON objects, one a line, that we wrote; a last line torn by a crash is dropped.
 
   A file that is absent has none.
@@ -188,7 +190,11 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   *lines, last = path.read_bytes().split(b'\n')
   if last.endswith(b'}'):
     lines.append(last)
-  return [parse_json(line, path, 'delete it, or run again') for line in lines if line]
+  return [
+    parse_json(line, pathlib.Path(f'{path}:{number}'), remedy)
+    for number, line in enumerate(lines, 1)
+    if line
+  ]
 
 
 # --- Writing ---------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pathlib
 import platform
 import resource
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetlora_jax import diagnostics, experiment
+from hetlora_jax import diagnostics, experiment, files
 from hetlora_jax.config import WIRE_DTYPES, Config
 from hetlora_jax.data.people import evenly_spaced
 from hetlora_jax.experiment import Experiment
@@ -19,6 +20,33 @@ from hetlora_jax.methods import traffic
 from hetlora_jax.types import Row
 
 NOT_STATED = None  # what bytes are where a rule does not state what it sends
+
+
+def mended_by(folder: pathlib.Path, round: int | str = 'ROUND') -> str:
+  """Returns the remedy for rows that are damaged, without which no total is right."""
+  return f'put it back as it was, or go on elsewhere, --branch_from={folder}@{round}'
+
+
+def read(path: pathlib.Path) -> list[Row]:
+  """Reads metrics.jsonl: an evaluation before training, then a row for every round.
+
+  A last line torn by a crash is dropped; a file that is absent has none.
+
+  Raises:
+    Damaged: a line is no row, is there twice, or is missing.
+  """
+  remedy = mended_by(path.parent)
+  found = files.read_rows(path, remedy)
+  for number, row in enumerate(found, 1):
+    place, done = pathlib.Path(f'{path}:{number}'), row.get('round')
+    if type(done) is not int:
+      raise files.damaged(place, f'round {done!r} is no number of a round', remedy)
+    if done != found[0]['round'] + number - 1:
+      before = found[number - 2]['round']
+      raise files.damaged(place, f'round {done} follows round {before}', remedy)
+  if found and 'train/loss' in found[0]:
+    raise files.damaged(path, 'its first rows are missing', remedy)
+  return found
 
 
 def round_row(

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hetlora_jax import checkpoint, config, curves, fields, files, points
+from hetlora_jax import checkpoint, config, curves, fields, files, points, rows
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.points import Points
@@ -98,8 +98,8 @@ class Run:
 
   @property
   def history(self) -> History:
-    """The rows of metrics.jsonl; a line torn by a crash ends them."""
-    history = History(files.read_rows(self.folder / 'metrics.jsonl'))
+    """The rows of metrics.jsonl; raises Damaged if one is missing (`rows.read`)."""
+    history = History(rows.read(self.folder / 'metrics.jsonl'))
     history.title = str(self.folder)
     return history
 
@@ -214,6 +214,19 @@ class Run:
         '--workdir, the old values to continue it, or --branch_from to start a '
         f'new run from its state): {"; ".join(told)}.'
       )
+
+  def check_rows(self, start: int = 0) -> None:
+    """Raises Damaged if it cannot go on without losing rows.
+
+    Args:
+      start: the round that it starts from, if it is a branch.
+    """
+    history, saved = self.history, max(self.steps(), default=start)
+    first, last = (history[i]['round'] if history else start for i in (0, -1))
+    if not first <= saved <= last:
+      why = f'it has no row of round {saved}, after which the run goes on'
+      remedy = rows.mended_by(self.folder, saved)
+      raise files.damaged(self.folder / 'metrics.jsonl', why, remedy)
 
   def check_free(self) -> None:
     """Raises if another run is in the folder, or nothing can be written there.

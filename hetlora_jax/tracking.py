@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from tensorboardX import summary
@@ -24,19 +24,14 @@ MOST_SAMPLES = 20  # shown in TensorBoard
 
 
 class Writer:
-  """Appends one object a round, from the round that was restored on.
+  """Appends one object a round to those that are kept.
 
   With `writes` False, as in all processes but the first, it only remembers.
   """
 
-  def __init__(self, workdir: pathlib.Path, first_round: int, writes: bool = True):
+  def __init__(self, workdir: pathlib.Path, kept: Sequence[Row], writes: bool = True):
     path = workdir / 'metrics.jsonl'
-    try:
-      kept = [r for r in files.read_rows(path) if r['round'] < first_round]
-    except files.UNEXPECTED as error:  # JSON, but no rows
-      remedy = 'delete it; the run goes on, and its sums count from there'
-      raise files.damaged(path, error, remedy) from error
-    self.rows, self._writes, self._workdir = kept, writes, workdir
+    self.rows, self._writes, self._workdir = list(kept), writes, workdir
     if not writes:
       return
     samples = list(_samples(workdir, kept[-1]['round'] if kept else 0))

@@ -144,6 +144,7 @@ def train_points(
   runs = [Run(point.workdir, model) for point in chosen]
   for run, point in zip(runs, chosen, strict=True):
     run.check(point.config)
+    run.check_rows(branch.round if branch else 0)
     run.check_free()
   started, c = time.time(), chosen[0].config
   console.say(
@@ -284,11 +285,17 @@ class Record:
     self._x, self._runs, self._chosen = x, runs, chosen
     self._on_round = on_round or (lambda row: None)
     self._writes = jax.process_index() == 0
+    histories = [run.history for run in runs]
+    again = max(h[-1]['round'] if h else 0 for h in histories)
+    if again > first:
+      console.say(f'Rounds {first + 1} to {again} were not saved: they are run again.')
     for point in chosen if self._writes else ():
       files.write_json(point.workdir / 'config.json', to_dict(point.config))
     self._writers = [
-      tracking.Writer(run.folder, first + 1 if first else 0, self._writes)
-      for run in runs
+      tracking.Writer(
+        run.folder, [r for r in history if first and r['round'] <= first], self._writes
+      )
+      for run, history in zip(runs, histories, strict=True)
     ]
     last = x.config.federated.num_rounds
     self._progress = console.Progress(min(first, last), last)

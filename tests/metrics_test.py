@@ -31,7 +31,7 @@ def _board(workdir):
 
 
 def _write(workdir, *rows):
-  writer = tracking.Writer(workdir, 0)
+  writer = tracking.Writer(workdir, [])
   for row in rows:
     writer.write(row)
   writer.close()
@@ -73,7 +73,7 @@ def test_samples_are_texts_when_a_run_goes_on_and_when_it_has_ended(tmp_path):
     text = event.tensor_proto.string_val[0].decode()
     assert event.step == 1 and all(x.startswith('    ') for x in text.split('\n'))
     assert 'generated: half ?' in text
-    tracking.Writer(tmp_path, 2).close()  # events are made anew
+    tracking.Writer(tmp_path, [ROW]).close()  # events are made anew
   assert board.Scalars('train/loss')[0].step == 1
 
 

@@ -317,6 +317,88 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(done, tmp_path):
     assert events == want
 
 
+def _damaged_rows(line: str) -> dict[str, str]:
+  """Returns what may become of metrics.jsonl, whose lines are rounds 0 to 4."""
+  lines = line.splitlines(keepends=True)
+  number = '"round": 2,'
+  assert len(lines) == 5 and number in lines[2]
+  return {
+    'deleted': '',
+    'the first line gone': ''.join(lines[1:]),
+    'a line in the middle gone': ''.join(lines[:2] + lines[3:]),
+    'the last line gone': ''.join(lines[:4]),
+    'the last line torn': ''.join(lines)[:-40],
+    'a line broken in two': line.replace(number, number + '\n'),
+    'a line twice': ''.join([*lines[:3], *lines[2:]]),
+    'all lines twice': 2 * line,
+    'a round that is no number': line.replace(number, '"round": NaN,'),
+    'a round that is a text': line.replace(number, '"round": "2",'),
+    'a list': '[1]\n' + line,
+    'no row': '{}\n' + line,
+  }
+
+
+def _contents(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
+  return {path: path.read_bytes() for path in workdir.rglob('*') if path.is_file()}
+
+
+def test_damaged_rows_are_refused_and_nothing_is_touched(done, tmp_path, capsys):
+  workdir = _copy(done, tmp_path)
+  path = workdir / 'metrics.jsonl'
+  for name, content in _damaged_rows((done / 'metrics.jsonl').read_text()).items():
+    path.write_text(content)
+    if not content:
+      path.unlink()
+    before = _contents(workdir)
+    # With rounds to go, as well as without.
+    for c in (small_config(), small_config(federated__num_rounds=6)):
+      with pytest.raises(files.Damaged) as error:
+        training.train(c, workdir)
+    said = str(error.value)
+    assert str(path) in said and f'--branch_from={workdir}@' in said, name
+    assert '\n' not in said and 'Loading' not in capsys.readouterr().out
+    assert _contents(workdir) == before, name
+  # What the error advises goes on.
+  branch = training.parse_branch(f'{workdir}@4')
+  longer = small_config(federated__num_rounds=5)
+  new = training.train(longer, tmp_path / 'new', branch=branch).summary
+  assert (new['first']['round'], new['last']['round'], new['rounds']) == (4, 5, 1)
+
+
+def test_rounds_that_no_checkpoint_holds_are_run_again_with_a_word(
+  done, tmp_path, capsys
+):
+  workdir = _copy(done, tmp_path)
+  shutil.rmtree(workdir / 'checkpoints' / '4')
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"round": 5, "train/lo')
+  training.train(small_config(), workdir)
+  assert 'Rounds 4 to 4 were not saved: they are run again.' in capsys.readouterr().out
+  assert timeless(workdir) == timeless(done)
+
+
+def test_a_branch_that_was_stopped_at_its_start_goes_on_by_the_same_line(
+  done, tmp_path
+):
+  branch = training.parse_branch(f'{done}@2')
+  c, whole, begun = small_config(), tmp_path / 'whole', tmp_path / 'begun'
+  training.train(c, whole, branch=branch)
+  want = timeless(whole)
+  # Its state is saved before its first row is written.
+  shutil.copytree(done / 'checkpoints' / '2', begun / 'checkpoints' / '2')
+  with pytest.raises(files.Damaged, match='no row of round 2'):
+    training.train(c, begun)
+  training.train(c, begun, branch=branch)
+  assert timeless(begun) == want
+  # Or its first row is, and the machine dies before its state is on the disk.
+  shutil.rmtree(begun / 'checkpoints')
+  (begun / 'metrics.jsonl').write_text(json.dumps(want[0]) + '\n')
+  with pytest.raises(files.Damaged, match='no row of round 0'):
+    training.train(c, begun)
+  training.train(c, begun, branch=branch)
+  assert timeless(begun) == want
+
+
 def test_a_second_run_in_a_folder_is_told_who_is_in_it(done, tmp_path):
   workdir = _copy(done, tmp_path)
   with (workdir / '.lock').open('r+') as file:

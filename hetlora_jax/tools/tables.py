@@ -132,7 +132,7 @@ def _curve(folder: pathlib.Path):
   """
   history = Run(folder).history
   rounds, losses = curves.series(history, 'eval/seen/loss')
-  traffic = {0: 0.0}
+  traffic = {row['round']: 0.0 for row in history[:1]}
   for row in history:
     if 'train/loss' in row:
       sent = [row['comm/total_up_bytes'], row['comm/total_down_bytes']]
