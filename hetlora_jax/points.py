@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 
 from hetlora_jax import build, experiment, heldout, rounds, sharding
@@ -284,10 +285,10 @@ class Evaluation(NamedTuple):
 
 def evaluate(x: Points, state: ServerState) -> list[dict[str, Evaluation]]:
   """Returns every point's losses of seen and unseen people, by name of the set."""
-  found = {}
-  for name, function in x.evaluators.items():
-    cohort = x.evaluation[name.removesuffix('_own')]
-    found[name] = jax.device_get(function(x.base, state, cohort, x.hyper))
+  found = {
+    name: jax.device_get(function(*_of_evaluation(x, name, state)))
+    for name, function in x.evaluators.items()
+  }
   return [
     {
       name: Evaluation(loss_KE[k], tokens_KE[k])
@@ -295,6 +296,20 @@ def evaluate(x: Points, state: ServerState) -> list[dict[str, Evaluation]]:
     }
     for k in range(len(x.configs))
   ]
+
+
+def _of_evaluation(x: Points, name: str, state: ServerState) -> tuple:
+  """Returns what an evaluator is called with."""
+  return x.base, state, x.evaluation[name.removesuffix('_own')], x.hyper
+
+
+def compile(x: Points, state: ServerState, cohorts: Cohort) -> None:
+  """Compiles what a run calls, in all processes, so that no round waits for it."""
+  x.run_rounds.lower(*arguments(x, state, cohorts)).compile()
+  for name, function in x.evaluators.items():
+    function.lower(*_of_evaluation(x, name, state)).compile()
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('compiled')
 
 
 def by_round(x: Points, out: dict, done: int) -> list[list[dict]]:

@@ -59,7 +59,7 @@ def round_row(
     config: that of the run, which may differ from that of `x` in what may vary.
     done: rounds done, this one included.
     out: the metrics of `federated_round`, in numpy.
-    seconds: that the round took.
+    seconds: that the round took, without compiling.
     waited: seconds that devices had waited for it.
   """
   present, reports = out['present'], out['reports']
@@ -158,6 +158,10 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
   def column(name: str) -> list:
     return [r[name] for r in rounds if name in r]
 
+  # Rows of earlier releases hold it in the seconds of rounds.
+  told = [r['time/compile_s'] for r in rows if 'time/compile_s' in r]
+  compiling = sum(told) if told else NOT_STATED
+
   def mean(name: str) -> float | None:
     values = column(name)
     return _times(_sum(values), 1 / max(len(values), 1))
@@ -175,6 +179,7 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
     'train/parameters': mean('train/parameters'),
     'aggregation/error': mean('aggregation/error'),
     'time/rounds_s': _sum(column('time/round_s')),
+    'time/compile_s': compiling,
   }
 
 

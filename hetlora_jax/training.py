@@ -221,8 +221,7 @@ def _introduction(x: Points, count: int) -> str:
     f'{together}{x.config.method} on {x.config.data.name}: '
     f'{d["training_people"]} clients {they}, '
     f'{d["unseen_people"]} people never trained on; {d["model"]} in {d["dtype"]} '
-    f'on {x.experiment.mesh.size} {jax.default_backend()} device(s). The first '
-    'evaluation and round include compiling.'
+    f'on {x.experiment.mesh.size} {jax.default_backend()} device(s). Compiling.'
   )
 
 
@@ -297,6 +296,7 @@ class Record:
       )
       for run, history in zip(runs, histories, strict=True)
     ]
+    self._compiling: Row = {}  # what the next rows tell of it
     last = x.config.federated.num_rounds
     self._progress = console.Progress(min(first, last), last)
 
@@ -312,6 +312,11 @@ class Record:
   def evaluated(self) -> bool:
     """Whether all have been evaluated once."""
     return all(any('eval/seen/loss' in r for r in w.rows) for w in self._writers)
+
+  def compiled(self, seconds: float) -> None:
+    """Says how long compiling took, as the next rows do; a run's share of it."""
+    console.say(f'Compiled in {seconds:.1f} s, which no round counts as its own.')
+    self._compiling = {'time/compile_s': seconds / len(self._x.configs)}
 
   def evaluation(self, state: ServerState, done: int) -> list[Row]:
     """Evaluates all, writes people.json and returns the parts of their rows."""
@@ -338,8 +343,10 @@ class Record:
   def write(self, of_runs: Sequence[Row]) -> None:
     """Writes and shows the rows of a round."""
     for row, writer in zip(of_runs, self._writers, strict=False):
+      row |= self._compiling
       writer.write(row)
       self._on_round(row)
+    self._compiling = {}
     self._progress.update(list(of_runs[: len(self._writers)]))
 
   def sync(self) -> None:
@@ -370,11 +377,18 @@ def _run_rounds(
     return jax.block_until_ready(points.call(x, state, cohorts, done))
 
   with console.guard(), console.background() as in_background:
+    # Compile ahead of all that is timed; nothing if no round is left.
+    ahead = points.cohorts_ahead(x, first, last)
+    cohorts = next(ahead, None)
+    if cohorts is not None:
+      start = time.perf_counter()
+      in_background(points.compile, x, state, cohorts)
+      record.compiled(time.perf_counter() - start)
     if not record.evaluated:
       found = record.evaluation(state, first)
       record.write([{'round': first, **row} for row in found])
     free = time.perf_counter()  # when the devices had last finished
-    for cohorts in points.cohorts_ahead(x, first, last):
+    while cohorts is not None:
       # The rounds of a call, while the next call's cohorts are built.
       done += each
       start = time.perf_counter()
@@ -399,3 +413,4 @@ def _run_rounds(
         checkpoints.save(done, points.split(x, state))
       if stopping and done < last:
         raise Interrupted(f'Stopped after round {done} of {last}.')
+      cohorts = next(ahead, None)

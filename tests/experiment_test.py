@@ -113,6 +113,35 @@ def test_a_run_leaves_what_it_promises(unbroken):
   assert (unbroken / 'curves.png').stat().st_size > 10_000
 
 
+def test_compiling_is_told_apart_from_rounds_and_comes_before_them(tmp_path, capsys):
+  compiled, seen = [], []
+
+  def note(event, seconds, fun_name='', **_):
+    if event.endswith('backend_compile_duration'):
+      compiled.extend({'many_rounds', 'own_points'} & {fun_name[4:-1]})
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  fields = {'federated__local_batch': 5}  # of no other test, so not yet compiled
+  begun = small_config(federated__num_rounds=2, **fields)
+  training.train(begun, tmp_path, lambda _: seen.append(list(compiled)))
+  assert set(seen[0]) == {'many_rounds', 'own_points'}
+  assert seen == [compiled] * 3
+  assert capsys.readouterr().out.count('Compiled in ') == 1
+  # A run that goes on compiles again, and its seconds add up.
+  summary = training.train(small_config(**fields), tmp_path).summary
+  found = files.read_rows(tmp_path / 'metrics.jsonl')
+  told = {r['round']: r['time/compile_s'] for r in found if 'time/compile_s' in r}
+  assert list(told) == [0, 3] and min(told.values()) > 0
+  assert summary['time/compile_s'] == pytest.approx(sum(told.values()))
+  spent = sum(r['time/round_s'] for r in found[1:])
+  assert summary['time/rounds_s'] == pytest.approx(spent)
+  # Nothing is left to run, nor to compile; rows of earlier releases do not tell.
+  training.train(small_config(**fields), tmp_path)
+  assert capsys.readouterr().out.count('Compiled in ') == 1
+  old = [{k: v for k, v in r.items() if k != 'time/compile_s'} for r in found]
+  assert rows.totals(old)['time/compile_s'] is None
+
+
 def test_a_gpu_says_what_a_resumed_run_needs_to_be_exact(monkeypatch):
   assert training._exactness() == ''
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
