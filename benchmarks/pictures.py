@@ -75,7 +75,7 @@ def _rows(start: int, found: dict[str, Arm]) -> Iterator[str]:
   for i, name in enumerate(ARMS):
     gap, y = study_stats.gap(found[name], found[OURS], 'unseen'), TOP + ROW * i
     colour = OURS_COLOUR if name == OURS else OTHERS_COLOUR
-    low, middle, high = (_across(start, n) for n in (gap.low, gap.mean, gap.high))
+    low, middle, high = (_across(start, n) for n in (gap.low, gap.value, gap.high))
     yield _line(low, y, high, y, colour, 'stroke-width="3" stroke-linecap="round"')
     yield f'<circle cx="{middle}" cy="{y}" r="6" fill="{colour}"/>'
     yield _text(start + PANEL + 95, y + 5, _sent(found[name]), 'end')

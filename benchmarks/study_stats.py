@@ -1,7 +1,6 @@
 """What the study's results say: losses with intervals, paired gaps, verdicts.
 
-Intervals are 95 % percentile bootstraps over people and seeds together; a difference
-between two arms resamples both alike.
+Intervals are those of `hetlora_jax.tools.bootstrap`, over people and seeds together.
 """
 
 import dataclasses
@@ -12,9 +11,9 @@ import numpy as np
 
 from benchmarks import study as runner
 from configs import study
-from hetlora_jax import prng
+from hetlora_jax.tools import bootstrap
+from hetlora_jax.tools.bootstrap import Interval
 
-_DRAWS = 2000
 OURS = 'HetLoRA 0.99'
 LOW, HIGH = 'LoRA r = 5', 'LoRA r = 50'
 
@@ -59,49 +58,15 @@ def arms(results: dict[str, dict]) -> dict[str, Arm]:
   return out
 
 
-def resample(sum_SE: np.ndarray, count_E: np.ndarray) -> np.ndarray:
-  """Bootstraps a ratio of sums over seeds and people: [_DRAWS].
-
-  The draws of equally many seeds and people are the same, so paired.
-  """
-  rng = prng.host_stream(0, 'bootstrap')
-  seeds, people = sum_SE.shape
-  times_DS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), _DRAWS)
-  times_DE = rng.multinomial(people, np.full(people, 1 / people), _DRAWS)
-  sum_DE = times_DS @ sum_SE / seeds
-  return (times_DE * sum_DE).sum(1) / (times_DE @ count_E)
-
-
-def draws(arm: Arm, kind: str) -> np.ndarray:
-  """Resamples seeds and people: the loss a token of each draw, [_DRAWS]."""
-  return resample(*arm.losses(kind))
-
-
 def loss(arm: Arm, kind: str) -> float:
   loss_SE, tokens_E = arm.losses(kind)
   return float(loss_SE.mean(0).sum() / tokens_E.sum())
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-  low, high = np.percentile(values, [2.5, 97.5])
-  return float(low), float(high)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gap:
-  """By how much one arm's loss lies above another's, in nats a token."""
-
-  mean: float
-  low: float
-  high: float
-
-  def __str__(self):
-    return f'{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]'
-
-
-def gap(arm: Arm, other: Arm, kind: str) -> Gap:
-  low, high = interval(draws(arm, kind) - draws(other, kind))
-  return Gap(mean=loss(arm, kind) - loss(other, kind), low=low, high=high)
+def gap(arm: Arm, other: Arm, kind: str) -> Interval:
+  """Returns by how much one arm's loss lies above another's, in nats a token."""
+  (loss_SE, tokens_E), (other_SE, _) = arm.losses(kind), other.losses(kind)
+  return bootstrap.ratio(loss_SE - other_SE, tokens_E)
 
 
 def target_loss(found: dict[str, Arm]) -> float:
@@ -130,7 +95,7 @@ def reported(people: Sequence[dict], kind: str) -> list[dict]:
   ]
 
 
-def verdict(gaps: Sequence[Gap]) -> str:
+def verdict(gaps: Sequence[Interval]) -> str:
   """Says whether all gaps are significantly above 0, or one significantly below."""
   if all(g.low > 0 for g in gaps):
     return 'confirmed'

@@ -11,6 +11,7 @@ from benchmarks.study_plots import NAMES
 from benchmarks.study_stats import HIGH, LOW, OURS, Arm
 from configs import study
 from hetlora_jax import config as config_lib
+from hetlora_jax.tools import bootstrap
 
 Found = dict[str, Arm]
 
@@ -28,9 +29,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _with_interval(
   sum_SE: np.ndarray, count_E: np.ndarray, digits: int, map=float
 ) -> str:
-  low, high = study_stats.interval(study_stats.resample(sum_SE, count_E))
-  mean = sum_SE.mean(0).sum() / count_E.sum()
-  low, mean, high = (f'{map(x):.{digits}f}' for x in (low, mean, high))
+  mean, low, high = (f'{map(x):.{digits}f}' for x in bootstrap.ratio(sum_SE, count_E))
   return f'{mean} [{low}, {high}]'
 
 
@@ -111,7 +110,7 @@ def ranking(task: str, found: Found) -> str:
       continue
     gap = study_stats.gap(arm, found[OURS], 'unseen')
     group = worse if gap.low > 0 else better if gap.high < 0 else alike
-    group.append((gap.mean, f'{name} ({gap.mean:+.3f})'))
+    group.append((gap.value, f'{name} ({gap.value:+.3f})'))
   worse, better, alike = (
     ', '.join(text for _, text in sorted(group)) or 'none'
     for group in (worse, better, alike)
@@ -136,7 +135,7 @@ def _claims_of(
     cells, verdicts = [], []
     for kind in ('seen', 'unseen'):
       gaps = [study_stats.gap(a, b, kind) for a, b in pairs]
-      cells.append('; '.join(map(str, gaps)))
+      cells.append('; '.join(gap.signed() for gap in gaps))
       verdicts.append(study_stats.verdict(gaps))
     verdict = verdicts[0]
     if verdicts[0] != verdicts[1]:
@@ -205,7 +204,7 @@ def details(task: str, found: Found) -> str:
     row += [_perplexity(arm, kind) for kind in ('seen', 'unseen')]
     row += [_rouge(arm, 'teacher_forced')] if written else []
     other = ours and arm is not ours
-    gap = str(study_stats.gap(arm, ours, 'unseen')) if other else ''
+    gap = study_stats.gap(arm, ours, 'unseen').signed() if other else ''
     rows.append([*row, gap])
   return _table([*heads, 'gap to ours, unseen'], rows)
 

@@ -15,6 +15,8 @@ from benchmarks import study_report as report
 from benchmarks import study_stats as stats
 from benchmarks import study_tables as tables
 from configs import study
+from hetlora_jax.tools import bootstrap
+from hetlora_jax.tools.bootstrap import Interval
 
 
 def result(arm, losses, *, tokens=10, tail=0.0, up=1e6):
@@ -178,11 +180,11 @@ def test_a_loss_that_is_not_finite_is_never_chosen():
 def test_intervals_hold_the_mean_and_gaps_are_paired():
   found = stats.arms(results_of(FOUND))
   a, b = found['LoRA r = 5'], found[stats.OURS]
-  low, high = stats.interval(stats.draws(a, 'seen'))
-  assert low < stats.loss(a, 'seen') < high
+  value, low, high = bootstrap.ratio(*a.losses('seen'))
+  assert low < value < high and value == pytest.approx(stats.loss(a, 'seen'))
   gap = stats.gap(a, b, 'seen')
   # Every person's loss differs by the same 0.4, so a paired gap has no spread.
-  np.testing.assert_allclose([gap.mean, gap.low, gap.high], 0.4, atol=1e-6)
+  np.testing.assert_allclose(gap, 0.4, atol=1e-6)
 
 
 def test_an_arm_waits_for_all_its_seeds():
@@ -202,8 +204,8 @@ def test_controls_compare_arms_of_the_same_weights():
   assert f'{row}  |  | not run yet |' in tables.controls(found)
   found['HetLoRA, size weights'] = found['LoRA r = 50']
   gap = stats.gap(found['LoRA r = 5'], found['LoRA r = 50'], 'seen')
-  assert abs(gap.mean) > 0.1
-  assert f'{row} {gap} |' in tables.controls(found)
+  assert abs(gap.value) > 0.1
+  assert f'{row} {gap.signed()} |' in tables.controls(found)
 
 
 def test_bytes_are_interpolated_where_a_target_is_crossed():
@@ -213,8 +215,8 @@ def test_bytes_are_interpolated_where_a_target_is_crossed():
 
 
 def test_a_claim_needs_intervals_beyond_zero():
-  sure, unsure = (stats.Gap(mean=0.1, low=low, high=0.2) for low in (0.05, -0.01))
-  below = stats.Gap(mean=-0.1, low=-0.2, high=-0.05)
+  sure, unsure = (Interval(0.1, low, 0.2) for low in (0.05, -0.01))
+  below = Interval(-0.1, -0.2, -0.05)
   assert stats.verdict([sure, sure]) == 'confirmed'
   assert stats.verdict([sure, unsure]) == 'undecidable here'
   assert stats.verdict([sure, below]) == 'not confirmed'
