@@ -1,7 +1,7 @@
 """Compares runs: python -m launch.report DIR [DIR ...] [--out=FILE.html].
 
 A DIR is a run's --workdir or that of a sweep. The page is one file that needs no
-network and no script.
+network and no script; its curves are beside it, FILE_curves.png, .pdf and .svg.
 """
 
 import os
@@ -17,6 +17,12 @@ from launch import errors, program
 OUT = absl_flags.DEFINE_string(
   'out', None, 'Page to write; of one DIR, DIR/report.html unless it is given.'
 )
+BASELINE = absl_flags.DEFINE_string(
+  'baseline',
+  None,
+  'Runs that all are compared with, as the page names them, e.g. method=fedit; by '
+  'default the first.',
+)
 
 
 def run(*words: str) -> None:
@@ -28,7 +34,7 @@ def run(*words: str) -> None:
     out = folders[0] / 'report.html'
   else:
     errors.fail('--out is missing: of several folders, name the page to write')
-  count = report.write(folders, out)
+  count = report.write(folders, out, BASELINE.value)
   print(f'{out} compares {count} run{"s" * (count != 1)}.')
 
 

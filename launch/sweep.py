@@ -3,8 +3,8 @@
 Points that differ only in what a compiled program takes as data (seeds,
 learning rates, gamma, lambda, scale, ranks) run together in one program; every
 program is a process. Each point gets a folder of its own in --workdir; finished
-ones are not run again, interrupted ones are continued. Ends in a table,
-sweep.json and sweep.png.
+ones are not run again, interrupted ones are continued. Ends in tables, which
+sweep.json, .csv and .tex hold too, and the curves as sweep.png, .pdf and .svg.
 """
 
 import os
@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 
 from hetlora_jax import config as config_lib
 from hetlora_jax import console, training
-from hetlora_jax.tools import sweep, tables
+from hetlora_jax.tools import paired, sweep, tables
 from launch import flags, processes, signals
 
 SWEEP = absl_flags.DEFINE_string(
@@ -40,6 +40,12 @@ GROUP = absl_flags.DEFINE_integer(
 PRINT = absl_flags.DEFINE_bool(
   'print', False, 'Print one command a program, for a scheduler, and exit.'
 )
+BASELINE = absl_flags.DEFINE_string(
+  'baseline',
+  None,
+  'Points that all are compared with, by their fields without the seed, e.g. '
+  'method=fedit; by default the first.',
+)
 
 
 def _points(config: config_lib.Config) -> list[sweep.Fields]:
@@ -55,7 +61,9 @@ def _points(config: config_lib.Config) -> list[sweep.Fields]:
 
 def _plan(config: config_lib.Config, workdir: pathlib.Path):
   """Returns the jobs of all points, and those of each program."""
-  kept = _flags_without('sweep', 'grid', 'workdir', 'parallel', 'together', 'group')
+  kept = _flags_without(
+    'sweep', 'grid', 'workdir', 'parallel', 'together', 'group', 'baseline'
+  )
   program = shlex.join(['python', '-m', 'launch.train', *kept])
   jobs = sweep.plan(config, _points(config), workdir, program)
   return jobs, sweep.programs(jobs, TOGETHER.value)
@@ -90,6 +98,9 @@ def dry_run(config: config_lib.Config) -> None:
 def run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   """Runs all points and prints the table that compares them."""
   jobs, programs = _plan(config, workdir)
+  # At once, not after all have run.
+  known = tables.joined(sweep.results(jobs), workdir)
+  paired.baseline_of([*tables.over_seeds(known)], BASELINE.value)
   if PRINT.value:
     for number in range(len(programs)):
       print(shlex.join(['python', *_command(number)]))
@@ -130,7 +141,9 @@ def _start_programs(
 
 def _compare(found: list[dict], workdir: pathlib.Path) -> None:
   """Prints the table; raises ConfigError if a point failed."""
-  print(f'\n{tables.write(found, workdir)}\n\nResults are in {workdir}/')
+  print(
+    f'\n{tables.write(found, workdir, BASELINE.value)}\n\nResults are in {workdir}/'
+  )
   failed = [f'{r["name"]} ({r["error"]})' for r in found if 'error' in r]
   if failed:
     raise config_lib.ConfigError(f'these points failed: {"; ".join(failed)}')

@@ -152,13 +152,42 @@ def test_the_summary_has_the_numbers_of_summary_json(swept, page):
     assert row[3:] == [
       tables.size(mean('comm/up_bytes')), tables.size(mean('comm/down_bytes')),
       tables.size(mean('train/parameters')),
-      f'{mean("aggregation/error"):.3f}', f'{mean("time/rounds_s"):.0f}',
+      f'{mean("aggregation/error"):.3f}',
+      f'{tables.seconds(mean("time/rounds_s"))}'
+      f'{tables.seconds(mean("time/compile_s"))} compiling',
     ]  # fmt: skip
   assert '±' in hetlora[1] and '±' not in fedit[1]
 
 
+def test_differences_are_paired_or_a_reason_is_given(page, copied, tmp_path):
+  table = _section(page, 'summary').all('table')[1]
+  assert 'Loss less that of method=fedit' in table.all('caption')[0].text
+  ((name, *cells),) = _cells(table)
+  assert 'method=hetlora' in name
+  assert cells[::2] == [*['not paired: other people or turns are evaluated'] * 2, '']
+  for i, folder in enumerate(('fedit', 'seed=0', 'seed=1')):
+    _add_people(copied / folder)
+    people = json.loads((copied / folder / 'people.json').read_text())
+    for p in people['seen'] + people['unseen']:
+      p['loss_sum'] += i * p['tokens']
+    _edit(copied / folder / 'people.json', **people)
+  report.write([copied], tmp_path / 'a.html', 'method=hetlora')
+  table = _section(_parse(tmp_path / 'a.html'), 'summary').all('table')[1]
+  assert 'Loss less that of method=hetlora' in table.all('caption')[0].text
+  ((name, *cells),) = _cells(table)
+  # fedit has seed 0 alone, of which hetlora's people lose one nat more a token.
+  assert 'method=fedit' in name and cells[0] == '-1.000 [-1.000, -1.000]'
+  assert cells[1] == '-63.2 %' and cells[-1] == '4 and 1 people, 1 seed'
+  with pytest.raises(config.ConfigError, match='--baseline=x is no arm'):
+    report.write([copied], tmp_path / 'b.html', 'x')
+  assert not (tmp_path / 'b.html').exists()
+  for suffix, start in (('png', b'\x89PNG'), ('pdf', b'%PDF'), ('svg', b'<?xml')):
+    assert (tmp_path / f'a_curves.{suffix}').read_bytes().startswith(start)
+    assert not (tmp_path / f'b_curves.{suffix}').exists()
+
+
 def test_what_is_left_out_of_the_data_is_told(swept, page, copied):
-  rows = _cells(_section(page, 'summary').all('table')[1])
+  rows = _cells(_section(page, 'summary').all('table')[2])
   (one,) = _summaries(swept, 'seed=0')
   assert one['data/clients'] == one['training_people'] + one['unseen_people'] == 64
   for row in rows:
@@ -170,7 +199,7 @@ def test_what_is_left_out_of_the_data_is_told(swept, page, copied):
     old = {k: v for k, v in json.loads(path.read_text()).items() if k[:5] != 'data/'}
     path.write_text(json.dumps(old))
   page = _page([copied], copied)
-  assert len(_section(page, 'summary').all('table')) == 1
+  assert len(_section(page, 'summary').all('table')) == 2
 
 
 def test_the_curves_have_the_numbers_of_metrics_jsonl(swept, page):

@@ -1,14 +1,18 @@
 """Many points: folders, skipping, failures, the table."""
 
+import csv
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from experiment_test import SMALL, small_config, timeless
 
@@ -23,7 +27,7 @@ from hetlora_jax import (
   training,
 )
 from hetlora_jax.run import Run
-from hetlora_jax.tools import sweep, tables
+from hetlora_jax.tools import bootstrap, sweep, tables
 from tests import programs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,7 +68,10 @@ def test_every_point_has_a_folder_and_a_command(swept):
     f"'--workdir={workdir}/method=flora,r_max=3'"
   ).replace("'", '')
   tables.write(results, workdir)
-  assert json.loads((workdir / 'sweep.json').read_text()) == results
+  told = json.loads((workdir / 'sweep.json').read_text())
+  paired = [result.pop('paired', {}) for result in told]
+  assert told == results
+  assert [x.get('baseline') for x in paired] == [None, 'method=full_finetuning', None]
   assert (workdir / 'sweep.png').stat().st_size > 10_000
 
 
@@ -170,6 +177,93 @@ def test_seeds_become_one_row_with_their_spread(together):
   assert f'{losses[0]:.3f} (1 failed)' in tables.table(failed)
 
 
+def test_arms_are_compared_in_all_that_a_sweep_writes(together, tmp_path):
+  runs, results = together
+  shutil.copytree(runs[0].workdir.parent, tmp_path, dirs_exist_ok=True)
+  said = tables.write(results, tmp_path)
+  # By hand, from everybody's losses.
+  people = [Run(tmp_path / r['name']).people['seen'] for r in results]
+  loss_PE = np.array([[p['loss_sum'] for p in one] for one in people])
+  tokens_E = np.array([p['tokens'] for p in people[0]])
+  gap_SE = loss_PE[2:] - loss_PE[:2]  # tail_penalty=5.0 less 0.0, seed by seed
+  want = bootstrap.ratio(gap_SE, tokens_E)
+  assert f'| tail_penalty=5.0 | {want.signed()}' in said
+  assert 'Loss less that of tail_penalty=0.0' in said and '2 seeds' in said
+  told = json.loads((tmp_path / 'sweep.json').read_text())
+  assert [r.get('paired', {}).get('baseline') for r in told] == [None] * 2 + [
+    'tail_penalty=0.0'
+  ] * 2
+  seen = told[2]['paired']['seen']
+  assert (seen['value'], seen['low'], seen['high']) == want and seen['seeds'] == 2
+  rows = list(csv.DictReader((tmp_path / 'sweep.csv').read_text().splitlines()))
+  assert [row['federated.tail_penalty'] for row in rows] == ['0.0', '5.0']
+  losses = [r['last']['eval/seen/loss'] for r in results]
+  assert float(rows[1]['loss_seen']) == statistics.mean(losses[2:])
+  assert float(rows[1]['difference_seen_low']) == want.low
+  assert rows[0]['difference_seen'] == '' and rows[0]['seeds'] == '2'
+  for row, arm in zip(rows, (results[:2], results[2:]), strict=True):
+    for name, field in tables._MEANS.items():
+      assert float(row[name]) == pytest.approx(np.mean([r[field] for r in arm]))
+  # Against the other arm, and against none that there is.
+  tables.write(results, tmp_path, 'tail_penalty=5.0')
+  told = json.loads((tmp_path / 'sweep.json').read_text())
+  assert told[0]['paired']['seen']['value'] == pytest.approx(-want.value)
+  with pytest.raises(config.ConfigError, match='--baseline=x is no arm'):
+    tables.write(results, tmp_path, 'x')
+
+
+def _balanced(latex):
+  text = re.sub(r'\\[{}$]', '', latex)
+  depth = np.cumsum([{'{': 1, '}': -1}.get(c, 0) for c in text])
+  return depth.min() >= 0 and depth[-1] == 0 and text.count('$') % 2 == 0
+
+
+def test_the_table_for_a_paper_is_latex(together):
+  runs, results = together
+  odd = 'a_b,50%&c{~^\\#$'
+  renamed = [
+    dict(r, fields={'method': odd if i < 2 else 'plain', 'seed': i % 2})
+    for i, r in enumerate(results)
+  ]
+  failed = {'name': 'x', 'fields': {'method': 'gone'}, 'error': 'no'}
+  arms, base = tables.compared([*renamed, failed], runs[0].workdir.parent, None)
+  latex = tables.to_latex(arms, base)
+  body = [line for line in latex.splitlines() if line.endswith(r'\\')]
+  assert [len(re.split(r'(?<!\\)&', line)) for line in body[1:]] == [8] * 4
+  assert _balanced('\n'.join(body)) and 'failed' in body[-1]
+  want = r'a\_b, 50\%\&c\{\textasciitilde{}\textasciicircum{}\textbackslash{}\#\$'
+  assert body[2].startswith(f'method={want} & ')
+  # Bold is what lies below all others beyond its interval, here nothing or one a kind.
+  for kind, column in (('seen', 1), ('unseen', 3)):
+    cells = [line.split(' & ')[column] for line in body[2:4]]
+    gap = arms[1].gaps[kind].interval
+    assert ['mathbf' in cell for cell in cells] == [gap.low > 0, gap.high < 0]
+  sure = arms[1]._replace(
+    people=[
+      (
+        seed,
+        {k: [p._replace(loss_sum=p.loss_sum - 1) for p in x] for k, x in of.items()},
+      )
+      for seed, of in arms[0].people
+    ]
+  )
+  assert tables.to_latex([arms[0], sure], base).count('mathbf') == 2
+
+
+def test_figures_are_for_screens_and_papers_and_the_same_again(together, tmp_path):
+  runs, results = together
+  shutil.copytree(runs[0].workdir.parent, tmp_path, dirs_exist_ok=True)
+  written = []
+  for _ in range(2):
+    tables.write(results, tmp_path)
+    written.append([(tmp_path / f'sweep.{x}').read_bytes() for x in ('pdf', 'svg')])
+  assert written[0] == written[1]
+  pdf, svg = written[0]
+  assert pdf.startswith(b'%PDF') and b'CreationDate' not in pdf
+  assert b'/CIDFontType2' in pdf and b'/Type3' not in pdf  # TrueType, embedded
+  assert b'<svg' in svg and b'dc:date' not in svg
+
+
 def test_programs_hold_as_many_points_as_asked(tmp_path):
   runs = _grid(tmp_path)
   sizes = lambda n: [len(p) for p in sweep.programs(runs, n)]  # noqa: E731
@@ -236,8 +330,8 @@ def _sweep(workdir, *more):
 
 @pytest.mark.slow
 def test_a_killed_sweep_ends_with_the_same_table(tmp_path):
-  def timeless_table(lines):  # all columns but the seconds
-    return [line.split('|')[1:-2] for line in lines if line.startswith('|')]
+  def timeless_table(lines):  # all columns but those of seconds
+    return [line.split('|')[1:-3] for line in lines if line.startswith('|')]
 
   def launch(kill):
     env = os.environ | {'PYTHONWARNINGS': 'ignore'}
@@ -324,6 +418,8 @@ def test_a_mistaken_line_spoils_no_table_and_another_grid_joins_it(tmp_path):
 def test_seconds_are_of_all_calls_of_a_run(swept):
   _, _, results = swept
   good = [
-    dict(r, **{'time/rounds_s': 40.0, 'time/this_call_s': 3.0}) for r in results[:1]
+    dict(r, **{'time/rounds_s': 40.0, 'time/this_call_s': 3.0, 'time/compile_s': 2.5})
+    for r in results[:1]
   ]
-  assert tables.table(good).splitlines()[-1].split('|')[-2].strip() == '40'
+  cells = tables.table(good).splitlines()[-1].split('|')
+  assert [cell.strip() for cell in cells[-3:-1]] == ['40', '2.5']

@@ -1,40 +1,80 @@
-"""The table and the picture that compare the points of a sweep."""
+"""The tables and the figure that compare the arms of a sweep.
+
+An arm is the points that differ in the seed alone.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hetlora_jax import curves, files
 from hetlora_jax.run import Run
+from hetlora_jax.tools import figures, paired
+from hetlora_jax.tools.figures import Line
+from hetlora_jax.tools.paired import KINDS, Difference
 from hetlora_jax.tools.sweep import name_of
 
+# What the CSV calls the means of these.
+_MEANS = {
+  'bytes_up': 'comm/up_bytes', 'bytes_down': 'comm/down_bytes',
+  'trained_parameters': 'train/parameters', 'aggregation_error': 'aggregation/error',
+  'seconds_in_rounds': 'time/rounds_s', 'seconds_compiling': 'time/compile_s',
+}  # fmt: skip
+_LATEX = str.maketrans(
+  {c: rf'\{c}' for c in '&%$#_{}'}
+  | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+  | {'<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}'}
+)
 
-def write(found: list[dict], workdir: pathlib.Path) -> str:
-  """Writes sweep.json and sweep.png, and returns the table.
 
-  Points that an earlier grid had in the folder stay in all three.
+class Arm(NamedTuple):
+  """A row of the tables."""
+
+  name: str
+  fields: dict[str, Any]  # without the seed
+  results: list[dict]  # of the points that ended
+  failed: int
+  people: paired.Arm
+  gaps: dict[str, Difference | str]  # by kind: to the baseline, which has none itself
+
+
+def write(found: list[dict], workdir: pathlib.Path, baseline: str | None = None) -> str:
+  """Writes sweep.json, .csv, .tex, .png, .pdf and .svg, and returns tables to print.
+
+  Points that an earlier grid had in the folder stay in all of them.
 
   Args:
     found: of `sweep.results`.
     workdir: the folder of the sweep.
+    baseline: the arm that all are compared with; None: the first.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  found = [*_others(found, workdir), *found]
-  files.write_json(workdir / 'sweep.json', found)
-  _plot(found, workdir)
-  return table(found)
+  found = joined(found, workdir)
+  arms, base = compared(found, workdir, baseline)
+  told = {name: _told(arm, base) for arm in arms for name in _names(arm)}
+  about = [r | told.get(r['name'], {}) for r in found]
+  files.write_json(workdir / 'sweep.json', about)
+  files.write_text(workdir / 'sweep.csv', to_csv(arms))
+  files.write_text(workdir / 'sweep.tex', to_latex(arms, base))
+  lines = [_line(arm, workdir) for arm in arms if arm.results]
+  figures.save(figures.compare(lines), workdir / 'sweep')
+  return '\n\n'.join(filter(None, (table(found), _gap_table(arms, base))))
 
 
-def _others(found: Sequence[dict], workdir: pathlib.Path) -> list[dict]:
-  """Returns what other points of sweep.json have become, of those that are finished."""
+def joined(found: Sequence[dict], workdir: pathlib.Path) -> list[dict]:
+  """Adds what other points of sweep.json have become, of those that are finished."""
   path = workdir / 'sweep.json'
   if not path.exists():
-    return []
+    return [*found]
   names, remedy = {result['name'] for result in found}, 'delete it, it is made anew'
   with files.parsing(path, remedy):
     earlier = [
@@ -44,7 +84,75 @@ def _others(found: Sequence[dict], workdir: pathlib.Path) -> list[dict]:
     ]
   there = [about for about in earlier if (workdir / about['name']).is_dir()]
   ended = [(about, Run(workdir / about['name']).finished) for about in there]
-  return [about | summary for about, summary in ended if summary]
+  return [*[about | summary for about, summary in ended if summary], *found]
+
+
+# --- Arms --------------------------------------------------------------------
+
+
+def over_seeds(found: Sequence[dict]) -> dict[str, list[dict]]:
+  """Groups results that differ in the seed alone."""
+  groups: dict[str, list[dict]] = {}
+  for result in found:
+    fields = {k: v for k, v in result['fields'].items() if k != 'seed'}
+    groups.setdefault(name_of(fields), []).append(result)
+  return groups
+
+
+def compared(
+  found: Sequence[dict], workdir: pathlib.Path, baseline: str | None
+) -> tuple[list[Arm], str | None]:
+  """Returns the arms, each with its differences from the baseline, and its name."""
+  groups = over_seeds(found)
+  base = paired.baseline_of([*groups], baseline)
+  arms = [_arm(name, seeds, workdir) for name, seeds in groups.items()]
+  other = next((arm.people for arm in arms if arm.name == base), ())
+  return [
+    arm._replace(gaps=gaps_to(arm.people, other)) if arm.name != base else arm
+    for arm in arms
+  ], base
+
+
+def _arm(name: str, seeds: list[dict], workdir: pathlib.Path) -> Arm:
+  good = [result for result in seeds if 'error' not in result]
+  runs = [Run(workdir / result['name']) for result in good]
+  people = []
+  for run in runs:
+    with files.parsing(run.folder / 'people.json', 'delete this run, or run it again'):
+      people.append((run.fields['seed'], paired.people_of(run.people)))
+  fields = {k: v for k, v in seeds[0]['fields'].items() if k != 'seed'}
+  return Arm(name, fields, good, len(seeds) - len(good), people, {})
+
+
+def gaps_to(arm: paired.Arm, other: paired.Arm) -> dict[str, Difference | str]:
+  """Returns an arm's differences from another, of each kind of people."""
+  return {kind: paired.difference(arm, other, kind) for kind in KINDS}
+
+
+def _names(arm: Arm) -> list[str]:
+  return [result['name'] for result in arm.results]
+
+
+def _told(arm: Arm, base: str | None) -> dict[str, Any]:
+  """Returns what sweep.json says of an arm's differences."""
+  if not arm.gaps:
+    return {}
+  told = {
+    kind: {'not_paired': gap}
+    if isinstance(gap, str)
+    else {**gap.interval._asdict(), 'seeds': gap.seeds, 'people': gap.people}
+    for kind, gap in arm.gaps.items()
+  }
+  return {'paired': {'baseline': base, **told}}
+
+
+def _mean(results: Sequence[dict], field: str) -> float | None:
+  """Returns the mean of a number in summaries; None if one does not state it."""
+  values = [result.get(field) for result in results]
+  return None if not values or None in values else statistics.mean(values)
+
+
+# --- In Markdown --------------------------------------------------------------
 
 
 def size(count: float | None, unit: str = '') -> str:
@@ -61,13 +169,13 @@ def size(count: float | None, unit: str = '') -> str:
   return f'{rounded / 1000**power:.3g}{" " if unit else ""}{prefix}{unit}'
 
 
-def over_seeds(found: Sequence[dict]) -> dict[str, list[dict]]:
-  """Groups results that differ in the seed alone."""
-  groups: dict[str, list[dict]] = {}
-  for result in found:
-    fields = {k: v for k, v in result['fields'].items() if k != 'seed'}
-    groups.setdefault(name_of(fields), []).append(result)
-  return groups
+def seconds(value: float | None) -> str:
+  """Renders seconds; None are those that an earlier release did not tell apart.
+
+  >>> seconds(40.2), seconds(0.53), seconds(None)
+  ('40', '0.5', 'not measured')
+  """
+  return 'not measured' if value is None else f'{value:.{int(value < 10)}f}'
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -78,51 +186,163 @@ def spread(values: Sequence[float], digits: int) -> str:
   return text
 
 
+def _losses(results: Sequence[dict], kind: str) -> list[float]:
+  return [result['last'][f'eval/{kind}/loss'] for result in results]
+
+
 def _cells(name: str, seeds: list[dict]) -> Iterator[str]:
   """Yields the cells of a row: of the seeds that did not fail."""
   good = [result for result in seeds if 'error' not in result]
   missing = len(seeds) - len(good)
   yield name
   if not good:
-    yield from ('failed', *[''] * 6)
+    yield from ('failed', *[''] * 7)
     return
-
-  def mean(field: str) -> float | None:
-    values = [result[field] for result in good]
-    return None if None in values else statistics.mean(values)
-
-  for who in ('seen', 'unseen'):
-    text = spread([result['last'][f'eval/{who}/loss'] for result in good], 3)
+  for kind in KINDS:
+    text = spread(_losses(good, kind), 3)
     yield f'{text} ({missing} failed)' if missing else text
   for field in ('comm/up_bytes', 'comm/down_bytes', 'train/parameters'):
-    yield size(mean(field))
-  error = mean('aggregation/error')
+    yield size(_mean(good, field))
+  error = _mean(good, 'aggregation/error')
   yield 'not measured' if error is None else f'{error:.3f}'
-  yield f'{mean("time/rounds_s"):.0f}'
+  for field in ('time/rounds_s', 'time/compile_s'):
+    yield seconds(_mean(good, field))
 
 
 def table(found: Sequence[dict]) -> str:
-  """Returns a Markdown table: losses, bytes, parameters and time of each.
+  """Returns a Markdown table: losses, bytes, parameters and time of each arm.
 
-  Points that differ in the seed alone are one row, of mean and deviation.
+  Several seeds are told as their mean and deviation.
   """
   heads = (
-    '',
-    'loss seen',
-    'loss unseen',
-    'bytes up',
-    'bytes down',
-    'trained',
-    'aggregation error',
-    'seconds in rounds',
+    '', 'loss seen', 'loss unseen', 'bytes up', 'bytes down', 'trained',
+    'aggregation error', 'seconds in rounds', 'compiling',
+  )  # fmt: skip
+  return _markdown(heads, [(*_cells(*group),) for group in over_seeds(found).items()])
+
+
+GAP_HEADS = (
+  'seen people', 'perplexity, seen', 'unseen people', 'perplexity, unseen', 'pairs',
+)  # fmt: skip
+
+
+def gap_cells(gaps: dict[str, Difference | str]) -> list[str]:
+  """Renders an arm's differences, or why there are none, under `GAP_HEADS`."""
+  cells, people, seeds = [], [], 1
+  for gap in gaps.values():
+    if isinstance(gap, str):
+      cells += [f'not paired: {gap}', '']
+      continue
+    cells += [gap.interval.signed(), f'{100 * math.expm1(gap.interval.value):+.1f} %']
+    people.append(str(gap.people))
+    seeds = gap.seeds
+  who = f'{" and ".join(people)} people, {seeds} seed{"s" * (seeds > 1)}'
+  return [*cells, who * bool(people)]
+
+
+def gap_title(base: str | None, gaps: Sequence[dict[str, Difference | str]]) -> str:
+  """Says what differences are, and what a single seed does not tell."""
+  seeds = [g.seeds for x in gaps for g in x.values() if isinstance(g, Difference)]
+  single = '; of one seed the interval is over people alone' if 1 in seeds else ''
+  return (
+    f'Loss less that of {base} (--baseline), in nats per target token, below 0 where '
+    f'it is better: paired, with 95 % intervals over people and seeds{single}'
   )
-  rows = [heads, ('---', *('---:',) * (len(heads) - 1))]
-  rows += [tuple(_cells(*group)) for group in over_seeds(found).items()]
+
+
+def _gap_table(arms: Sequence[Arm], base: str | None) -> str:
+  others = [arm for arm in arms if arm.gaps]
+  if not others:
+    return ''
+  rows = [(arm.name, *gap_cells(arm.gaps)) for arm in others]
+  title = gap_title(base, [arm.gaps for arm in others])
+  return f'{title}:\n\n{_markdown(("", *GAP_HEADS), rows)}'
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  rows = [heads, ('---', *('---:',) * (len(heads) - 1)), *rows]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join(
     f'| {" | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True))} |'
     for row in rows
   )
+
+
+# --- For papers ----------------------------------------------------------------
+
+
+def to_csv(arms: Sequence[Arm]) -> str:
+  """Returns a line for each arm: its fields, and every number with all its digits."""
+  rows = [_numbers(arm) for arm in arms]
+  names = dict.fromkeys(name for row in rows for name in row)
+  out = io.StringIO(newline='')
+  writer = csv.DictWriter(out, [*names], restval='', lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  return out.getvalue()
+
+
+def _numbers(arm: Arm) -> dict[str, Any]:
+  row = {'arm': arm.name, **arm.fields}
+  row |= {'seeds': len(arm.results), 'failed': arm.failed}
+  for kind in KINDS if arm.results else ():
+    losses = _losses(arm.results, kind)
+    row[f'loss_{kind}'] = statistics.mean(losses)
+    row[f'loss_{kind}_deviation'] = statistics.stdev(losses) if losses[1:] else ''
+  for kind, gap in arm.gaps.items():
+    if isinstance(gap, str):
+      row[f'not_paired_{kind}'] = gap
+      continue
+    names = (f'difference_{kind}{end}' for end in ('', '_low', '_high'))
+    row |= dict(zip(names, gap.interval, strict=True))
+    row |= {f'paired_people_{kind}': gap.people, 'paired_seeds': gap.seeds}
+  return row | {name: _mean(arm.results, field) for name, field in _MEANS.items()}
+
+
+def to_latex(arms: Sequence[Arm], base: str | None) -> str:
+  """Returns a table for the package booktabs.
+
+  A loss is bold if its paired differences from all other arms lie below 0 with their
+  whole intervals: so a column may have none.
+  """
+  who = {arm.name: arm.people for arm in arms if arm.results}
+  best = {kind: paired.surely_best(who, kind) for kind in KINDS}
+  rows = [_latex_cells(arm, best) for arm in arms]
+  heads = ('', *(rf'\multicolumn{{2}}{{c}}{{{kind} people}}' for kind in KINDS))
+  below = ('', *('loss', 'difference') * 2, 'up', 'down', 'trained')
+  lines = [
+    '% Made by hetlora_jax; needs \\usepackage{booktabs}. '
+    f'Differences are from {base}, in nats per target token,',
+    '% paired, with 95 % intervals over people and seeds; bold: below all others, surely.',
+    rf'\begin{{tabular}}{{l{"r" * (len(below) - 1)}}}',
+    r'\toprule',
+    rf'{" & ".join(heads)} & \multicolumn{{2}}{{c}}{{bytes}} & \\',
+    r'\cmidrule(lr){2-3} \cmidrule(lr){4-5} \cmidrule(lr){6-7}',
+    *[rf'{" & ".join(row)} \\' for row in (below, *rows)],
+    r'\bottomrule',
+    r'\end{tabular}',
+  ]
+  lines.insert(7, r'\midrule')
+  for arm in arms:
+    reasons = {g for g in arm.gaps.values() if isinstance(g, str)}
+    lines += [f'% {arm.name} is not paired: {reason}.' for reason in sorted(reasons)]
+  return '\n'.join(lines) + '\n'
+
+
+def _latex_cells(arm: Arm, best: dict[str, str | None]) -> list[str]:
+  cells = [arm.name.replace(',', ', ').translate(_LATEX)]
+  if not arm.results:
+    return [*cells, 'failed', *[''] * 6]
+  for kind in KINDS:
+    loss = spread(_losses(arm.results, kind), 3).replace('±', r'\pm')
+    cells.append(rf'$\mathbf{{{loss}}}$' if best[kind] == arm.name else f'${loss}$')
+    gap = arm.gaps.get(kind, '')
+    cells.append('--' if isinstance(gap, str) else f'${gap.interval.signed()}$')
+  up, down = (size(_mean(arm.results, f'comm/{x}_bytes'), 'B') for x in ('up', 'down'))
+  return [*cells, up, down, size(_mean(arm.results, 'train/parameters'))]
+
+
+# --- The figure ------------------------------------------------------------------
 
 
 def _curve(folder: pathlib.Path):
@@ -140,40 +360,10 @@ def _curve(folder: pathlib.Path):
   return rounds, np.array(losses, float), np.array([traffic[r] for r in rounds])
 
 
-def _curves(seeds: list[dict], workdir: pathlib.Path):
-  """Returns rounds, mean megabytes until then, and the losses of each seed."""
-  found = [_curve(workdir / result['name']) for result in seeds]
-  rounds = found[-1][0]
-  return (
-    rounds,
-    np.mean([megabytes for _, _, megabytes in found], 0),
-    np.array([losses for _, losses, _ in found]),
-  )
-
-
-def _plot(found: Sequence[dict], workdir: pathlib.Path) -> None:
-  """Draws every point's held-out loss against rounds and bytes.
-
-  Of several seeds it draws the mean, and one standard deviation to either side.
-  """
-  import matplotlib.figure  # half a second, which no start should wait for
-
-  figure = matplotlib.figure.Figure((13, 5.5), layout='constrained')
-  by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-  good = over_seeds([result for result in found if 'error' not in result])
-  for i, (name, seeds) in enumerate(good.items()):
-    # Ten colours, and other dashes after every ten points.
-    style = {'color': f'C{i % 10}', 'ls': ('-', '--', ':', '-.')[i // 10 % 4]}
-    rounds, megabytes, losses = _curves(seeds, workdir)
-    mean, deviation = losses.mean(0), losses.std(0, ddof=len(losses) > 1)
-    for axis, x in ((by_round, rounds), (by_bytes, megabytes)):
-      axis.plot(x, mean, label=name if axis is by_round else None, **style)
-      if len(seeds) > 1:
-        low, high = mean - deviation, mean + deviation
-        axis.fill_between(x, low, high, color=style['color'], alpha=0.15, lw=0)
-  by_round.set(xlabel='round', ylabel='held-out loss of seen people (nats)')
-  by_bytes.set(xlabel='megabytes sent up and down', xscale='symlog')
-  for axis in (by_round, by_bytes):
-    axis.grid(alpha=0.3)
-  figure.legend(loc='outside right upper', fontsize='small')
-  figure.savefig(workdir / 'sweep.png', dpi=110)
+def _line(arm: Arm, workdir: pathlib.Path) -> Line:
+  """Returns the mean over an arm's seeds, and their deviation."""
+  found = [_curve(workdir / name) for name in _names(arm)]
+  losses = np.array([one for _, one, _ in found])
+  megabytes = np.mean([one for _, _, one in found], 0)
+  deviation = losses.std(0, ddof=len(losses) > 1)
+  return Line(arm.name, found[-1][0], megabytes, losses.mean(0), deviation)

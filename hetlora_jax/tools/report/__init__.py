@@ -11,6 +11,8 @@ import jinja2
 
 from hetlora_jax import files
 from hetlora_jax.config import ConfigError
+from hetlora_jax.tools import figures, tables
+from hetlora_jax.tools.paired import KINDS
 from hetlora_jax.tools.report import charts, runs, sections
 
 _KEPT = '\n\t\u200d'  # the last one joins the parts of an emoji
@@ -22,7 +24,7 @@ TEMPLATES = jinja2.Environment(
   trim_blocks=True,
   lstrip_blocks=True,
 )
-TEMPLATES.globals.update(charts=charts, sections=sections, KINDS=runs.KINDS)
+TEMPLATES.globals.update(charts=charts, sections=sections, tables=tables, KINDS=KINDS)
 
 
 def clean(page: str) -> str:
@@ -30,13 +32,17 @@ def clean(page: str) -> str:
   return ''.join(c if c.isprintable() or c in _KEPT else '\ufffd' for c in page)
 
 
-def write(folders: Sequence[pathlib.Path], out: pathlib.Path) -> int:
+def write(
+  folders: Sequence[pathlib.Path], out: pathlib.Path, baseline: str | None = None
+) -> int:
   """Writes a page that compares runs, and returns how many runs it compares.
 
   Args:
     folders: of runs, or of sweeps, whose runs are all taken.
     out: the page, a file that needs no other file and no network. It is written whole
-      or, after an error, not at all.
+      or, after an error, not at all. Its curves are beside it for papers: of
+      x.html in x_curves.png, .pdf and .svg.
+    baseline: the group that all are compared with; None: the first.
 
   Raises:
     ConfigError, Damaged, OSError: with one line that names the file.
@@ -47,6 +53,8 @@ def write(folders: Sequence[pathlib.Path], out: pathlib.Path) -> int:
     raise ConfigError(f'--out={out}: {out.parent} is no folder: make it first.')
   entries = runs.read(folders)
   template = TEMPLATES.get_template('page.html.j2')
-  page = clean(template.render(entries=entries, groups=runs.grouped(entries)))
-  files.write_text(out, page)
+  groups = runs.grouped(entries)
+  page = template.render(entries=entries, groups=groups, baseline=baseline)
+  figures.save(sections.compare(groups), out.with_name(f'{out.stem}_curves'))
+  files.write_text(out, clean(page))
   return len(entries)

@@ -14,10 +14,9 @@ import numpy as np
 from hetlora_jax import curves, files, rows
 from hetlora_jax.config import ConfigError
 from hetlora_jax.run import Run
-from hetlora_jax.tools import tables
+from hetlora_jax.tools import paired, tables
 from hetlora_jax.types import Row
 
-KINDS = ('seen', 'unseen')
 # Columns of metrics.jsonl that the page draws, and sums over the rounds so far.
 _DRAWN = (
   'train/loss', 'eval/seen/loss', 'eval/unseen/loss', 'energy/slots',
@@ -32,13 +31,6 @@ _REMEDY = 'leave this run out, or run or evaluate it again'
 _MOST_CHARACTERS = 48  # of a group's name
 
 
-class Person(NamedTuple):
-  """A person's held-out loss at the newest evaluation."""
-
-  loss: float  # nats per target token
-  rank: int | None  # drawn for training; unseen people have none
-
-
 class Entry(NamedTuple):
   """A run of the page, with as much as its folder holds."""
 
@@ -48,7 +40,7 @@ class Entry(NamedTuple):
   summary: dict[str, Any]  # summary.json if there is one, and totals so far
   rounds: int  # done so far
   finished: bool  # ended after all the rounds of its configuration
-  people: dict[str, list[Person]]  # by KINDS
+  people: paired.People
   samples: list[dict[str, Any]]
 
 
@@ -128,18 +120,9 @@ def _columns(history: list[Row]) -> dict[str, dict[int, Any]]:
   return columns
 
 
-def _people(run: Run) -> dict[str, list[Person]]:
-  """Returns the people of each kind who have any target tokens."""
+def _people(run: Run) -> paired.People:
   with _naming(run.folder / 'people.json'):
-    people = run.people or dict.fromkeys(KINDS, [])
-    return {
-      kind: [
-        Person(person['loss_sum'] / person['tokens'], person['rank'])
-        for person in people[kind]
-        if person['tokens'] > 0
-      ]
-      for kind in KINDS
-    }
+    return paired.people_of(run.people)
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:

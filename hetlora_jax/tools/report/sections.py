@@ -5,14 +5,19 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hetlora_jax import diagnostics
-from hetlora_jax.tools import tables
+from hetlora_jax.tools import figures, paired, tables
+from hetlora_jax.tools.paired import KINDS
 from hetlora_jax.tools.report import charts, runs
 from hetlora_jax.tools.report.charts import Chart, Line
-from hetlora_jax.tools.report.runs import KINDS, Entry, Group
+from hetlora_jax.tools.report.runs import Entry, Group
+
+if TYPE_CHECKING:
+  import matplotlib.figure
 
 # Lower bounds of the classes of a heat map, drawn darker and darker.
 SHARES = (0.001, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
@@ -23,7 +28,7 @@ AGAINST = {
   'bytes': ('bytes so far', 1e6, 'megabytes up and down'),
   'tokens': ('tokens so far', 1e3, 'thousand target tokens trained on'),
 }
-size = tables.size
+size, seconds = tables.size, tables.seconds
 
 
 def distinct(entries: Sequence[Entry], field: str) -> str:
@@ -48,8 +53,37 @@ def progress(entries: Sequence[Entry], name: str, digits: int) -> str:
 
 def mean(entries: Sequence[Entry], name: str) -> float | None:
   """Returns the mean over runs of a number in their summaries; None if one has none."""
-  values = [entry.summary[name] for entry in entries]
+  values = [entry.summary.get(name) for entry in entries]
   return None if None in values else statistics.mean(values)
+
+
+def differences_from(
+  groups: Sequence[Group], baseline: str | None
+) -> tuple[str, list[tuple[Group, list[str]]]]:
+  """Returns what the table of paired differences is of, and its rows."""
+  base = paired.baseline_of([group.name for group in groups], baseline)
+  arms = {
+    group.name: [(entry.fields['seed'], entry.people) for entry in counted(group)]
+    for group in groups
+  }
+  found = {
+    group.name: tables.gaps_to(arms[group.name], arms[base])
+    for group in groups
+    if base and group.name != base
+  }
+  rows = [(g, tables.gap_cells(found[g.name])) for g in groups if g.name in found]
+  return tables.gap_title(base, [*found.values()]), rows
+
+
+def compare(groups: Sequence[Group]) -> matplotlib.figure.Figure:
+  """Draws held-out losses against rounds and megabytes, for a paper."""
+  drawn = []
+  for group in groups:
+    rounds, loss, deviation = runs.mean(group, 'eval/seen/loss')
+    sent = _curve(group, 'eval/seen/loss', 'bytes').x
+    x = sent if len(sent) else np.full(len(rounds), np.nan)
+    drawn.append(figures.Line(group.name, rounds, x, loss, deviation))
+  return figures.compare(drawn)
 
 
 def data(groups: Sequence[Group]) -> list[tuple[object, ...]]:
