@@ -256,6 +256,10 @@ class Data:
          'gets.')
   partition_seed: int = field(0, at_least=0,
     help='Its seed, so that clients are the same for every `seed`.')
+  format: str | None = field(None, choices=('plain', 'chat', 'alpaca', 'template'),
+    help="How examples are written: 'plain' (turns on lines of their own), 'chat' (with "
+         "names), 'alpaca' (instruction and input), or by the 'template' that comes with "
+         "the model. None: chats with names, what is summed up by the data set's cue.")
   min_examples: int | None = field(None, at_least=2,
     help="Clients with fewer examples are left out. None: the data set's own, 20 of "
          'most; of your own data, 2: one example to train on and one to hold out.')
@@ -637,4 +641,10 @@ def _of_data(c: Config) -> Iterator[_Condition]:
     'data.row_tokens',
     _both(d.row_tokens, d.tokens_per_example, operator.ge),
     f'a row must hold data.tokens_per_example={d.tokens_per_example}',
+  )
+  yield (
+    'data.format',
+    d.format != 'template' or c.model.source.partition(':')[0] != 'random',
+    f'model.source={c.model.source} has no chat template: name a model made for chats, '
+    "such as smollm2_135m, or take 'chat'",
   )

@@ -56,7 +56,7 @@ def _needed(
   data: Data, dataset: builders.Dataset, tokenizer: people.Tokenizer
 ) -> Limits:
   """Returns limits that leave nobody out and cut the longest examples alone."""
-  read = people.reader(dataset, tokenizer, data.context_turns)
+  read = people.reader(dataset, tokenizer, data)
   rows = people.evenly_spaced(len(dataset.examples), MOST_READ)
   examples = [read(int(row)) for row in rows]
   return Limits(

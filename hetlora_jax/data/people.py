@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from hetlora_jax.config import MAX_CONTEXT_TURNS
 from hetlora_jax.data import builders, partition
 
 if TYPE_CHECKING:
-  from hetlora_jax.data.builders import records
+  from hetlora_jax.data import rendering
 
 Kind = Literal['train', 'heldout', 'unseen']
 
@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
 class Example(NamedTuple):
   """A text as tokens, of which the last `num_target` bear the loss."""
 
-  tokens: np.ndarray  # [L] int32, bos first, L > num_target
+  tokens: np.ndarray  # [L] int32, bos first unless a template has none, L > num_target
   num_target: int
   cut: int = 0  # tokens of its context that are left out already
 
@@ -145,9 +145,7 @@ def load(
     not_kept=trainable - len(groups['train'].ids),
   )
   groups['train'] = groups['train'].repeat(data.copies)
-  read = reader(
-    dataset, tokenizer, data.context_turns, data.tokens_per_example, order_E
-  )
+  read = reader(dataset, tokenizer, data, order_E)
   return Population(groups=groups, read=read, left_out=left_out, digest=dataset.digest)
 
 
@@ -257,57 +255,66 @@ def _keep(groups: dict[Kind, Group], num_people: int) -> dict[Kind, Group]:
 def reader(
   dataset: builders.Dataset,
   tokenizer: Tokenizer,
-  max_context_turns: int = MAX_CONTEXT_TURNS,
-  most_tokens: int | None = None,
+  data: config.Data,
   order_E: np.ndarray | None = None,
 ) -> Callable[[int], Example]:
   """Returns row -> its example; rows are those of `order_E`, if given."""
+  from hetlora_jax.data import rendering  # only who reads data needs Jinja
+
+  render = rendering.make(data.format, tokenizer).render
 
   @functools.lru_cache(_CACHED_EXAMPLES)
   def read(row: int) -> Example:
     row = row if order_E is None else int(order_E[row])
-    text = _render(dataset.builder.render, dataset.examples[row], max_context_turns)
-    return encode(tokenizer, text, most_tokens)
+    chat = _chat(dataset.builder, dataset.examples[row], data.context_turns)
+    return encode(tokenizer, render(chat), data.tokens_per_example)
 
   return read
 
 
-def _render(render: Callable, record: dict, max_context_turns: int) -> records.Rendered:
-  """Renders a record of the split 'examples'."""
-  return render(
-    [text.decode() for text in record['context'][-max_context_turns:]],
-    record['mine'][-max_context_turns:],
-    record['target'].decode(),
-  )
+def _chat(builder: Any, record: dict, max_context_turns: int) -> rendering.Chat:
+  """Returns the conversation of a record of the split 'examples'."""
+  from hetlora_jax.data import rendering
+
+  mine = record['mine'][-max_context_turns:].tolist()
+  texts = [text.decode() for text in record['context'][-max_context_turns:]]
+  roles = [rendering.CLIENT if own else rendering.USER for own in [*mine, True]]
+  turns = [*zip(roles, [*texts, record['target'].decode()], strict=True)]
+  return rendering.Chat(turns, cue=builder.cue)
 
 
 def encode(
-  tokenizer: Tokenizer, text: records.Rendered, most_tokens: int | None = None
+  tokenizer: Any, text: rendering.Rendered, most_tokens: int | None = None
 ) -> Example:
   """Encodes prompt, cue and completion apart, as they are in generation.
 
   A prompt that has a cue is cut before it so that all three take at most
   `most_tokens` positions; one without is left whole, for packing to cut.
   """
-  prompt_tokens = tokenizer.encode(text.prompt)
-  target_tokens = tokenizer.encode(text.completion)
+  to_ids = tokenizer.encode_special if text.special else tokenizer.encode
+  start, prompt_tokens = [tokenizer.bos_id], to_ids(text.prompt)
+  if text.special:  # as the text begins, whatever that is
+    start, prompt_tokens = prompt_tokens[:1], prompt_tokens[1:]
+  target_tokens = to_ids(text.completion)
   cut = 0
   if text.cue:
-    cue_tokens = tokenizer.encode(text.cue)
+    cue_tokens = to_ids(text.cue)
     if most_tokens is not None:
       room = max(0, most_tokens - len(cue_tokens) - len(target_tokens))
       cut = max(0, len(prompt_tokens) - room)
       prompt_tokens = prompt_tokens[:room]
     prompt_tokens = prompt_tokens + cue_tokens
-  tokens = [tokenizer.bos_id, *prompt_tokens, *target_tokens]
+  tokens = [*start, *prompt_tokens, *target_tokens]
   return Example(np.asarray(tokens, np.int32), len(target_tokens), cut)
 
 
 def corpus(dataset: builders.Dataset, num_texts: int = 4096) -> Iterator[str]:
   """Yields texts, spread evenly over clients, to train a tokenizer on."""
+  from hetlora_jax.data import rendering
+
   for row in evenly_spaced(len(dataset.examples), num_texts):
     record = dataset.examples[int(row)]
-    text = _render(dataset.builder.render, record, MAX_CONTEXT_TURNS)
+    text = rendering.as_data_set(_chat(dataset.builder, record, MAX_CONTEXT_TURNS))
     yield text.prompt + text.cue + text.completion
 
 

@@ -40,7 +40,7 @@ def collect(data: config.Data, tokenizer: people.Tokenizer) -> Statistics:
   """Counts a data set, preparing it first if it never was."""
   dataset = builders.open_dataset(data.name, path=data.path)
   clients, _ = people.all_clients(dataset, people.partition_of(data))
-  read = people.reader(dataset, tokenizer)
+  read = people.reader(dataset, tokenizer, data)
   rows = people.evenly_spaced(len(dataset.examples), MOST_READ)
   examples = [read(int(row)) for row in rows]
   labels = collections.Counter()

@@ -1,4 +1,4 @@
-"""What every data set shares: its records, their order, how they are rendered."""
+"""What every data set shares: its records and their order."""
 
 import abc
 import dataclasses
@@ -43,30 +43,6 @@ def replies(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
     )
 
 
-class Rendered(NamedTuple):
-  """A prompt and its completion, which bears the loss.
-
-  Where the prompt must be cut to fit, it loses its start; or, if it has a cue,
-  which ends it, what is right before the cue.
-  """
-
-  prompt: str  # without the cue
-  completion: str
-  cue: str = ''
-
-
-def render_chat(context: Sequence[str], mine: Sequence[bool], target: str) -> Rendered:
-  """Renders a line a turn; A writes the target."""
-  names = ['A' if m else 'B' for m in mine]
-  turns = [f'{n}: {text}\n' for n, text in zip(names, context, strict=True)]
-  return Rendered(''.join(turns) + 'A:', f' {target}\n')
-
-
-def render_summary(context: Sequence[str], cue: str, target: str) -> Rendered:
-  """Renders a text, a line such as 'Subject:', and what sums the text up."""
-  return Rendered(' '.join(context), f' {target}\n', f'\n{cue}')
-
-
 class Limits(NamedTuple):
   """What a run takes of a data set unless it says otherwise: fields of `data`."""
 
@@ -86,6 +62,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
 
   VERSION = tfds.core.Version('1.0.0')
   labelled: ClassVar[bool] = False  # whether records have a label of their own
+  cue: ClassVar[str] = ''  # a line such as 'Subject:', where texts are summed up
   # People with fewer examples are the unseen ones; 0: a hash of the name tells.
   train_from: ClassVar[int] = 0
   limits: ClassVar[Limits | None] = Limits()  # None: as its examples need
@@ -102,11 +79,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
       f'config.data.path={path} is not read by config.data.name={cls.name!r}: for '
       'files of your own set config.data.name=text_folder, else leave the path out.'
     )
-
-  @staticmethod
-  def render(context: Sequence[str], mine: Sequence[bool], target: str) -> Rendered:
-    """Renders an example for a language model."""
-    return render_chat(context, mine, target)
 
   @abc.abstractmethod
   def examples(self) -> Iterator[Record]:
