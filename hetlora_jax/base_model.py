@@ -58,6 +58,16 @@ def of_config(config: Config, mesh: Mesh) -> BaseModel:
   )
 
 
+def tokenizer_of(config: Config) -> Tokenizer:
+  """Returns the tokenizer of the model that a configuration names, without weights."""
+  c, data = config.model, config.data
+  if is_random(c.source):
+    return _tokenizer(data.name, data.path, c.random.vocab_size)
+  from hetlora_jax import formats
+
+  return formats.load_tokenizer(c.source)
+
+
 def _chat_template(config: Config) -> str:
   """Returns the model's chat template, if examples are written by it."""
   if config.data.format != 'template':

@@ -45,6 +45,11 @@ class Example(NamedTuple):
   num_target: int
   cut: int = 0  # tokens of its context that are left out already
 
+  @property
+  def bearing(self) -> np.ndarray:
+    """Which of the tokens bear the loss, [L] bool."""
+    return np.arange(len(self.tokens)) >= len(self.tokens) - self.num_target
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
@@ -278,6 +283,7 @@ def _chat(builder: Any, record: dict, max_context_turns: int) -> rendering.Chat:
 
   mine = record['mine'][-max_context_turns:].tolist()
   texts = [text.decode() for text in record['context'][-max_context_turns:]]
+  mine = [own and not builder.cue for own in mine]  # no turn of a chat
   roles = [rendering.CLIENT if own else rendering.USER for own in [*mine, True]]
   turns = [*zip(roles, [*texts, record['target'].decode()], strict=True)]
   return rendering.Chat(turns, cue=builder.cue)

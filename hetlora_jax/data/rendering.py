@@ -231,6 +231,8 @@ class Template:
     for i in bearing:
       prompt = self.text(messages[:i], prompt=True) + own
       turn = whole if i == bearing[-1] else self.text(messages[: i + 1])
+      if not whole.startswith(turn):  # Phi 3 writes it after all, if nothing is asked
+        turn = turn.removesuffix(self._tokens.get('eos_token', ''))
       if not (turn.startswith(prompt) and whole.startswith(turn)):
         _refuse(
           'template',

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import itertools
 import pathlib
+from collections.abc import Iterator
 
 import matplotlib.figure
 import matplotlib.ticker
@@ -10,6 +12,7 @@ import numpy as np
 
 from hetlora_jax import config
 from hetlora_jax.data import builders, coverage, limits, people
+from hetlora_jax.models.tokenizer import Tokenizer
 
 AT_LEAST = (2, 5, 10, 20, 50, 100)  # examples that clients are counted by
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -94,6 +97,39 @@ def table(found: Statistics) -> str:
     lines.append(head + ', '.join(f'{label} {count:,}' for label, count in shown))
   lines += found.of_a_run
   return '\n'.join(lines)
+
+
+def shown(
+  data: config.Data,
+  tokenizer: Tokenizer,
+  count: int,
+  marks: tuple[str, str] = ('[[', ']]'),
+) -> Iterator[str]:
+  """Yields examples, spread evenly over all, as a model reads them.
+
+  Args:
+    data: whose, and how they are written.
+    tokenizer: of the model.
+    count: how many.
+    marks: what stands around tokens that bear the loss.
+  """
+  dataset = builders.open_dataset(data.name, path=data.path)
+  clients, order_E = people.all_clients(dataset, people.partition_of(data))
+  data = limits.filled(data, dataset, tokenizer)
+  read = people.reader(dataset, tokenizer, data, order_E)
+  for row in people.evenly_spaced(len(dataset.examples), count):
+    example = read(int(row))
+    at = int(np.searchsorted(clients.first, row, 'right')) - 1
+    text, bearing = '', example.bearing
+    for bears, tokens in itertools.groupby(range(len(bearing)), bearing.__getitem__):
+      run = tokenizer.spell(example.tokens[[*tokens]].tolist())
+      text += run.join(marks) if bears else run
+    cut = f', {example.cut} more of its context cut off' if example.cut else ''
+    yield (
+      f'{clients.ids[at]}, example {row - clients.first[at] + 1} of '
+      f'{clients.count[at]}: {len(bearing)} tokens, {bearing.sum()} bear the loss{cut}\n'
+      f'{text.rstrip()}\n'
+    )
 
 
 def plot(found: Statistics, path: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -99,6 +100,17 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; special tokens, and ids without one, are dropped."""
     return self.model.decode([int(i) for i in ids if i < self.vocab_size])
+
+  def spell(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids in which special tokens are spelled out."""
+    ids = [int(i) for i in ids]
+    if isinstance(self.model, tokenizers.Tokenizer):
+      return self.model.decode(ids, skip_special_tokens=False)
+    runs = itertools.groupby(ids, self.model.is_control)
+    return ''.join(
+      ''.join(map(self.model.id_to_piece, run)) if special else self.decode([*run])
+      for special, run in runs
+    )
 
   def serialize(self) -> tuple[str, bytes]:
     """Returns the library's name and what `deserialize` needs."""
