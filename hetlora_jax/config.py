@@ -241,8 +241,9 @@ class Data:
   """Whose examples, and how many tokens of them."""
 
   name: str = field('chitchat',
-    "Data set: 'chitchat', 'mail_subject', 'multi_session_chat', 'reddit_tldr', "
-    "'synthetic', or 'text_folder': your own data (docs/data.md).")
+    "Data set: 'chitchat', 'chitchat_conversations', 'mail_subject', "
+    "'multi_session_chat', 'reddit_tldr', 'synthetic', or 'text_folder': your own data "
+    "(docs/data.md).")
   path: str | None = field(None, changeable=True,  # the content may not change
     help='File or folder of your data, or of a data set that you downloaded.')
   partition: str = field(partition.NATURAL,
@@ -273,7 +274,7 @@ class Data:
   heldout_fraction: float = field(0.2, above=0, below=1,
     help="Share of a client's examples, the latest, kept for evaluation.")
   context_turns: int = field(4, at_least=1, at_most=MAX_CONTEXT_TURNS,
-    help='Turns of context before the target.')
+    help='Turns of context before the target; of a whole conversation all.')
   row_tokens: int | None = field(None, at_least=1,
     help="Tokens of a packed row. None: the data set's own, 256 of most; of your own "
          'data as many as an example may have, 256 at least.')

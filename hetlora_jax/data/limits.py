@@ -62,7 +62,7 @@ def _needed(
   return Limits(
     min_examples=2,
     tokens_per_example=_room([len(example.tokens) for example in examples]),
-    targets_per_example=_room([example.num_target for example in examples]),
+    targets_per_example=_room([example.all_targets for example in examples]),
   )
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -39,16 +40,21 @@ class Tokenizer(Protocol):
 
 
 class Example(NamedTuple):
-  """A text as tokens, of which the last `num_target` bear the loss."""
+  """A text as tokens, of which the last `num_target` bear the loss.
+
+  Those at `earlier` do too: what its writer said before, where a conversation is one
+  example.
+  """
 
   tokens: np.ndarray  # [L] int32, bos first unless a template has none, L > num_target
   num_target: int
   cut: int = 0  # tokens of its context that are left out already
+  earlier: Sequence[int] = ()  # places, in order
 
   @property
-  def bearing(self) -> np.ndarray:
-    """Which of the tokens bear the loss, [L] bool."""
-    return np.arange(len(self.tokens)) >= len(self.tokens) - self.num_target
+  def all_targets(self) -> int:
+    """How many tokens bear the loss."""
+    return len(self.earlier) + self.num_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,12 +287,16 @@ def _chat(builder: Any, record: dict, max_context_turns: int) -> rendering.Chat:
   """Returns the conversation of a record of the split 'examples'."""
   from hetlora_jax.data import rendering
 
-  mine = record['mine'][-max_context_turns:].tolist()
-  texts = [text.decode() for text in record['context'][-max_context_turns:]]
+  whole = bool(record.get('whole'))
+  first = 0 if whole else -max_context_turns
+  texts = [text.decode() for text in record['context'][first:]]
+  mine = record['mine'][first:].tolist()
   mine = [own and not builder.cue for own in mine]  # no turn of a chat
   roles = [rendering.CLIENT if own else rendering.USER for own in [*mine, True]]
+  if record.get('system'):
+    roles[0] = rendering.SYSTEM
   turns = [*zip(roles, [*texts, record['target'].decode()], strict=True)]
-  return rendering.Chat(turns, cue=builder.cue)
+  return rendering.Chat(turns, whole, builder.cue)
 
 
 def encode(
@@ -298,10 +308,15 @@ def encode(
   `most_tokens` positions; one without is left whole, for packing to cut.
   """
   to_ids = tokenizer.encode_special if text.special else tokenizer.encode
-  start, prompt_tokens = [tokenizer.bos_id], to_ids(text.prompt)
-  if text.special:  # as the text begins, whatever that is
+  start, earlier = [] if text.special else [tokenizer.bos_id], []
+  for prompt, completion in text.earlier:
+    start += to_ids(prompt)
+    said = to_ids(completion)
+    earlier += range(len(start), len(start) + len(said))
+    start += said
+  prompt_tokens, target_tokens = to_ids(text.prompt), to_ids(text.completion)
+  if not start:  # special tokens are spelled out, the first too
     start, prompt_tokens = prompt_tokens[:1], prompt_tokens[1:]
-  target_tokens = to_ids(text.completion)
   cut = 0
   if text.cue:
     cue_tokens = to_ids(text.cue)
@@ -311,7 +326,7 @@ def encode(
       prompt_tokens = prompt_tokens[:room]
     prompt_tokens = prompt_tokens + cue_tokens
   tokens = [*start, *prompt_tokens, *target_tokens]
-  return Example(np.asarray(tokens, np.int32), len(target_tokens), cut)
+  return Example(np.asarray(tokens, np.int32), len(target_tokens), cut, earlier)
 
 
 def corpus(dataset: builders.Dataset, num_texts: int = 4096) -> Iterator[str]:
@@ -321,7 +336,7 @@ def corpus(dataset: builders.Dataset, num_texts: int = 4096) -> Iterator[str]:
   for row in evenly_spaced(len(dataset.examples), num_texts):
     record = dataset.examples[int(row)]
     text = rendering.as_data_set(_chat(dataset.builder, record, MAX_CONTEXT_TURNS))
-    yield text.prompt + text.cue + text.completion
+    yield ''.join(itertools.chain(*text.earlier, text[:1], [text.cue, text.completion]))
 
 
 def evenly_spaced(available: int, count: int) -> np.ndarray:

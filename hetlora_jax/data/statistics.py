@@ -53,8 +53,8 @@ def collect(data: config.Data, tokenizer: people.Tokenizer) -> Statistics:
   return Statistics(
     name=data.name,
     examples_N=clients.count,
-    context_E=np.array([len(x.tokens) - x.num_target for x in examples]),
-    target_E=np.array([x.num_target for x in examples]),
+    context_E=np.array([len(x.tokens) - x.all_targets for x in examples]),
+    target_E=np.array([x.all_targets for x in examples]),
     label_counts=dict(labels.most_common()),
     of_a_run=_of_a_run(data, dataset, tokenizer),
   )
@@ -120,7 +120,11 @@ def shown(
   for row in people.evenly_spaced(len(dataset.examples), count):
     example = read(int(row))
     at = int(np.searchsorted(clients.first, row, 'right')) - 1
-    text, bearing = '', example.bearing
+    text, bearing = (
+      '',
+      np.arange(len(example.tokens)) >= len(example.tokens) - example.num_target,
+    )
+    bearing[[*example.earlier]] = True
     for bears, tokens in itertools.groupby(range(len(bearing)), bearing.__getitem__):
       run = tokenizer.spell(example.tokens[[*tokens]].tolist())
       text += run.join(marks) if bears else run

@@ -24,6 +24,8 @@ class Record:
   mine: list[bool]  # which of them the client wrote
   target: str
   label: str = ''  # what it is about, of a `labelled` data set
+  whole: bool = False  # a conversation: the client's turns in `context` bear loss too
+  system: bool = False  # whether `context` starts with what the system says
 
 
 def replies(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
@@ -41,6 +43,25 @@ def replies(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
       mine=[who == client for who, *_ in context],
       target=text,
     )
+
+
+def conversations(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
+  """Yields a record of a whole chat for everybody who answers in it.
+
+  Turns are as in `replies`; what follows a client's last turn is left out of theirs.
+  """
+  for client in dict.fromkeys(client for client, *_ in turns):
+    mine = [who == client for who, *_ in turns]
+    last = len(mine) - 1 - mine[::-1].index(True)
+    if not all(mine[:last]):
+      yield Record(
+        client=client,
+        time=turns[last][1],
+        context=[said for *_, said in turns[:last]],
+        mine=mine[:last],
+        target=turns[last][2],
+        whole=True,
+      )
 
 
 class Limits(NamedTuple):
@@ -62,6 +83,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
 
   VERSION = tfds.core.Version('1.0.0')
   labelled: ClassVar[bool] = False  # whether records have a label of their own
+  has_whole: ClassVar[bool] = False  # whether a record may be a conversation
   cue: ClassVar[str] = ''  # a line such as 'Subject:', where texts are summed up
   # People with fewer examples are the unseen ones; 0: a hash of the name tells.
   train_from: ClassVar[int] = 0
@@ -98,6 +120,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
     }
     if self.labelled:
       features['labels'] = strings
+    if self.has_whole:
+      features |= {'whole': np.bool_, 'system': np.bool_}
     return tfds.core.DatasetInfo(
       builder=self,
       features=tfds.features.FeaturesDict(features),
@@ -119,6 +143,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
       context=record.context,
       mine=record.mine,
       target=record.target,
+      whole=record.whole,
+      system=record.system,
     )
 
   def _generate_examples(self, records: list[Record]) -> Iterator[tuple[int, dict]]:
@@ -132,7 +158,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   def _row(self, **values: Any) -> dict:
     """Returns a row of either split; TFDS has one schema for both."""
     empty = dict(time=0, context=[], mine=[], target='', first=0, count=0, labels=[])
+    empty |= dict(whole=False, system=False)
     row = empty | values
-    if not self.labelled:
-      del row['labels']
-    return row
+    return {name: row[name] for name in self.info.features}
