@@ -1,6 +1,7 @@
 """A whole conversation is one example: each turn of the client bears the loss once."""
 
 import dataclasses
+import importlib.util
 import json
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from hetlora_jax import base_model, config
 from hetlora_jax.data import builders, coverage, limits, packing, people, rendering
-from hetlora_jax.data.builders import records
+from hetlora_jax.data.builders import chitchat, records
 from hetlora_jax.data.packing import BatchShape
 from hetlora_jax.data.people import Example
 from hetlora_jax.data.rendering import CLIENT, SYSTEM, USER, Chat
@@ -54,7 +55,7 @@ def test_a_row_has_the_loss_of_its_turns_with_all_that_was_said_before(
   def encode(chat):
     return people.encode(tokenizer, rendering.make(name, tokenizer).render(chat))
 
-  whole = encode(Chat(TURNS, whole=True))
+  whole = encode(Chat(TURNS, bears_from=0))
   single = [encode(Chat(TURNS[: i + 1])) for i in (2, 4, 6)]
   # Texts are cut into tokens at the same places, so the last is the row's.
   assert single[-1].tokens.tolist() == whole.tokens.tolist()
@@ -162,10 +163,8 @@ def test_messages_are_a_conversation_beside_other_lines(tmp_path, tokenizer):
   data = limits.filled(config.Data(name='text_folder'), dataset, tokenizer)
   read = people.reader(dataset, tokenizer, data)
   whole, single = read(0), read(1)
-  want = rendering.make(None, tokenizer).render(Chat(TURNS, whole=True))
-  assert whole == people.encode(tokenizer, want) or np.array_equal(
-    whole.tokens, people.encode(tokenizer, want).tokens
-  )
+  want = rendering.make(None, tokenizer).render(Chat(TURNS, bears_from=0))
+  assert whole.tokens.tolist() == people.encode(tokenizer, want).tokens.tolist()
   assert whole.all_targets > whole.num_target == len(tokenizer.encode(' Oh no!\n'))
   assert tokenizer.decode(whole.tokens).startswith('Be kind.\nB: Who are you?\nA: Ann.')
   assert (single.earlier, tokenizer.decode(single.tokens)) == ([], 'A: Hi\nB: Oh\nA: Yes.\n')  # fmt: skip
@@ -196,6 +195,25 @@ def test_a_malformed_conversation_is_named(tmp_path, line, why):
     _open(tmp_path, good, {'client': 'ann'} | line)
 
 
+def _targets(record):
+  turns = [*zip([*record.mine, True], [*record.context, record.target], strict=True)]
+  roles = [(CLIENT if own else USER, text) for own, text in turns]
+  return [(record.client, roles[i][1]) for i in Chat(roles, record.bears_from).bearing]
+
+
+@pytest.mark.parametrize('count', [2, 15, 16, 17, 33, 50])
+def test_pieces_have_the_targets_of_their_turns_each_once(count):
+  rng = np.random.default_rng(count)
+  chat = [(f'{rng.integers(3)}', i, f't{i}') for i in range(count)]
+  chat[:2] = [('0', 0, 't0'), ('1', 1, 't1')]
+  pieces = [*records.conversations(chat)]
+  want = sorted((r.client, r.target) for r in records.replies(chat))
+  assert sorted(x for piece in pieces for x in _targets(piece)) == want
+  assert max(len(piece.context) for piece in pieces) < 20
+  for piece in pieces:
+    assert piece.context[-1] == f't{int(piece.target[1:]) - 1}'
+
+
 def test_conversations_have_the_targets_of_their_turns():
   chat = [
     ('b', 0, 'Hi'),
@@ -208,15 +226,28 @@ def test_conversations_have_the_targets_of_their_turns():
   assert (a.client, a.context, a.mine, a.target, a.time) == (
     'a', ['Hi', 'Oh', 'So'], [False, True, False], 'Yes', 3,
   )  # fmt: skip
-  assert (b.target, b.whole, len(b.context)) == ('No', True, 4)
+  assert (b.target, b.bears_from, len(b.context)) == ('No', 0, 4)
   assert [*records.conversations(chat[:1])] == []
   assert [r.client for r in records.conversations(chat[:2])] == ['a']
 
-  # What bears loss are the targets of `replies`.
-  def targets(record):
-    turns = [*zip([*record.mine, True], [*record.context, record.target], strict=True)]
-    roles = [(CLIENT if own else USER, text) for own, text in turns]
-    return [(record.client, roles[i][1]) for i in Chat(roles, record.whole).bearing]
 
-  want = sorted((r.client, r.target) for r in records.replies(chat))
-  assert sorted([*targets(a), *targets(b)]) == want
+def test_a_piece_of_a_conversation_after_context_of_it(tokenizer):
+  turns = [(USER, 'Hi'), (CLIENT, 'Oh'), (CLIENT, 'So'), (USER, 'And'), (CLIENT, 'No')]
+  for name in ('chat', 'template'):
+    found = rendering.make(name, tokenizer).render(Chat(turns, bears_from=2))
+    assert len(found.earlier) == {'chat': 1, 'template': 0}[name]  # merged with 'Oh'
+    found = rendering.make(name, tokenizer).render(Chat(turns, bears_from=3))
+    assert found.earlier == ()
+    found = rendering.make(name, tokenizer).render(Chat(turns, bears_from=1))
+    assert ''.join(said for _, said in found.earlier).count('So') == 1
+
+
+def test_conversations_of_chitchat_have_the_targets_of_its_turns():
+  if importlib.util.find_spec('chitchat_dataset') is None:
+    pytest.skip('chitchat-dataset is not installed')
+  chats = [[*chitchat._turns(c['messages'])] for c in chitchat.read_dataset().values()]
+  pieces = [piece for chat in chats for piece in records.conversations(chat)]
+  wanted = [record for chat in chats for record in records.replies(chat)]
+  assert (len(wanted), len(pieces)) == (131_557, 20_723)
+  missing = len(wanted) - sum(len(_targets(piece)) for piece in pieces)
+  assert missing == 4  # second turns of who begins, which answer nobody else

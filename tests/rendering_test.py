@@ -18,7 +18,7 @@ GOLDEN = pathlib.Path(__file__).with_name('golden') / 'chat_templates.json'
 MODELS = json.loads(GOLDEN.read_text())
 CASES = [(name, case) for name in MODELS for case in MODELS[name]['cases']]
 CHAT = Chat([(USER, 'Hi'), (CLIENT, 'Oh'), (USER, 'So?'), (CLIENT, 'Yes.')])
-WHOLE = CHAT._replace(whole=True)
+WHOLE = CHAT._replace(bears_from=0)
 SUMMARY = Chat([(USER, 'A long mail.'), (CLIENT, 'Mail')], cue='Subject:')
 
 
@@ -71,9 +71,9 @@ def test_a_completion_is_what_follows_the_generation_prompt(name):
     assert (found.prompt, text_of(found)) == (prompt['text'], whole['text'])
     if name == 'qwen3':  # it thinks (of nothing) in the last turn alone
       with pytest.raises(ConfigError, match='bears loss cannot be told'):
-        template(name).render(CHAT._replace(whole=True))
+        template(name).render(CHAT._replace(bears_from=0))
       continue
-    found = template(name).render(chat._replace(whole=True))
+    found = template(name).render(chat._replace(bears_from=0))
     assert text_of(found) == whole['text']
     said = [text for role, text in chat.turns[1:] if role == CLIENT]
     spans = [*[completion for _, completion in found.earlier], found.completion]
@@ -83,7 +83,7 @@ def test_a_completion_is_what_follows_the_generation_prompt(name):
 
 
 def test_a_conversation_that_the_client_begins_gets_an_empty_user_where_it_must():
-  chat = Chat([(CLIENT, 'I begin.'), (USER, 'Do.'), (CLIENT, 'Done.')], whole=True)
+  chat = Chat([(CLIENT, 'I begin.'), (USER, 'Do.'), (CLIENT, 'Done.')], bears_from=0)
   found = template('gemma3').render(chat)
   user, model = '<start_of_turn>user\n', '<start_of_turn>model\n'
   end = '<end_of_turn>\n'
@@ -99,7 +99,7 @@ def test_turns_of_one_role_are_one_and_a_target_may_be_its_end():
   found = template('gemma3').render(Chat(turns))
   assert found.prompt.endswith('user\na\nb<end_of_turn>\n<start_of_turn>model\nc\n')
   assert found.completion == 'd<end_of_turn>\n'
-  both = template('gemma3').render(Chat(turns, whole=True))
+  both = template('gemma3').render(Chat(turns, bears_from=0))
   assert (both.earlier, both.completion) == ((), 'c\nd<end_of_turn>\n')
   alone = template('gemma3').render(Chat(turns[2:]))
   assert alone.prompt.endswith('user\n<end_of_turn>\n<start_of_turn>model\nc\n')
@@ -133,7 +133,7 @@ def test_formats_without_a_template(tokenizer):
   assert alpaca.cue == '\n\n### Response:'
   alone = text_of(render('alpaca', Chat([(USER, 'Go.'), (CLIENT, 'T')])))
   assert '### Input' not in alone and 'a task. Write' in alone  # noqa: PT018
-  system = Chat([(SYSTEM, 'Be.'), *CHAT.turns], whole=True)
+  system = Chat([(SYSTEM, 'Be.'), *CHAT.turns], bears_from=0)
   assert render('chat', system).earlier[0][0] == 'Be.\nB: Hi\nA:'
   for name in ('plain', 'chat'):
     found = render(name, SUMMARY)

@@ -287,8 +287,9 @@ def _chat(builder: Any, record: dict, max_context_turns: int) -> rendering.Chat:
   """Returns the conversation of a record of the split 'examples'."""
   from hetlora_jax.data import rendering
 
-  whole = bool(record.get('whole'))
-  first = 0 if whole else -max_context_turns
+  bears_from = record.get('bears_from', -1)
+  bears_from = None if bears_from < 0 else int(bears_from)
+  first = -max_context_turns if bears_from is None else 0
   texts = [text.decode() for text in record['context'][first:]]
   mine = record['mine'][first:].tolist()
   mine = [own and not builder.cue for own in mine]  # no turn of a chat
@@ -296,7 +297,7 @@ def _chat(builder: Any, record: dict, max_context_turns: int) -> rendering.Chat:
   if record.get('system'):
     roles[0] = rendering.SYSTEM
   turns = [*zip(roles, [*texts, record['target'].decode()], strict=True)]
-  return rendering.Chat(turns, whole, builder.cue)
+  return rendering.Chat(turns, bears_from, builder.cue)
 
 
 def encode(

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-import itertools
 import json
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -29,16 +27,17 @@ class Chat(NamedTuple):
   """A conversation, whose last turn the client wrote."""
 
   turns: Sequence[tuple[str, str]]  # (role, text), oldest first
-  whole: bool = False  # whether the client's earlier turns bear the loss too
+  bears_from: int | None = None  # from which turn the client's bear the loss; the last
   cue: str = ''  # a line such as 'Subject:', after a text that is to be summed up
 
   @property
   def bearing(self) -> list[int]:
     """The turns that bear the loss; those that open the conversation answer nobody."""
-    if not self.whole:
+    if self.bears_from is None:
       return [len(self.turns) - 1]
     mine = [role == CLIENT for role, _ in self.turns]
-    return [i for i, own in enumerate(mine) if own and not all(mine[:i])]
+    chosen = range(self.bears_from, len(mine))
+    return [i for i in chosen if mine[i] and not all(mine[:i])]
 
 
 class Rendered(NamedTuple):
@@ -119,7 +118,7 @@ def _alpaca(chat: Chat, bos: str, eos: str) -> Rendered:
 
   Taori et al. (2023), github.com/tatsu-lab/stanford_alpaca, train.py.
   """
-  if chat.whole:
+  if chat.bears_from is not None:
     _refuse('alpaca', 'it has one instruction and no conversation: take plain or chat')
   *context, (_, target) = chat.turns
   instruction, *inputs = (text for _, text in context)
@@ -221,10 +220,10 @@ class Template:
     One that the client begins gets an empty turn of a user first, where the template
     refuses it without.
     """
-    turns, own = _merged(chat)
-    bearing = chat._replace(turns=turns).bearing
-    messages = [{'role': role, 'content': text} for role, text in turns]
-    if turns[0][0] == CLIENT and (self._user_first or bearing[0] == 0):
+    merged, own = _merged(chat)
+    bearing = merged.bearing
+    messages = [{'role': role, 'content': text} for role, text in merged.turns]
+    if merged.turns[0][0] == CLIENT and (self._user_first or bearing[0] == 0):
       messages = [{'role': USER, 'content': ''}, *messages]
       bearing = [i + 1 for i in bearing]
     whole, pairs, done = self.text(messages), [], 0
@@ -247,7 +246,7 @@ class Template:
     return written.losing_its_end(f'\n{chat.cue}') if chat.cue else written
 
 
-def _merged(chat: Chat) -> tuple[list[tuple[str, str]], str]:
+def _merged(chat: Chat) -> tuple[Chat, str]:
   """Merges turns of one role, as templates want roles to alternate.
 
   Also returns what of the last turn the client had written before the target.
@@ -256,14 +255,21 @@ def _merged(chat: Chat) -> tuple[list[tuple[str, str]], str]:
   if chat.cue:
     text = ' '.join(text for _, text in context)
     context = [(USER, f'{text}\n{chat.cue}')]
-  merged = [
-    (role, '\n'.join(text for _, text in turns))
-    for role, turns in itertools.groupby(context, operator.itemgetter(0))
-  ]
-  if merged[-1][0] != CLIENT:
-    return [*merged, (CLIENT, target)], ''
-  own = merged.pop()[1].lstrip() + '\n'
-  return [*merged, (CLIENT, own + target)], '' if chat.whole else own
+  whole, turns, bears_from = chat.bears_from is not None, [], chat.bears_from
+  for i, (role, text) in enumerate(context):
+    if i == chat.bears_from:
+      bears_from = len(turns)
+    if turns and turns[-1][0] == role:
+      turns[-1] = role, f'{turns[-1][1]}\n{text}'
+    else:
+      turns.append((role, text))
+  own = ''
+  if turns[-1][0] == CLIENT:
+    own = turns.pop()[1].lstrip() + '\n'
+  if whole:  # the last turn bears the loss in any case
+    bears_from = min(bears_from, len(turns))
+  merged = chat._replace(turns=[*turns, (CLIENT, own + target)], bears_from=bears_from)
+  return merged, '' if whole else own
 
 
 def make(name: str | None, tokenizer: Any) -> Format:

@@ -24,7 +24,7 @@ class Record:
   mine: list[bool]  # which of them the client wrote
   target: str
   label: str = ''  # what it is about, of a `labelled` data set
-  whole: bool = False  # a conversation: the client's turns in `context` bear loss too
+  bears_from: int = -1  # of a conversation: from which turn the client's bear the loss
   system: bool = False  # whether `context` starts with what the system says
 
 
@@ -45,23 +45,31 @@ def replies(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
     )
 
 
-def conversations(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
-  """Yields a record of a whole chat for everybody who answers in it.
+MOST_TURNS = 16  # of a piece of a conversation that bear the loss
 
-  Turns are as in `replies`; what follows a client's last turn is left out of theirs.
+
+def conversations(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
+  """Yields a record of a chat for everybody who answers in it, with all their turns.
+
+  Turns are as in `replies`. Of more than MOST_TURNS it makes pieces, each after as
+  many turns of context, which bear no loss there, as an answer has in `replies`.
+  What follows a client's last turn is left out of theirs.
   """
-  for client in dict.fromkeys(client for client, *_ in turns):
-    mine = [who == client for who, *_ in turns]
-    last = len(mine) - 1 - mine[::-1].index(True)
-    if not all(mine[:last]):
-      yield Record(
-        client=client,
-        time=turns[last][1],
-        context=[said for *_, said in turns[:last]],
-        mine=mine[:last],
-        target=turns[last][2],
-        whole=True,
-      )
+  for start in range(0, len(turns), MOST_TURNS):
+    first = max(0, start - MAX_CONTEXT_TURNS)
+    piece, bears_from = turns[first : start + MOST_TURNS], start - first
+    for client in dict.fromkeys(who for who, *_ in piece[bears_from:]):
+      mine = [who == client for who, *_ in piece]
+      last = len(mine) - 1 - mine[::-1].index(True)
+      if not all(mine[:last]):
+        yield Record(
+          client=client,
+          time=piece[last][1],
+          context=[said for *_, said in piece[:last]],
+          mine=mine[:last],
+          target=piece[last][2],
+          bears_from=bears_from,
+        )
 
 
 class Limits(NamedTuple):
@@ -121,7 +129,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
     if self.labelled:
       features['labels'] = strings
     if self.has_whole:
-      features |= {'whole': np.bool_, 'system': np.bool_}
+      features |= {'bears_from': np.int64, 'system': np.bool_}
     return tfds.core.DatasetInfo(
       builder=self,
       features=tfds.features.FeaturesDict(features),
@@ -143,7 +151,7 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
       context=record.context,
       mine=record.mine,
       target=record.target,
-      whole=record.whole,
+      bears_from=record.bears_from,
       system=record.system,
     )
 
@@ -158,6 +166,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   def _row(self, **values: Any) -> dict:
     """Returns a row of either split; TFDS has one schema for both."""
     empty = dict(time=0, context=[], mine=[], target='', first=0, count=0, labels=[])
-    empty |= dict(whole=False, system=False)
+    empty |= dict(bears_from=-1, system=False)
     row = empty | values
     return {name: row[name] for name in self.info.features}

@@ -144,7 +144,7 @@ def _record(line: dict, place: pathlib.Path, number: int) -> records.Record:
     mine=line.get('mine', [False] * len(context))[most:],
     target=line['target'],
     label=line.get('label', line['client']),
-    whole=whole,
+    bears_from=0 if whole else -1,
     system=system,
   )
 
