@@ -250,4 +250,4 @@ def test_conversations_of_chitchat_have_the_targets_of_its_turns():
   wanted = [record for chat in chats for record in records.replies(chat)]
   assert (len(wanted), len(pieces)) == (131_557, 20_723)
   missing = len(wanted) - sum(len(_targets(piece)) for piece in pieces)
-  assert missing == 4  # second turns of who begins, which answer nobody else
+  assert missing == 0

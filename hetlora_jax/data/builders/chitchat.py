@@ -66,4 +66,4 @@ class ChitchatConversations(Chitchat):
 
   records_of = staticmethod(records.conversations)
   has_whole: ClassVar[bool] = True
-  limits: ClassVar[records.Limits] = records.Limits(5, 512, 224, 1024)
+  limits: ClassVar[records.Limits] = records.Limits(5, 640, 288, 1280)
