@@ -38,19 +38,46 @@ class BaseModel:
 
 def of_config(config: Config, mesh: Mesh) -> BaseModel:
   """Returns the model that a configuration names, on its devices."""
+  template = _chat_template(config)
   model, dtype = load(config, mesh), compute_dtype(config)
+  written = (
+    {'chat_template': hashlib.sha256(template.encode()).hexdigest()} if template else {}
+  )
   return BaseModel(
     params=model.params,
     dims=decoder.adapter_dims(model.config, config.lora.targets),
     loss=readout.make_loss(model.config, dtype, config.model.remat),
-    tokenizer=model.tokenizer,
+    tokenizer=dataclasses.replace(model.tokenizer, chat_template=template),
     identity={
       'sha256': model.fingerprint,
       'dtype': dtype.name,
       'shape': dataclasses.asdict(model.config),
+      **written,
     },
     decoder=model.config,
   )
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+  """Returns the tokenizer of the model that a configuration names, without weights."""
+  c, data = config.model, config.data
+  if is_random(c.source):
+    return _tokenizer(data.name, data.path, c.random.vocab_size)
+  from hetlora_jax import formats
+
+  return formats.load_tokenizer(c.source)
+
+
+def _chat_template(config: Config) -> str:
+  """Returns the model's chat template, if examples are written by it."""
+  if config.data.format != 'template':
+    return ''
+  from hetlora_jax import formats
+  from hetlora_jax.data import rendering
+
+  template = formats.chat_template(config.model.source)
+  rendering.check_template(template)
+  return template
 
 
 def own(

@@ -241,8 +241,9 @@ class Data:
   """Whose examples, and how many tokens of them."""
 
   name: str = field('chitchat',
-    "Data set: 'chitchat', 'mail_subject', 'multi_session_chat', 'reddit_tldr', "
-    "'synthetic', or 'text_folder': your own data (docs/data.md).")
+    "Data set: 'chitchat', 'chitchat_conversations', 'mail_subject', "
+    "'multi_session_chat', 'reddit_tldr', 'synthetic', or 'text_folder': your own data "
+    "(docs/data.md).")
   path: str | None = field(None, changeable=True,  # the content may not change
     help='File or folder of your data, or of a data set that you downloaded.')
   partition: str = field(partition.NATURAL,
@@ -256,6 +257,10 @@ class Data:
          'gets.')
   partition_seed: int = field(0, at_least=0,
     help='Its seed, so that clients are the same for every `seed`.')
+  format: str | None = field(None, choices=('plain', 'chat', 'alpaca', 'template'),
+    help="How examples are written: 'plain' (turns on lines of their own), 'chat' (with "
+         "names), 'alpaca' (instruction and input), or by the 'template' that comes with "
+         "the model. None: chats with names, what is summed up by the data set's cue.")
   min_examples: int | None = field(None, at_least=2,
     help="Clients with fewer examples are left out. None: the data set's own, 20 of "
          'most; of your own data, 2: one example to train on and one to hold out.')
@@ -269,7 +274,7 @@ class Data:
   heldout_fraction: float = field(0.2, above=0, below=1,
     help="Share of a client's examples, the latest, kept for evaluation.")
   context_turns: int = field(4, at_least=1, at_most=MAX_CONTEXT_TURNS,
-    help='Turns of context before the target.')
+    help='Turns of context before the target; of a whole conversation all.')
   row_tokens: int | None = field(None, at_least=1,
     help="Tokens of a packed row. None: the data set's own, 256 of most; of your own "
          'data as many as an example may have, 256 at least.')
@@ -637,4 +642,10 @@ def _of_data(c: Config) -> Iterator[_Condition]:
     'data.row_tokens',
     _both(d.row_tokens, d.tokens_per_example, operator.ge),
     f'a row must hold data.tokens_per_example={d.tokens_per_example}',
+  )
+  yield (
+    'data.format',
+    d.format != 'template' or c.model.source.partition(':')[0] != 'random',
+    f'model.source={c.model.source} has no chat template: name a model made for chats, '
+    "such as smollm2_135m, or take 'chat'",
   )

@@ -3,20 +3,24 @@
   python -m launch.data --dataset=mail_subject            # prepares it
   python -m launch.data --dataset=mail_subject --stats --out=DIR
   python -m launch.data --dataset=text_folder --path=my_data --stats
+  python -m launch.data --dataset=text_folder --path=my_data --show=3 --format=plain
 
 With --stats, a table of clients, examples a client, tokens and labels; with
---out, also DIR/DATASET.png, histograms of these. docs/data.md has the sets.
+--out, also DIR/DATASET.png, histograms of these. With --show, so many examples as
+the model sees them, [[what bears the loss]] marked. docs/data.md has the sets.
 """
 
 import os
 import pathlib
+import sys
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # it computes nothing
 
 from absl import flags
 
-from hetlora_jax import config, formats
+from hetlora_jax import base_model, config
 from hetlora_jax.data import builders, partition, statistics
+from hetlora_jax.models.tokenizer import Tokenizer
 from launch import errors, program
 
 DATASET = flags.DEFINE_string(
@@ -30,8 +34,14 @@ OUT = flags.DEFINE_string('out', None, 'Folder for histograms (--stats).')
 TOKENIZER = flags.DEFINE_string(
   'tokenizer',
   'gemma3_270m',
-  'Whose tokens are counted: gemma3_270m, smollm2_135m, a .gguf file or a '
-  'Hugging Face folder (--stats).',
+  'Whose tokens are counted and shown: gemma3_270m, smollm2_135m, a .gguf file, a '
+  "Hugging Face folder, or 'random', which is trained on the data.",
+)
+FORMAT = flags.DEFINE_string(
+  'format', None, 'How examples are written, as config.data.format.'
+)
+SHOW = flags.DEFINE_integer(
+  'show', 0, 'Print so many examples, of clients spread evenly over all.', 0
 )
 PARTITION = flags.DEFINE_string(
   'partition',
@@ -44,17 +54,34 @@ ALPHA = flags.DEFINE_float('partition_alpha', 1.0, 'Number of a rule.')
 SEED = flags.DEFINE_integer('partition_seed', 0, 'Seed of a rule.')
 
 
-def _statistics() -> str:
-  """Returns the table, having drawn the histograms."""
+FLAGS_OF = {  # fields that errors name
+  'data.path': '--path',
+  'data.name': '--dataset',
+  'data.format': '--format',
+  'data.partition': '--partition',
+  'model.source': '--tokenizer',
+}
+
+
+def _config() -> config.Config:
+  """Returns the sections of a run that the flags are about, checked."""
   data = config.Data(
     name=DATASET.value,
     path=PATH.value,
+    format=FORMAT.value,
     partition=PARTITION.value,
     partition_clients=CLIENTS.value,
     partition_alpha=ALPHA.value,
     partition_seed=SEED.value,
   )
-  found = statistics.collect(data, formats.load_tokenizer(TOKENIZER.value))
+  return config.resolve(
+    config.Config(data=data, model=config.Model(source=TOKENIZER.value))
+  )
+
+
+def _statistics(c: config.Config, tokenizer: Tokenizer) -> str:
+  """Returns the table, having drawn the histograms."""
+  found = statistics.collect(c.data, tokenizer)
   table = statistics.table(found)
   if not OUT.value:
     return table
@@ -63,6 +90,12 @@ def _statistics() -> str:
   path = folder / f'{found.name.replace("/", "_")}.png'
   statistics.plot(found, path)
   return f'{table}\nHistograms are in {path}.'
+
+
+def _shown(c: config.Config, tokenizer: Tokenizer) -> str:
+  """Returns examples; on a terminal, what bears the loss is green and bold."""
+  marks = ('\033[1;32m', '\033[0m') if sys.stdout.isatty() else ('[[', ']]')
+  return '\n'.join(statistics.shown(c.data, tokenizer, SHOW.value, marks))
 
 
 def _prepared() -> str:
@@ -75,16 +108,24 @@ def _prepared() -> str:
 
 
 def run() -> None:
-  """Prepares, and with --stats counts, one data set."""
+  """Prepares, and with --stats counts or with --show shows, one data set."""
   if not DATASET.value:
     errors.fail(f'--dataset is missing: name one of {", ".join(builders.BUILDERS)}')
   if OUT.value and not STATS.value:
     errors.fail('--out is for histograms: give --stats too')
   try:
-    print(_statistics() if STATS.value else _prepared())
+    if not (STATS.value or SHOW.value):
+      print(_prepared())
+      return
+    c = _config()
+    tokenizer = base_model.tokenizer_of(c)
+    if STATS.value:
+      print(_statistics(c, tokenizer))
+    if SHOW.value:
+      print(_shown(c, tokenizer))
   except ValueError as error:
     told = str(error)
-    for field, flag in (('data.path', '--path'), ('data.name', '--dataset')):
+    for field, flag in FLAGS_OF.items():
       told = told.replace(f'config.{field}', flag).replace(field, flag)
     raise ValueError(told) from error
 

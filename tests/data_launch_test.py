@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ LINES = [
    'label': 'odd' if i % 2 else 'even'}
   for i in range(20)
 ]  # fmt: skip
+
+
+RESET = ('dataset', 'path', 'stats', 'out', 'partition', 'partition_clients', 'show', 'format', 'tokenizer')  # fmt: skip
 
 
 class Letters:
@@ -49,7 +53,7 @@ def launch(capsys):
       program.checked(data.run)(flags.FLAGS(['data', *words]))
     finally:
       flags.FLAGS.unparse_flags()
-      for name in ('dataset', 'path', 'stats', 'out', 'partition', 'partition_clients'):  # fmt: skip
+      for name in RESET:
         flags.FLAGS[name].value = flags.FLAGS[name].default
     return capsys.readouterr().out
 
@@ -151,3 +155,28 @@ def test_errors_are_of_one_line(launch, capsys, words, message):
 def test_help_explains():
   done = programs.run('launch.data', '--help')
   assert 'says what it is like' in done.stdout and '--partition' in done.stdout
+
+
+def test_it_shows_examples_and_marks_what_bears_the_loss(launch):
+  words = ('--dataset=synthetic', '--tokenizer=random', '--show=2')
+  first, second = (launch(*words, f'--format={x}') for x in ('plain', 'chat'))
+  head, context, target, *_ = first.splitlines()[1:]  # 'Preparing' comes first
+  count = re.fullmatch(
+    r'person-000, example 1 of \d+: (\d+) tokens, (\d+) bear the loss', head
+  )
+  assert 2 < int(count[2]) < int(count[1])
+  assert re.fullmatch(r'<s>(\w+ ){7}\w+', context)
+  assert re.fullmatch(r'\[\[(\w+ ){7}\w+</s>\]\]', target)
+  assert second.count('\nA:[[ ') == second.count('\n]]\n') == 2
+  assert f'B: {context[3:]}\nA:[[ {target[2:-6]}\n]]' in second
+
+
+def test_a_format_that_cannot_be_is_named(launch, capsys):
+  words = ('--dataset=synthetic', '--tokenizer=random', '--show=2')
+  for format, message in (
+    ('template', "--format='template' is impossible: --tokenizer=random has no chat"),
+    ('poem', "--format='poem' is unknown"),
+  ):
+    with pytest.raises(SystemExit):
+      launch(*words, f'--format={format}')
+    assert message in capsys.readouterr().err

@@ -199,7 +199,7 @@ def test_a_body_loses_its_end_not_its_start(tmp_path, mails, most, left):
 
 def test_without_a_bound_a_body_is_left_whole(tmp_path, mails):
   dataset = builders.open_dataset('mail_subject', tmp_path / 'd', str(mails))
-  tokens = people.reader(dataset, Letters())(0).tokens
+  tokens = people.reader(dataset, Letters(), config.Data())(0).tokens
   assert ''.join(map(chr, tokens[1:])) == f'0 {BODY}\nSubject: Sound card 0\n'
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from configs import tiny
 from hetlora_jax import config
-from hetlora_jax.data import builders, people
-from hetlora_jax.data.builders import records
+from hetlora_jax.data import builders, people, rendering
+from hetlora_jax.data.builders.chitchat import Chitchat
 from tests import entropy
 
 
@@ -167,7 +167,9 @@ def test_one_turn_is_held_out_even_of_a_fraction_of_zero(load):
 
 
 def test_a_transcript_ends_with_the_target_after_a_prompt():
-  example = people.encode(Characters(), records.Rendered('A: hi\nB: oh\nA:', ' yes\n'))
+  example = people.encode(
+    Characters(), rendering.Rendered('A: hi\nB: oh\nA:', ' yes\n')
+  )
   assert example.tokens.dtype == np.int32
   assert example.tokens[0] == 2
   assert text_of(example.tokens[1:]) == 'A: hi\nB: oh\nA: yes\n'
@@ -187,11 +189,14 @@ def test_an_example_is_the_persons_turn(load, data_dir):
 
 def test_context_is_the_latest_turns():
   record = dict(
-    context=[b'one', b'two', b'three'], mine=[True, False, True], target=b'x'
+    context=[b'one', b'two', b'three'], mine=np.array([True, False, True]), target=b'x'
   )
-  chat = records.render_chat
-  assert people._render(chat, record, 2) == ('B: two\nA: three\nA:', ' x\n', '')
-  assert people._render(chat, record, 4).prompt.startswith('A: one\nB: two\nA:')
+
+  def render(turns):
+    return rendering.as_data_set(people._chat(Chitchat, record, turns))
+
+  assert render(2) == rendering.Rendered('B: two\nA: three\nA:', ' x\n')
+  assert render(4).prompt.startswith('A: one\nB: two\nA:')
 
 
 def test_an_example_that_is_not_there_is_named(load):

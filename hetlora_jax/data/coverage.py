@@ -84,12 +84,12 @@ def _cut(
   examples = [population.example('train', client, int(row)) for row in rows]
   if not examples:  # of a population of one's own
     return Cut(0, 0, 0, 0)
-  length_E, target_E = packing.kept(examples, shape)
-  targets = sum(x.num_target for x in examples)
-  contexts = sum(len(x.tokens) - x.num_target + x.cut for x in examples)
-  # An example of so many positions has one token more, its last target.
-  contexts_kept = int((length_E + 1 - target_E).sum())
-  return Cut(contexts, contexts - contexts_kept, targets, targets - int(target_E.sum()))
+  kept = packing.kept(examples, shape)
+  targets = sum(x.all_targets for x in examples)
+  contexts = sum(len(x.tokens) - x.all_targets + x.cut for x in examples)
+  contexts_cut = sum(x.contexts_cut for x in kept) + sum(x.cut for x in examples)
+  targets_kept = sum(len(x.targets) for x in kept)
+  return Cut(contexts, contexts_cut, targets, targets - targets_kept)
 
 
 def told(found: Coverage) -> str:

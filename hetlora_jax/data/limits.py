@@ -56,13 +56,13 @@ def _needed(
   data: Data, dataset: builders.Dataset, tokenizer: people.Tokenizer
 ) -> Limits:
   """Returns limits that leave nobody out and cut the longest examples alone."""
-  read = people.reader(dataset, tokenizer, data.context_turns)
+  read = people.reader(dataset, tokenizer, data)
   rows = people.evenly_spaced(len(dataset.examples), MOST_READ)
   examples = [read(int(row)) for row in rows]
   return Limits(
     min_examples=2,
     tokens_per_example=_room([len(example.tokens) for example in examples]),
-    targets_per_example=_room([example.num_target for example in examples]),
+    targets_per_example=_room([example.all_targets for example in examples]),
   )
 
 

@@ -96,11 +96,31 @@ def _cap_lengths(
   return length_at(_highest_cap(length_at, top, rows, row_tokens))
 
 
-def _trim(example: Example, length: int, num_target: int) -> np.ndarray:
-  """Drops the target's end and the context's start, but not bos."""
-  cut = example.num_target - num_target
-  tokens = example.tokens[: len(example.tokens) - cut]
-  return np.concatenate([tokens[:1], tokens[len(tokens) - length :]])
+class Kept(NamedTuple):
+  """What of an example has room: its start, and so many positions of its end."""
+
+  tokens: np.ndarray  # bos first
+  targets: np.ndarray  # places of the tokens that bear the loss
+  contexts_cut: int  # tokens without loss that are left out
+
+
+def _trim(example: Example, length: int, last: int, targets: int) -> Kept:
+  """Drops the target's end and the context's start, but not bos.
+
+  Args:
+    example: what is trimmed.
+    length: how many positions it has.
+    last: how many of its `num_target` stay.
+    targets: how many tokens bear the loss at most, the last ones.
+  """
+  tokens = example.tokens[: len(example.tokens) - example.num_target + last]
+  gone = len(tokens) - 1 - length  # right after bos
+  tokens = np.concatenate([tokens[:1], tokens[1 + gone :]])
+  earlier = np.asarray(example.earlier, np.int64) - gone
+  spoken = earlier[earlier > 0]
+  places = np.concatenate([spoken, np.arange(len(tokens) - last, len(tokens))])
+  contexts_cut = gone - (len(earlier) - len(spoken))
+  return Kept(tokens, places[max(0, len(places) - targets) :], contexts_cut)
 
 
 def empty_batch(shape: BatchShape) -> Batch:
@@ -113,11 +133,10 @@ def empty_batch(shape: BatchShape) -> Batch:
   )
 
 
-def kept(
-  examples: Sequence[Example], shape: BatchShape
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns how many positions, and how many targets, each example has room for.
+def kept(examples: Sequence[Example], shape: BatchShape) -> list[Kept]:
+  """Returns what of each example has room.
 
+  Of a conversation the first turns lose their loss, then the last turn its end.
   Raises ValueError if not even one target token of each example fits.
   """
   rows, row_tokens, num_targets = shape
@@ -128,9 +147,11 @@ def kept(
     )
   length_E = np.array([len(example.tokens) - 1 for example in examples])
   wanted_E = np.array([example.num_target for example in examples])
-  target_E = _cap_targets(wanted_E, shape)
-  length_E = length_E - (wanted_E - target_E)
-  return _cap_lengths(length_E, target_E, rows, row_tokens), target_E
+  target_E = _cap_targets(np.array([x.all_targets for x in examples]), shape)
+  last_E = np.minimum(wanted_E, target_E)
+  length_E = length_E - (wanted_E - last_E)
+  length_E = _cap_lengths(length_E, last_E, rows, row_tokens)
+  return [*map(_trim, examples, length_E, last_E, target_E)]
 
 
 def pack(examples: Sequence[Example], shape: BatchShape) -> Batch:
@@ -143,14 +164,14 @@ def pack(examples: Sequence[Example], shape: BatchShape) -> Batch:
   batch = empty_batch(shape)
   if not examples:
     return batch
-  length_E, target_E = kept(examples, shape)
+  texts = kept(examples, shape)
+  length_E = np.array([len(text.tokens) - 1 for text in texts])
   row_E, offset_E, _ = first_fit(length_E, shape.rows, shape.row_tokens)
   filled = 0
-  for e, (row, offset) in enumerate(zip(row_E, offset_E, strict=True)):
-    tokens = _trim(examples[e], length_E[e], target_E[e])
-    _write_inputs(batch, tokens, e + 1, row, offset)
-    _write_targets(batch, tokens[-target_E[e] :], filled, row, offset + length_E[e])
-    filled += target_E[e]
+  for e, (text, row, offset) in enumerate(zip(texts, row_E, offset_E, strict=True)):
+    _write_inputs(batch, text.tokens, e + 1, row, offset)
+    _write_targets(batch, text, filled, row * shape.row_tokens + offset)
+    filled += len(text.targets)
   return batch
 
 
@@ -164,12 +185,9 @@ def _write_inputs(
   batch.position[where] = np.arange(len(tokens) - 1)
 
 
-def _write_targets(
-  batch: Batch, target: np.ndarray, filled: int, row: int, end: int
-) -> None:
-  """Writes the targets that the positions up to column `end` predict."""
-  where = np.s_[filled : filled + len(target)]
-  last = row * batch.tokens.shape[1] + end
-  batch.target_index[where] = np.arange(last - len(target), last)
-  batch.target[where] = target
+def _write_targets(batch: Batch, text: Kept, filled: int, start: int) -> None:
+  """Writes the targets, each predicted by the position before it."""
+  where = np.s_[filled : filled + len(text.targets)]
+  batch.target_index[where] = start + text.targets - 1
+  batch.target[where] = text.tokens[text.targets]
   batch.weight[where] = 1

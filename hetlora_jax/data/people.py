@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from hetlora_jax.config import MAX_CONTEXT_TURNS
 from hetlora_jax.data import builders, partition
 
 if TYPE_CHECKING:
-  from hetlora_jax.data.builders import records
+  from hetlora_jax.data import rendering
 
 Kind = Literal['train', 'heldout', 'unseen']
 
@@ -39,11 +40,21 @@ class Tokenizer(Protocol):
 
 
 class Example(NamedTuple):
-  """A text as tokens, of which the last `num_target` bear the loss."""
+  """A text as tokens, of which the last `num_target` bear the loss.
 
-  tokens: np.ndarray  # [L] int32, bos first, L > num_target
+  Those at `earlier` do too: what its writer said before, where a conversation is one
+  example.
+  """
+
+  tokens: np.ndarray  # [L] int32, bos first unless a template has none, L > num_target
   num_target: int
   cut: int = 0  # tokens of its context that are left out already
+  earlier: Sequence[int] = ()  # places, in order
+
+  @property
+  def all_targets(self) -> int:
+    """How many tokens bear the loss."""
+    return len(self.earlier) + self.num_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,9 +156,7 @@ def load(
     not_kept=trainable - len(groups['train'].ids),
   )
   groups['train'] = groups['train'].repeat(data.copies)
-  read = reader(
-    dataset, tokenizer, data.context_turns, data.tokens_per_example, order_E
-  )
+  read = reader(dataset, tokenizer, data, order_E)
   return Population(groups=groups, read=read, left_out=left_out, digest=dataset.digest)
 
 
@@ -257,58 +266,78 @@ def _keep(groups: dict[Kind, Group], num_people: int) -> dict[Kind, Group]:
 def reader(
   dataset: builders.Dataset,
   tokenizer: Tokenizer,
-  max_context_turns: int = MAX_CONTEXT_TURNS,
-  most_tokens: int | None = None,
+  data: config.Data,
   order_E: np.ndarray | None = None,
 ) -> Callable[[int], Example]:
   """Returns row -> its example; rows are those of `order_E`, if given."""
+  from hetlora_jax.data import rendering  # only who reads data needs Jinja
+
+  render = rendering.make(data.format, tokenizer).render
 
   @functools.lru_cache(_CACHED_EXAMPLES)
   def read(row: int) -> Example:
     row = row if order_E is None else int(order_E[row])
-    text = _render(dataset.builder.render, dataset.examples[row], max_context_turns)
-    return encode(tokenizer, text, most_tokens)
+    chat = _chat(dataset.builder, dataset.examples[row], data.context_turns)
+    return encode(tokenizer, render(chat), data.tokens_per_example)
 
   return read
 
 
-def _render(render: Callable, record: dict, max_context_turns: int) -> records.Rendered:
-  """Renders a record of the split 'examples'."""
-  return render(
-    [text.decode() for text in record['context'][-max_context_turns:]],
-    record['mine'][-max_context_turns:],
-    record['target'].decode(),
-  )
+def _chat(builder: Any, record: dict, max_context_turns: int) -> rendering.Chat:
+  """Returns the conversation of a record of the split 'examples'."""
+  from hetlora_jax.data import rendering
+
+  bears_from = record.get('bears_from', -1)
+  bears_from = None if bears_from < 0 else int(bears_from)
+  first = -max_context_turns if bears_from is None else 0
+  texts = [text.decode() for text in record['context'][first:]]
+  mine = record['mine'][first:].tolist()
+  mine = [own and not builder.cue for own in mine]  # no turn of a chat
+  roles = [rendering.CLIENT if own else rendering.USER for own in [*mine, True]]
+  if record.get('system'):
+    roles[0] = rendering.SYSTEM
+  turns = [*zip(roles, [*texts, record['target'].decode()], strict=True)]
+  return rendering.Chat(turns, bears_from, builder.cue)
 
 
 def encode(
-  tokenizer: Tokenizer, text: records.Rendered, most_tokens: int | None = None
+  tokenizer: Any, text: rendering.Rendered, most_tokens: int | None = None
 ) -> Example:
   """Encodes prompt, cue and completion apart, as they are in generation.
 
   A prompt that has a cue is cut before it so that all three take at most
   `most_tokens` positions; one without is left whole, for packing to cut.
   """
-  prompt_tokens = tokenizer.encode(text.prompt)
-  target_tokens = tokenizer.encode(text.completion)
+  to_ids = tokenizer.encode_special if text.special else tokenizer.encode
+  start, earlier = [] if text.special else [tokenizer.bos_id], []
+  for prompt, completion in text.earlier:
+    start += to_ids(prompt)
+    said = to_ids(completion)
+    earlier += range(len(start), len(start) + len(said))
+    start += said
+  prompt_tokens, target_tokens = to_ids(text.prompt), to_ids(text.completion)
+  if not start:  # special tokens are spelled out, the first too
+    start, prompt_tokens = prompt_tokens[:1], prompt_tokens[1:]
   cut = 0
   if text.cue:
-    cue_tokens = tokenizer.encode(text.cue)
+    cue_tokens = to_ids(text.cue)
     if most_tokens is not None:
       room = max(0, most_tokens - len(cue_tokens) - len(target_tokens))
       cut = max(0, len(prompt_tokens) - room)
       prompt_tokens = prompt_tokens[:room]
     prompt_tokens = prompt_tokens + cue_tokens
-  tokens = [tokenizer.bos_id, *prompt_tokens, *target_tokens]
-  return Example(np.asarray(tokens, np.int32), len(target_tokens), cut)
+  tokens = [*start, *prompt_tokens, *target_tokens]
+  return Example(np.asarray(tokens, np.int32), len(target_tokens), cut, earlier)
 
 
 def corpus(dataset: builders.Dataset, num_texts: int = 4096) -> Iterator[str]:
   """Yields texts, spread evenly over clients, to train a tokenizer on."""
+  from hetlora_jax.data import rendering
+
   for row in evenly_spaced(len(dataset.examples), num_texts):
     record = dataset.examples[int(row)]
-    text = _render(dataset.builder.render, record, MAX_CONTEXT_TURNS)
-    yield text.prompt + text.cue + text.completion
+    text = rendering.as_data_set(_chat(dataset.builder, record, MAX_CONTEXT_TURNS))
+    yield ''.join(itertools.chain(*text.earlier, text[:1], [text.cue, text.completion]))
 
 
 def evenly_spaced(available: int, count: int) -> np.ndarray:

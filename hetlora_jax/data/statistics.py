@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import itertools
 import pathlib
+from collections.abc import Iterator
 
 import matplotlib.figure
 import matplotlib.ticker
@@ -10,6 +12,7 @@ import numpy as np
 
 from hetlora_jax import config
 from hetlora_jax.data import builders, coverage, limits, people
+from hetlora_jax.models.tokenizer import Tokenizer
 
 AT_LEAST = (2, 5, 10, 20, 50, 100)  # examples that clients are counted by
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -40,7 +43,7 @@ def collect(data: config.Data, tokenizer: people.Tokenizer) -> Statistics:
   """Counts a data set, preparing it first if it never was."""
   dataset = builders.open_dataset(data.name, path=data.path)
   clients, _ = people.all_clients(dataset, people.partition_of(data))
-  read = people.reader(dataset, tokenizer)
+  read = people.reader(dataset, tokenizer, data)
   rows = people.evenly_spaced(len(dataset.examples), MOST_READ)
   examples = [read(int(row)) for row in rows]
   labels = collections.Counter()
@@ -50,8 +53,8 @@ def collect(data: config.Data, tokenizer: people.Tokenizer) -> Statistics:
   return Statistics(
     name=data.name,
     examples_N=clients.count,
-    context_E=np.array([len(x.tokens) - x.num_target for x in examples]),
-    target_E=np.array([x.num_target for x in examples]),
+    context_E=np.array([len(x.tokens) - x.all_targets for x in examples]),
+    target_E=np.array([x.all_targets for x in examples]),
     label_counts=dict(labels.most_common()),
     of_a_run=_of_a_run(data, dataset, tokenizer),
   )
@@ -94,6 +97,43 @@ def table(found: Statistics) -> str:
     lines.append(head + ', '.join(f'{label} {count:,}' for label, count in shown))
   lines += found.of_a_run
   return '\n'.join(lines)
+
+
+def shown(
+  data: config.Data,
+  tokenizer: Tokenizer,
+  count: int,
+  marks: tuple[str, str] = ('[[', ']]'),
+) -> Iterator[str]:
+  """Yields examples, spread evenly over all, as a model reads them.
+
+  Args:
+    data: whose, and how they are written.
+    tokenizer: of the model.
+    count: how many.
+    marks: what stands around tokens that bear the loss.
+  """
+  dataset = builders.open_dataset(data.name, path=data.path)
+  clients, order_E = people.all_clients(dataset, people.partition_of(data))
+  data = limits.filled(data, dataset, tokenizer)
+  read = people.reader(dataset, tokenizer, data, order_E)
+  for row in people.evenly_spaced(len(dataset.examples), count):
+    example = read(int(row))
+    at = int(np.searchsorted(clients.first, row, 'right')) - 1
+    text, bearing = (
+      '',
+      np.arange(len(example.tokens)) >= len(example.tokens) - example.num_target,
+    )
+    bearing[[*example.earlier]] = True
+    for bears, tokens in itertools.groupby(range(len(bearing)), bearing.__getitem__):
+      run = tokenizer.spell(example.tokens[[*tokens]].tolist())
+      text += run.join(marks) if bears else run
+    cut = f', {example.cut} more of its context cut off' if example.cut else ''
+    yield (
+      f'{clients.ids[at]}, example {row - clients.first[at] + 1} of '
+      f'{clients.count[at]}: {len(bearing)} tokens, {bearing.sum()} bear the loss{cut}\n'
+      f'{text.rstrip()}\n'
+    )
 
 
 def plot(found: Statistics, path: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Pretrained base models: from a name or a path to params and a tokenizer."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -40,8 +41,15 @@ def load(
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
-  """Loads the tokenizer of a base model alone; see `load`."""
-  return _open(sources.resolve(source).path).tokenizer
+  """Loads the tokenizer of a base model alone, with its chat template; see `load`."""
+  tokenizer = _open(sources.resolve(source).path).tokenizer
+  return dataclasses.replace(tokenizer, chat_template=chat_template(source))
+
+
+def chat_template(source: str | os.PathLike) -> str:
+  """Returns the chat template that comes with a base model, or ''; see `load`."""
+  path = sources.resolve(source).path
+  return (hf_folder if path.is_dir() else gguf).chat_template(path)
 
 
 def _open(path: pathlib.Path) -> layout.Checkpoint:

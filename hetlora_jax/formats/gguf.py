@@ -74,6 +74,11 @@ def open_checkpoint(path: pathlib.Path) -> layout.Checkpoint:
   )
 
 
+def chat_template(path: pathlib.Path) -> str:
+  """Returns the chat template that a file has, or ''."""
+  return str(read(path).metadata.get('tokenizer.chat_template', ''))
+
+
 # --- The configuration -----------------------------------------------------
 
 

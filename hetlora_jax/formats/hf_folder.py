@@ -18,7 +18,7 @@ from hetlora_jax import files
 from hetlora_jax.formats import layout
 from hetlora_jax.models import decoder
 from hetlora_jax.models.decoder import DecoderConfig
-from hetlora_jax.models.tokenizer import CONTROL, USER_DEFINED, Tokenizer
+from hetlora_jax.models.tokenizer import CONTROL, SPACE, USER_DEFINED, Tokenizer
 from hetlora_jax.types import PyTree
 
 # --- Names in config.json and in the weights, both for reading and writing -----
@@ -161,6 +161,20 @@ def open_checkpoint(folder: pathlib.Path) -> layout.Checkpoint:
     repair=functools.partial(_repair, config.family),
     tokenizer=Tokenizer.from_folder(folder),
   )
+
+
+def chat_template(folder: pathlib.Path) -> str:
+  """Returns the chat template of a folder, as transformers finds it, or ''."""
+  path, config = folder / 'chat_template.jinja', folder / 'tokenizer_config.json'
+  if path.exists():
+    content = files.read_bytes(path, AGAIN)
+    with files.parsing(path, AGAIN):
+      return content.decode()
+  found = files.read_json(config, AGAIN).get('chat_template') if config.exists() else ''
+  with files.parsing(config, AGAIN):
+    if isinstance(found, list):  # several, each with a name
+      found = {x['name']: x['template'] for x in found}.get('default')
+    return '' + (found or '')
 
 
 def read_config(path: pathlib.Path, raw: Mapping[str, Any]) -> DecoderConfig:
@@ -406,7 +420,6 @@ def _as_stored(config: DecoderConfig, leaf: str, x: np.ndarray) -> np.ndarray:
 
 # --- Writing a tokenizer ---------------------------------------------------
 
-SPACE = '\N{LOWER ONE EIGHTH BLOCK}'
 NORMAL = 1  # a type of piece in SentencePiece
 
 

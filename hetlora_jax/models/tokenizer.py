@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +27,7 @@ SPECIAL_KEYS = {
   'pad': 'padding_token_id',
 }
 PAD, EOS, BOS, UNK = 0, 1, 2, 3  # Gemma's ids, which `Tokenizer.train` keeps
+SPACE = '\N{LOWER ONE EIGHTH BLOCK}'  # of SentencePiece
 AGAIN = 'copy it again'
 
 
@@ -32,13 +36,28 @@ class Tokenizer:
   """A tokenizer of either library: 'sentencepiece' or 'tokenizers'.
 
   `encode` adds no special tokens and `decode` drops them. A tokenizer without
-  a padding token pads with its end-of-text token.
+  a padding token pads with its end-of-text token. `chat_template` is Jinja's, of
+  models made for chats (formats.chat_template).
   """
 
   model: sentencepiece.SentencePieceProcessor | tokenizers.Tokenizer
   bos_id: int
   eos_id: int
   pad_id: int
+  chat_template: str = ''
+
+  @property
+  def bos_token(self) -> str:
+    return self._token(self.bos_id)
+
+  @property
+  def eos_token(self) -> str:
+    return self._token(self.eos_id)
+
+  def _token(self, i: int) -> str:
+    if isinstance(self.model, tokenizers.Tokenizer):
+      return self.model.id_to_token(i) or ''
+    return self.model.id_to_piece(i)
 
   @property
   def vocab_size(self) -> int:
@@ -52,9 +71,46 @@ class Tokenizer:
       return self.model.encode(text, add_special_tokens=False).ids
     return self.model.encode(text)
 
+  @functools.cached_property
+  def _control(self) -> re.Pattern:
+    """Finds the special tokens of SentencePiece in a text, the longest first."""
+    model, ids = self.model, range(self.vocab_size)
+    pieces = [model.id_to_piece(i) for i in ids if model.is_control(i)]
+    return re.compile('|'.join(map(re.escape, sorted(pieces, key=len, reverse=True))))
+
+  def encode_special(self, text: str) -> list[int]:
+    """Returns the ids of a text in which special tokens are spelled out.
+
+    Raises ValueError if the tokenizer would put a space behind each of them.
+    """
+    if isinstance(self.model, tokenizers.Tokenizer):
+      return self.encode(text)  # finds them itself
+    if self.model.id_to_piece(self.model.encode('a')[0]).startswith(SPACE):
+      raise ValueError(
+        'this SentencePiece model begins every text with a space, also behind special '
+        'tokens: put the tokenizer.json of the model into its folder instead of '
+        'tokenizer.model.'
+      )
+    ids, at = [], 0
+    for found in self._control.finditer(text):
+      ids += [*self.encode(text[at : found.start()]), self.model.piece_to_id(found[0])]
+      at = found.end()
+    return ids + self.encode(text[at:])
+
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; special tokens, and ids without one, are dropped."""
     return self.model.decode([int(i) for i in ids if i < self.vocab_size])
+
+  def spell(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids in which special tokens are spelled out."""
+    ids = [int(i) for i in ids]
+    if isinstance(self.model, tokenizers.Tokenizer):
+      return self.model.decode(ids, skip_special_tokens=False)
+    runs = itertools.groupby(ids, self.model.is_control)
+    return ''.join(
+      ''.join(map(self.model.id_to_piece, run)) if special else self.decode([*run])
+      for special, run in runs
+    )
 
   def serialize(self) -> tuple[str, bytes]:
     """Returns the library's name and what `deserialize` needs."""
@@ -190,7 +246,7 @@ def _model_proto(metadata: Mapping[str, Any]) -> bytes:
     if i == metadata.get('unknown_token_id'):
       kind = UNKNOWN  # the converter may call it CONTROL
     if kind == USER_DEFINED:  # the converter put plain spaces into these
-      piece = piece.replace(' ', '\N{LOWER ONE EIGHTH BLOCK}')
+      piece = piece.replace(' ', SPACE)
     proto.pieces.add(piece=piece, score=score, type=kind)
   spec = proto.trainer_spec
   spec.model_type = spec.BPE

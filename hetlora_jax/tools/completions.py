@@ -27,7 +27,7 @@ from hetlora_jax import (
   tracking,
 )
 from hetlora_jax.config import Config, ConfigError
-from hetlora_jax.data import packing
+from hetlora_jax.data import packing, rendering
 from hetlora_jax.data.people import Example
 from hetlora_jax.models import readout
 from hetlora_jax.points import Points
@@ -90,8 +90,10 @@ def complete(
     answers = _answer(x, state, tasks, settings)
 
   # Score what was written.
-  tokenizer = x.experiment.model.tokenizer
-  lines = [_line(tokenizer, *both) for both in zip(tasks, answers, strict=True)]
+  tokenizer, one_line = x.experiment.model.tokenizer, _ends(x) is None
+  lines = [
+    _line(tokenizer, *both, one_line) for both in zip(tasks, answers, strict=True)
+  ]
   told = {
     'max_tokens': _max_tokens(x.config, settings),
     'own_rank': config.eval.own_rank,
@@ -127,6 +129,11 @@ def _check(run: Run, config: Config, settings: Settings) -> None:
     value = getattr(settings, field)
     if value is not None and value < least:
       raise ConfigError(f'--{field}={value} must be {least} at least.')
+  if settings.shots and config.data.format == 'template':
+    raise ConfigError(
+      f'--shots={settings.shots}: a chat template writes one conversation, and shots are '
+      'others: leave them out.'
+    )
   if settings.untouched and config.eval.own_rank:
     raise ConfigError(
       '--own_rank and --untouched: a base model has no ranks; drop one.'
@@ -138,6 +145,11 @@ def _check(run: Run, config: Config, settings: Settings) -> None:
 
 def _max_tokens(config: Config, settings: Settings) -> int:
   return settings.max_tokens or config.data.targets_per_example
+
+
+def _ends(x: Points) -> frozenset[int] | None:
+  """Returns the tokens that end a completion; None: a line's end."""
+  return rendering.make(x.config.data.format, x.experiment.model.tokenizer).ends
 
 
 def own_adapters(rules: Rules, state: ServerState, hyper: Hyperparameters, client_B):
@@ -199,7 +211,7 @@ def _answer(
     settings.beams if settings.search == 'beam' else 1,
     settings.alpha,
   )
-  stop_V = generation.stop_token_mask(model.tokenizer, shape.vocab_size)
+  stop_V = generation.stop_token_mask(model.tokenizer, shape.vocab_size, _ends(x))
   base = lora.fold(x.base, state.residual)
   adapters, answers = _adapters(x, state, settings), {}
   for chunk in _with_progress(_chunks(tasks), len(tasks)):
@@ -285,10 +297,11 @@ def _row_each(examples: Sequence[Example]) -> Batch:
   )
 
 
-def _line(tokenizer, task: Task, answer: Answer) -> dict[str, Any]:
+def _line(tokenizer, task: Task, answer: Answer, one_line: bool) -> dict[str, Any]:
   """Returns a line of generations.jsonl."""
-  tokens, count, _ = task.example
-  generated = tokenizer.decode(answer.generated).partition('\n')[0]
+  tokens, count = task.example.tokens, task.example.num_target
+  generated = tokenizer.decode(answer.generated)
+  generated = generated.partition('\n')[0] if one_line else generated
   return {
     'client': task.name,
     'kind': task.kind,

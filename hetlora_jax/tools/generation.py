@@ -76,12 +76,18 @@ def pack(prompts: Sequence[np.ndarray], slots: int, multiple: int = 1) -> Prompt
   return _place(short, row_B, start_B, rows, slots)
 
 
-def stop_token_mask(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-  """Marks the tokens that end a completion of one line: [V] bool.
+def stop_token_mask(
+  tokenizer: Tokenizer, vocab_size: int, ends: frozenset[int] | None = None
+) -> np.ndarray:
+  """Marks the tokens that end a completion: [V] bool.
 
-  These are the end of the text, and every token that contains a newline.
+  These are `ends`; or, of a completion of one line, the end of the text and every
+  token that contains a newline.
   """
   stop_V = np.zeros(vocab_size, bool)
+  if ends is not None:
+    stop_V[[*ends]] = True
+    return stop_V
   for token in range(min(vocab_size, tokenizer.vocab_size)):
     stop_V[token] = '\n' in tokenizer.decode([token])
   stop_V[tokenizer.eos_id] = True

@@ -46,7 +46,7 @@ def tasks(x: Experiment, rank_N: np.ndarray, shots: int) -> Iterator[Task]:
       rank = None if kind == 'unseen' else int(rank_N[person])
       for i in map(int, evenly_spaced(int(group.count[person]), e.examples_per_person)):
         rng = prng.host_stream(0, f'shots {kind}', person, i)
-        example = x.population.example(kind, person, i)
+        example = x.population.example(kind, person, i)._replace(earlier=())
         example = _with_shots(example, _draw_shots(x, name, shots, rng), between)
         yield Task(name_of_set, person, name, rank, _cut(example, room))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Datasets with it.
 BUILDERS = {
   'chitchat': 'chitchat:Chitchat',
+  'chitchat_conversations': 'chitchat:ChitchatConversations',
   'mail_subject': 'mail_subject:MailSubject',
   'multi_session_chat': 'multi_session_chat:MultiSessionChat',
   'reddit_tldr': 'reddit_tldr:RedditTldr',

@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import pathlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 from hetlora_jax import files
 from hetlora_jax.data.builders import records
@@ -42,13 +43,15 @@ def _turns(conversation: list[list[dict]]) -> Iterator[tuple[str, int, str]]:
 class Chitchat(records.RecordBuilder):
   """Makes every turn that answers another one an example."""
 
+  records_of = staticmethod(records.replies)
+
   def examples(self) -> Iterator[records.Record]:
     conversations = read_dataset()
     try:
       found = [
         record
         for conversation in conversations.values()
-        for record in records.replies([*_turns(conversation['messages'])])
+        for record in self.records_of([*_turns(conversation['messages'])])
       ]
     except files.UNEXPECTED as error:
       why = f'{type(error).__name__}: {error}'
@@ -56,3 +59,11 @@ class Chitchat(records.RecordBuilder):
     if not found:
       raise files.damaged(_dataset_path(), 'nobody answers', AGAIN)
     yield from found
+
+
+class ChitchatConversations(Chitchat):
+  """Makes a conversation an example of each who answers in it, with all their turns."""
+
+  records_of = staticmethod(records.conversations)
+  has_whole: ClassVar[bool] = True
+  limits: ClassVar[records.Limits] = records.Limits(5, 640, 288, 1280)

@@ -71,16 +71,12 @@ class MailSubject(records.RecordBuilder):
   """Makes every post that starts a thread an example: body, then subject."""
 
   labelled: ClassVar[bool] = True  # by mailing list
+  cue: ClassVar[str] = 'Subject:'
 
   @classmethod
   def files(cls, path: str) -> list[pathlib.Path]:
     place = _place(path)
     return [place] if place.is_file() else _unpacked(place)
-
-  @staticmethod
-  def render(context, mine, target) -> records.Rendered:
-    del mine
-    return records.render_summary(context, 'Subject:', target)
 
   def examples(self) -> Iterator[records.Record]:
     place = _place(self.path) if self.path else _fetch()

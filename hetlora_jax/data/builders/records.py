@@ -1,4 +1,4 @@
-"""What every data set shares: its records, their order, how they are rendered."""
+"""What every data set shares: its records and their order."""
 
 import abc
 import dataclasses
@@ -24,6 +24,8 @@ class Record:
   mine: list[bool]  # which of them the client wrote
   target: str
   label: str = ''  # what it is about, of a `labelled` data set
+  bears_from: int = -1  # of a conversation: from which turn the client's bear the loss
+  system: bool = False  # whether `context` starts with what the system says
 
 
 def replies(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
@@ -43,28 +45,31 @@ def replies(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
     )
 
 
-class Rendered(NamedTuple):
-  """A prompt and its completion, which bears the loss.
+MOST_TURNS = 16  # of a piece of a conversation that bear the loss
 
-  Where the prompt must be cut to fit, it loses its start; or, if it has a cue,
-  which ends it, what is right before the cue.
+
+def conversations(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
+  """Yields a record of a chat for everybody who answers in it, with all their turns.
+
+  Turns are as in `replies`. Of more than MOST_TURNS it makes pieces, each after as
+  many turns of context, which bear no loss there, as an answer has in `replies`.
+  What follows a client's last turn is left out of theirs.
   """
-
-  prompt: str  # without the cue
-  completion: str
-  cue: str = ''
-
-
-def render_chat(context: Sequence[str], mine: Sequence[bool], target: str) -> Rendered:
-  """Renders a line a turn; A writes the target."""
-  names = ['A' if m else 'B' for m in mine]
-  turns = [f'{n}: {text}\n' for n, text in zip(names, context, strict=True)]
-  return Rendered(''.join(turns) + 'A:', f' {target}\n')
-
-
-def render_summary(context: Sequence[str], cue: str, target: str) -> Rendered:
-  """Renders a text, a line such as 'Subject:', and what sums the text up."""
-  return Rendered(' '.join(context), f' {target}\n', f'\n{cue}')
+  for start in range(0, len(turns), MOST_TURNS):
+    first = max(0, start - MAX_CONTEXT_TURNS)
+    piece, bears_from = turns[first : start + MOST_TURNS], start - first
+    for client in dict.fromkeys(who for who, *_ in piece[bears_from:]):
+      mine = [who == client for who, *_ in piece]
+      last = len(mine) - 1 - mine[::-1].index(True)
+      if not all(mine[:last]):
+        yield Record(
+          client=client,
+          time=piece[last][1],
+          context=[said for *_, said in piece[:last]],
+          mine=mine[:last],
+          target=piece[last][2],
+          bears_from=bears_from,
+        )
 
 
 class Limits(NamedTuple):
@@ -86,6 +91,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
 
   VERSION = tfds.core.Version('1.0.0')
   labelled: ClassVar[bool] = False  # whether records have a label of their own
+  has_whole: ClassVar[bool] = False  # whether a record may be a conversation
+  cue: ClassVar[str] = ''  # a line such as 'Subject:', where texts are summed up
   # People with fewer examples are the unseen ones; 0: a hash of the name tells.
   train_from: ClassVar[int] = 0
   limits: ClassVar[Limits | None] = Limits()  # None: as its examples need
@@ -102,11 +109,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
       f'config.data.path={path} is not read by config.data.name={cls.name!r}: for '
       'files of your own set config.data.name=text_folder, else leave the path out.'
     )
-
-  @staticmethod
-  def render(context: Sequence[str], mine: Sequence[bool], target: str) -> Rendered:
-    """Renders an example for a language model."""
-    return render_chat(context, mine, target)
 
   @abc.abstractmethod
   def examples(self) -> Iterator[Record]:
@@ -126,6 +128,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
     }
     if self.labelled:
       features['labels'] = strings
+    if self.has_whole:
+      features |= {'bears_from': np.int64, 'system': np.bool_}
     return tfds.core.DatasetInfo(
       builder=self,
       features=tfds.features.FeaturesDict(features),
@@ -147,6 +151,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
       context=record.context,
       mine=record.mine,
       target=record.target,
+      bears_from=record.bears_from,
+      system=record.system,
     )
 
   def _generate_examples(self, records: list[Record]) -> Iterator[tuple[int, dict]]:
@@ -160,7 +166,6 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   def _row(self, **values: Any) -> dict:
     """Returns a row of either split; TFDS has one schema for both."""
     empty = dict(time=0, context=[], mine=[], target='', first=0, count=0, labels=[])
+    empty |= dict(bears_from=-1, system=False)
     row = empty | values
-    if not self.labelled:
-      del row['labels']
-    return row
+    return {name: row[name] for name in self.info.features}

@@ -8,7 +8,7 @@ posts or more are trained on; all others are the unseen people.
 import collections
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
@@ -100,18 +100,12 @@ class RedditTldr(records.RecordBuilder):
   """Makes every post an example of its author: content, then summary."""
 
   labelled: ClassVar[bool] = True  # by subreddit
+  cue: ClassVar[str] = 'TL;DR:'
   train_from: ClassVar[int] = 100
 
   @classmethod
   def files(cls, path: str) -> list[pathlib.Path]:
     return [find(path)]
-
-  @staticmethod
-  def render(
-    context: Sequence[str], mine: Sequence[bool], target: str
-  ) -> records.Rendered:
-    del mine
-    return records.render_summary(context, 'TL;DR:', target)
 
   def examples(self) -> Iterator[records.Record]:
     # Read twice: most authors posted once, and only the others must fit memory.

@@ -1,17 +1,21 @@
 """Your own data: JSON Lines files with a client, a context and a target.
 
   {"client": "ann", "context": ["How are you?"], "target": "Fine."}
+  {"client": "ann", "messages": [{"role": "user", "content": "How are you?"}, ...]}
 
 `client` is a text or a whole number. `context` is a text or a list of texts, oldest
 first, by others unless `mine` says which are the client's. `time`, a whole number or a
 date of ISO 8601, orders a client's examples (else their lines do) and `label` says what
-they are about.
+they are about. In place of context, mine and target, `messages` are a conversation, of
+which the client is the assistant: each of its turns bears the loss once.
 """
 
 import datetime
 import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
 
 from hetlora_jax import files
 from hetlora_jax.config import MAX_CONTEXT_TURNS
@@ -23,8 +27,9 @@ _OF_LISTS = {'context': str, 'mine': bool}
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 REMEDY = (
   'correct the line; it needs client (text), context (text or list of texts) '
-  'and target (text)'
+  'and target (text), or instead of these two messages (list of role and content)'
 )
+ROLES = ('system', 'user', 'assistant')
 
 
 def _is(value: Any, kind: type, inner: type | None) -> bool:
@@ -70,6 +75,38 @@ def _problem(record: dict) -> str:
   return ''
 
 
+def _conversation(line: dict) -> dict:
+  """Turns `messages` into context, mine and target; raises ValueError if it cannot.
+
+  What follows the client's last turn is no context of anything.
+  """
+  for name in ('context', 'mine', 'target'):
+    if name in line:
+      raise ValueError(f'{name} beside messages')
+  messages = line.pop('messages')
+  if not isinstance(messages, list):
+    raise ValueError(f'messages={messages!r}')
+  for message in messages:
+    content = message.get('content') if isinstance(message, dict) else None
+    if not isinstance(content, str) or set(message) != {'role', 'content'}:
+      raise ValueError(f'message {message!r} is not of a role and a content, a text')
+    if message['role'] not in ROLES or not content.strip():
+      raise ValueError(f'message {message!r} is empty or of none of {", ".join(ROLES)}')
+  roles = [message['role'] for message in messages]
+  if 'system' in roles[1:]:
+    raise ValueError('the system speaks first or not at all')
+  texts, mine = [m['content'] for m in messages], [r == 'assistant' for r in roles]
+  last = max((i for i, own in enumerate(mine) if own), default=0)
+  if all(mine[:last]):
+    raise ValueError('messages have no assistant who answers')
+  return line | {
+    'context': texts[:last],
+    'mine': mine[:last],
+    'target': texts[last],
+    'system': roles[0] == 'system',
+  }
+
+
 def _moment(time: Any) -> dict[str, int]:
   """Returns a date of ISO 8601 as microseconds since 1970; of no zone, as UTC."""
   if not isinstance(time, str):
@@ -83,6 +120,13 @@ def _moment(time: Any) -> dict[str, int]:
 
 
 def _record(line: dict, place: pathlib.Path, number: int) -> records.Record:
+  whole, system = 'messages' in line, False
+  if whole:
+    try:
+      line = _conversation(line)
+    except ValueError as error:
+      raise files.damaged(place, error, REMEDY) from error
+    system = line.pop('system')
   if isinstance(line.get('context'), str):
     line['context'] = [line['context']]
   for name in ('client', 'label'):  # ids may be numbers
@@ -91,15 +135,17 @@ def _record(line: dict, place: pathlib.Path, number: int) -> records.Record:
   line |= _moment(line.get('time'))
   if problem := _problem(line):
     raise files.damaged(place, problem, REMEDY)
-  most = MAX_CONTEXT_TURNS
-  context = line['context'][-most:]
+  most = None if whole else -MAX_CONTEXT_TURNS
+  context = line['context'][most:]
   return records.Record(
     client=line['client'],
     time=line.get('time', number),
     context=context,
-    mine=line.get('mine', [False] * len(context))[-most:],
+    mine=line.get('mine', [False] * len(context))[most:],
     target=line['target'],
     label=line.get('label', line['client']),
+    bears_from=0 if whole else -1,
+    system=system,
   )
 
 
@@ -118,7 +164,9 @@ def jsonl_files(path: str) -> list[pathlib.Path]:
 class TextFolder(records.RecordBuilder):
   """Makes every line of a user's files an example."""
 
+  VERSION = tfds.core.Version('1.1.0')
   labelled: ClassVar[bool] = True
+  has_whole: ClassVar[bool] = True
   limits: ClassVar[None] = None
 
   @classmethod
