@@ -47,7 +47,7 @@ def of_config(config: Config, mesh: Mesh) -> BaseModel:
     identity={
       'sha256': model.fingerprint,
       'dtype': dtype.name,
-      'shape': dataclasses.asdict(model.config),
+      'shape': model.config.described(),
     },
     decoder=model.config,
   )
@@ -239,6 +239,7 @@ def random_shape(c: RandomModel, vocab_size: int) -> decoder.DecoderConfig:
     norm_eps=1e-6,
     rope_base=1e4,
     rope_base_local=1e4,
+    rope_scaling=(),
     sliding_window=0,
     global_every=1,
     qk_norm=True,

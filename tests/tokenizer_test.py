@@ -153,8 +153,8 @@ def test_a_byte_level_model_is_rebuilt_from_gguf():
   [
     ({'model': 't5'}, "model.gguf has tokenizer 't5', which is not supported"),
     (
-      {'model': 'gpt2', 'pre': 'qwen2', 'bos_token_id': 0, 'eos_token_id': 0},
-      "model.gguf has pre-tokenizer 'qwen2', which is not supported",
+      {'model': 'gpt2', 'pre': 'viking', 'bos_token_id': 0, 'eos_token_id': 0},
+      "model.gguf has pre-tokenizer 'viking', which is not supported: use one of gpt-4o,",
     ),
   ],
 )
