@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import zlib
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,9 +124,9 @@ def stored_shapes(config: decoder.DecoderConfig) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
-def write_folder(folder: pathlib.Path, name: str) -> pathlib.Path:
+def write_folder(folder: pathlib.Path, name: str, **change) -> pathlib.Path:
   """Writes a model as transformers would, with a byte-level tokenizer."""
-  raw = config_of(name)
+  raw = config_of(name) | change
   files.write_json(folder / 'config.json', raw)
   config = hf_folder.read_config(folder, dict(raw))
   one = layout.FAMILIES[config.family].get('plus_one', False)
@@ -137,6 +138,92 @@ def write_folder(folder: pathlib.Path, name: str) -> pathlib.Path:
     special = {'bos_token': None, 'eos_token': '</s>'}
     files.write_json(folder / 'tokenizer_config.json', special)
   return folder
+
+
+def write_gguf(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """Writes a folder's model as llama.cpp's converter does, in float32.
+
+  Names of tensors are the gguf package's.
+  """
+  raw = json.loads((folder / 'config.json').read_text())
+  config = hf_folder.read_config(folder, dict(raw))
+  architecture = {'mistral': 'llama'}.get(config.family, config.family)
+  writer = gguf.GGUFWriter(path, architecture)
+  writer.add_context_length(raw['max_position_embeddings'])
+  writer.add_block_count(config.num_layers)
+  writer.add_embedding_length(config.width)
+  writer.add_feed_forward_length(config.mlp_width)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  if raw.get('head_dim'):
+    writer.add_key_length(config.head_dim)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
+  writer.add_rope_freq_base(config.rope_base)
+  writer.add_rope_dimension_count(config.rotary_dim or config.head_dim)
+  if config.family in ('gemma2', 'gemma3', 'phi3'):
+    writer.add_sliding_window(config.sliding_window)
+  if config.family == 'gemma2':
+    writer.add_attn_logit_softcapping(config.attention_softcap)
+    writer.add_final_logit_softcapping(config.logit_softcap)
+  _add_rope(writer, config)
+  _add_words(writer, folder, config.vocab_size)
+  kind = {of: kind for kind, of in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+  names = gguf.get_tensor_name_map(kind, config.num_layers)
+  stored = safetensors.numpy.load_file(folder / 'model.safetensors')
+  for name, tensor in stored.items():
+    theirs = names.get_name(name, try_suffixes=('.weight', '.bias'))
+    if config.family in ('llama', 'mistral', 'smollm3') and '_proj' in name:
+      tensor = _interleaved(config, name, tensor)
+    if config.family.startswith('gemma') and 'norm' in name:
+      tensor = tensor + 1
+    writer.add_tensor(theirs, tensor)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+def _add_rope(writer: gguf.GGUFWriter, config: decoder.DecoderConfig) -> None:
+  s = dict(config.rope_scaling)
+  if 'original_max_position' in s and 'llama3_factor' not in s:
+    writer.add_rope_scaling_orig_ctx_len(int(s['original_max_position']))
+  for key, kind in (('linear_factor', 'LINEAR'), ('yarn_factor', 'YARN')):
+    if key in s:
+      writer.add_rope_scaling_type(gguf.RopeScalingType[kind])
+      writer.add_rope_scaling_factor(s[key])
+  if 'short_factor' in s:
+    writer.add_rope_scaling_attn_factors(s['attention_factor'])
+    for length in ('long', 'short'):
+      factors = np.float32(s[f'{length}_factor'])
+      writer.add_tensor(f'rope_factors_{length}.weight', factors)
+  if 'llama3_factor' in s:
+    plain = config.rope_base ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    factors = np.float32(plain / decoder.rope_frequencies(config)[0])
+    writer.add_tensor('rope_freqs.weight', factors)
+
+
+def _add_words(writer: gguf.GGUFWriter, folder: pathlib.Path, count: int) -> None:
+  words = json.loads((folder / 'tokenizer.json').read_text())['model']
+  tokens = sorted(words['vocab'], key=words['vocab'].get)
+  writer.add_tokenizer_model('gpt2')
+  writer.add_tokenizer_pre('smollm')
+  more = [f'[PAD{i}]' for i in range(count - len(tokens))]
+  writer.add_token_list(tokens + more)
+  writer.add_token_types([1] * len(tokens) + [5] * len(more))
+  writer.add_token_merges([' '.join(pair) for pair in words['merges']])
+  writer.add_bos_token_id(0)
+  writer.add_eos_token_id(1)
+
+
+def _interleaved(config: decoder.DecoderConfig, name: str, tensor: np.ndarray):
+  """Does what LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py does."""
+  heads = {'q_proj': config.num_heads, 'k_proj': config.num_kv_heads}
+  count = heads.get(name.split('.')[-2])
+  if not count:
+    return tensor
+  halves = tensor.reshape(count, 2, -1, *tensor.shape[1:])
+  return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(tensor.shape))
 
 
 def ids_of(name: str) -> np.ndarray:

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 
 import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizer_test
 from log_probs import make_log_probs
 
 from hetlora_jax import files, formats
@@ -92,6 +94,46 @@ def test_what_is_written_is_read_back(folder, name, tmp_path):
   kept = formats.load(folder(name), dtype='bfloat16')
   assert formats.load(folder(name), dtype='bfloat16').config == kept.config
   assert kept.config == model.config
+
+
+# llama.cpp's files do not say these: which layers have a window, or do not rotate.
+IN_GGUF = [x for x in families.MODELS if x not in (
+  'gemma2', 'llama dynamic', 'mistral', 'qwen2 yarn', 'smollm3 yarn'
+)]  # fmt: skip
+# So without, and with what is the head's width in the 2B.
+PLAIN = {
+  'gemma2': {'query_pre_attn_scalar': 8},
+  'qwen2 yarn': {'use_sliding_window': False},
+}
+
+
+@pytest.mark.parametrize('name', [*IN_GGUF, *PLAIN, 'tiny_llama'])
+def test_a_gguf_is_the_same_model(folder, name, tmp_path):
+  path = families.GOLDEN / name
+  if name in PLAIN:
+    path = tmp_path / 'folder'
+    path.mkdir()
+    families.write_folder(path, name, **PLAIN[name])
+  elif name == 'tiny_llama':
+    path = shutil.copytree(path, tmp_path / 'folder')
+    tokenizer_test._folder_with_bpe(path)
+  else:
+    path = folder(name)
+  want = formats.load(path, dtype=np.float32, cached=False)
+  file = families.write_gguf(tmp_path / 'model.gguf', path)
+  got = formats.load(file, dtype=np.float32, cached=False)
+  jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+  frequencies = (decoder.rope_frequencies(x.config) for x in (got, want))
+  np.testing.assert_allclose(*frequencies, rtol=1e-5)
+  np.testing.assert_array_equal(*(decoder.global_layers(x.config) for x in (got, want)))
+  rounded = ('norm_eps', 'rope_base', 'rope_base_local', 'rope_scaling')
+  for field in dataclasses.fields(want.config):
+    a, b = (getattr(x.config, field.name) for x in (got, want))
+    assert field.name in rounded or a == pytest.approx(b), field.name
+  factors = (
+    dict(x.config.rope_scaling).get('attention_factor', 1) for x in (got, want)
+  )
+  assert next(factors) == pytest.approx(next(factors))
 
 
 @pytest.mark.slow  # loads torch
