@@ -68,7 +68,7 @@ def own(
       named t. The rows of `batch` (see `types.Batch`) hold several examples;
       what belongs together has the same `batch.segment`.
     targets: names of the adapted matrices, [layers, d_in, d_out] each.
-    tokenizer: has `bos_id` and `encode`.
+    tokenizer: has `encode` and `bos_id`; if that is None, `eos_id`.
 
   Raises:
     ConfigError: a target is no such matrix, or a name is there twice.

@@ -98,9 +98,9 @@ def _cap_lengths(
 
 def _trim(example: Example, length: int, num_target: int) -> np.ndarray:
   """Drops the target's end and the context's start, but not bos."""
-  cut = example.num_target - num_target
+  cut, bos = example.num_target - num_target, example.num_bos
   tokens = example.tokens[: len(example.tokens) - cut]
-  return np.concatenate([tokens[:1], tokens[len(tokens) - length :]])
+  return np.concatenate([tokens[:bos], tokens[len(tokens) - length - 1 + bos :]])
 
 
 def empty_batch(shape: BatchShape) -> Batch:

@@ -29,9 +29,9 @@ _CACHED_EXAMPLES = 1 << 16
 
 
 class Tokenizer(Protocol):
-  """What is needed of a tokenizer."""
+  """What is needed of a tokenizer; one without `bos_id` has an `eos_id`."""
 
-  bos_id: int
+  bos_id: int | None
 
   def encode(self, text: str) -> list[int]:
     """Returns the tokens of a text, without special ones."""
@@ -44,6 +44,7 @@ class Example(NamedTuple):
   tokens: np.ndarray  # [L] int32, bos first, L > num_target
   num_target: int
   cut: int = 0  # tokens of its context that are left out already
+  num_bos: int = 1  # 0 where the tokenizer has none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,8 +300,11 @@ def encode(
       cut = max(0, len(prompt_tokens) - room)
       prompt_tokens = prompt_tokens[:room]
     prompt_tokens = prompt_tokens + cue_tokens
-  tokens = [tokenizer.bos_id, *prompt_tokens, *target_tokens]
-  return Example(np.asarray(tokens, np.int32), len(target_tokens), cut)
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  if not bos and not prompt_tokens:  # something must come before the first target
+    bos = [tokenizer.eos_id]
+  tokens = np.asarray([*bos, *prompt_tokens, *target_tokens], np.int32)
+  return Example(tokens, len(target_tokens), cut, len(bos))
 
 
 def corpus(dataset: builders.Dataset, num_texts: int = 4096) -> Iterator[str]:

@@ -550,7 +550,7 @@ def _rope_fields(c: DecoderConfig) -> dict[str, Any]:
   return beside | {'rope_scaling': {'rope_type': kind} | fields}
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
   return {
     'bos_token_id': tokenizer.bos_id,
     'eos_token_id': tokenizer.eos_id,
@@ -607,7 +607,7 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
       return contents
     model = _from_sentencepiece(proto, tokenizer.bos_id)
   about = {
-    name.removesuffix('_id'): model.id_to_token(i)
+    name.removesuffix('_id'): None if i is None else model.id_to_token(i)
     for name, i in _special_ids(tokenizer).items()
   }
   about['tokenizer_class'] = 'PreTrainedTokenizerFast'

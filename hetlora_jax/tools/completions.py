@@ -287,13 +287,13 @@ def _row_each(examples: Sequence[Example]) -> Batch:
 
 def _line(tokenizer, task: Task, answer: Answer) -> dict[str, Any]:
   """Returns a line of generations.jsonl."""
-  tokens, count, _ = task.example
+  tokens, count, _, num_bos = task.example
   generated = tokenizer.decode(answer.generated).partition('\n')[0]
   return {
     'client': task.name,
     'kind': task.kind,
     'rank': task.rank,
-    'prompt': tokenizer.decode(tokens[1:-count]),
+    'prompt': tokenizer.decode(tokens[num_bos:-count]),
     'reference': tokenizer.decode(tokens[-count:]).strip(),
     'generated': generated.strip(),
     'teacher_forced': tokenizer.decode(answer.forced).strip(),
