@@ -245,13 +245,15 @@ def ours(folder: pathlib.Path, ids: np.ndarray) -> np.ndarray:
   return np.asarray(log_probs(model.params, {}, *args_of(ids))[0])
 
 
-def theirs(folder: pathlib.Path, ids: np.ndarray) -> dict[str, np.ndarray]:
+def theirs(
+  folder: pathlib.Path, ids: np.ndarray, adapter: pathlib.Path | str = ''
+) -> dict[str, np.ndarray]:
   """Returns what `make_reference_logprobs.reference` writes of a folder."""
   with tempfile.TemporaryDirectory() as scratch:
     given, out = (pathlib.Path(scratch) / x for x in ('ids.npz', 'out.npz'))
     np.savez(given, ids_0=ids)
     program = [BENCH / 'bin/python', ROOT / 'tests/peft_parity.py', folder]
-    subprocess.run([*program, '', given, out], check=True, capture_output=True)
+    subprocess.run([*program, adapter, given, out], check=True, capture_output=True)
     return {key.removesuffix('_0'): x for key, x in np.load(out).items()}
 
 

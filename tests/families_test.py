@@ -11,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizer_test
 from log_probs import make_log_probs
 
 from hetlora_jax import files, formats
-from hetlora_jax.formats import hf_folder
+from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.models import decoder, kernels
 from hetlora_jax.models.decoder import KVCache
+from hetlora_jax.types import Lora
 
+IDS = np.arange(3, 3 + families.TOKENS)
 every_model = pytest.mark.parametrize('name', families.MODELS)
 
 
@@ -147,6 +150,101 @@ def test_transformers_reads_what_is_written(folder, name, tmp_path):
   assert (
     families.difference(_of_whole(model, ids), families.theirs(tmp_path, ids)) < 1e-4
   )
+
+
+# --- Adapters on matrices that are fused in transformers -----------------------
+
+
+def _layers(config, targets, slots, seed=0):
+  """Returns target -> a layer's factors, no two of one rank."""
+  rng, layers = np.random.default_rng(seed), {}
+  for t in targets:
+    n, d_in, d_out = decoder.adapter_dims(config, targets)[t]
+    ranks = rng.permutation(np.arange(1, slots + 1))[:n]
+    layers[t] = [
+      Lora(*(np.float32(rng.normal(size=s)) / 4 for s in ((d_in, r), (r, d_out))))
+      for r in ranks
+    ]
+  return layers
+
+
+def _like(config, targets, slots):
+  return {
+    t: Lora(np.zeros((n, d_in, slots)), np.zeros((n, slots, d_out)))
+    for t, (n, d_in, d_out) in decoder.adapter_dims(config, targets).items()
+  }
+
+
+def _with_adapters(model, adapters, scale, ids):
+  args = (jnp.float32(scale), *families.args_of(ids)[1:])
+  adapters = {t: x.adapter for t, x in adapters.items()}
+  return np.asarray(_log_probs(model.config)(model.params, adapters, *args)[0])
+
+
+def test_a_fused_adapter_is_exact_both_ways(folder, tmp_path):
+  model = formats.load(folder('phi3'), dtype=np.float32, cached=False)
+  layers = _layers(model.config, decoder.TARGETS, 5)
+  peft.write(tmp_path, layers, 1.3, 'base', model.config)
+  about = json.loads((tmp_path / peft.CONFIG).read_text())
+  assert about['target_modules'] == ['qkv_proj', 'o_proj', 'gate_up_proj', 'down_proj']
+  # Read back in no more slots than were needed.
+  found = peft.read(tmp_path, _like(model.config, decoder.TARGETS, 5), 1.3)
+  for t, factors in layers.items():
+    for i, x in enumerate(factors):
+      r = x.a.shape[1]
+      np.testing.assert_array_equal(found[t].adapter.a[i, :, :r], x.a)
+      np.testing.assert_array_equal(found[t].adapter.b[i, :r], x.b)
+      assert found[t].live[i].sum() == r
+  with pytest.raises(files.Damaged, match='adapts q, k, v as one matrix.*: add k.'):
+    peft.read(tmp_path, _like(model.config, ('q', 'v', 'o'), 9), 1.3)
+  with pytest.raises(files.Damaged, match='rank .* above config.federated.r_max=1'):
+    peft.read(tmp_path, _like(model.config, decoder.TARGETS, 1), 1.3)
+
+
+def _adapter_of_peft(folder, config, r=3):
+  """Writes what PEFT would have trained: a rank shared by q, k and v."""
+  rng, tensors = np.random.default_rng(0), {}
+  for i in range(config.num_layers):
+    name = f'{peft.PREFIX}model.layers.{i}.self_attn.qkv_proj'
+    for side, shape in (('A', (r, 24)), ('B', (3 * 24, r))):
+      tensors[f'{name}.lora_{side}.weight'] = np.float32(rng.normal(size=shape)) / 4
+  about = peft._config({'qkv_proj': r}, 2.0, '')
+  files.write_json(folder / peft.CONFIG, about)
+  safetensors.numpy.save_file(tensors, folder / peft.WEIGHTS)
+  return folder
+
+
+def test_a_fused_adapter_of_peft_is_shared_by_its_parts(folder, tmp_path):
+  model = formats.load(folder('phi3'), dtype=np.float32, cached=False)
+  path = _adapter_of_peft(tmp_path, model.config)
+  found = peft.read(path, _like(model.config, ('q', 'k', 'v'), 4), 2.0)
+  stored = safetensors.numpy.load_file(path / peft.WEIGHTS)
+  name = f'{peft.PREFIX}model.layers.1.self_attn.qkv_proj.lora_'
+  want = (stored[f'{name}B.weight'] @ stored[f'{name}A.weight']).T
+  got = [found[t].adapter.a[1] @ found[t].adapter.b[1] for t in ('q', 'k', 'v')]
+  np.testing.assert_allclose(np.concatenate(got, 1), want, atol=1e-5)
+
+
+@pytest.mark.slow  # loads torch
+@pytest.mark.parametrize('kind', ['ours', 'partial', 'theirs'])
+def test_peft_computes_a_fused_adapter_likewise(folder, kind, tmp_path):
+  if not (families.BENCH / 'done').exists():
+    pytest.skip('needs `make .venv-bench/done`')
+  model, ids = formats.load(folder('phi3'), dtype=np.float32, cached=False), IDS
+  targets = ('q', 'k', 'v') if kind == 'theirs' else decoder.TARGETS
+  if kind == 'theirs':
+    path = _adapter_of_peft(tmp_path, model.config)
+  else:
+    written = ('q', 'up', 'down') if kind == 'partial' else targets
+    layers = _layers(model.config, written, 5)
+    peft.write(tmp_path, layers, 1.3, 'base', model.config)
+    path = tmp_path
+    targets = ('q', 'k', 'v', 'gate', 'up', 'down') if kind == 'partial' else targets
+  found = peft.read(path, _like(model.config, targets, 6), 1.3)
+  got = _with_adapters(model, found, 1.3, ids)
+  want = families.theirs(folder('phi3'), ids, path)
+  assert families.difference(got, want) < 1e-4
+  assert np.abs(got - _of_whole(model, ids)).max() > 0.1
 
 
 FIELDS = [
