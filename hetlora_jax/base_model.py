@@ -162,6 +162,22 @@ def check_split(config: Config, shape: decoder.DecoderConfig) -> None:
     )
 
 
+def check_positions(model: BaseModel, field: str, tokens: int) -> None:
+  """Raises ConfigError if rows are longer than one rotation of positions is for.
+
+  Args:
+    model: the base.
+    field: what makes rows so long, as it is typed.
+    tokens: of a row.
+  """
+  most = decoder.most_positions(model.decoder) if model.decoder else None
+  if most and tokens > most:
+    raise ConfigError(
+      f'{field} exceeds the {most} tokens after which the RoPE scaling of '
+      'config.model.source has other frequencies: lower it.'
+    )
+
+
 @functools.lru_cache(1)
 def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
   from hetlora_jax import formats  # only what is read needs its readers

@@ -342,29 +342,22 @@ def _completed(
 ) -> dict[str, Any]:
   """Adds what transformers infers of a RoPE scaling that does not say it."""
   whole, key = dict(rope), 'original_max_position_embeddings'
-  if kind in ('dynamic', 'longrope', 'yarn'):
-    whole['max_position_embeddings'] = longest = fields['max_position_embeddings']
-    first = fields if family == 'phi3' else rope
-    whole[key] = original = first.get(key) or rope.get(key) or longest
-  if kind in ('longrope', 'yarn'):
-    whole['factor'] = factor = rope.get('factor') or longest / original
-    whole['beta_fast'] = rope.get('beta_fast') or 32
-    whole['beta_slow'] = rope.get('beta_slow') or 1
-    given = rope.get('attention_factor')
-    inferred = _longrope_factor(factor, original) if kind == 'longrope' else None
-    whole['attention_factor'] = given or inferred or _yarn_factor(factor, rope)
+  if kind not in ('dynamic', 'longrope', 'yarn'):
+    return whole
+  whole['max_position_embeddings'] = longest = fields['max_position_embeddings']
+  first = fields if family == 'phi3' else rope
+  whole[key] = original = first.get(key) or rope.get(key) or longest
+  whole['factor'] = factor = rope.get('factor') or longest / original
+  whole['beta_fast'] = rope.get('beta_fast') or 32
+  whole['beta_slow'] = rope.get('beta_slow') or 1
+  waves = math.log(max(factor, 1))
+  up, down = rope.get('mscale'), rope.get('mscale_all_dim')
+  up, down = (up, down) if up and down else (1, 0)
+  inferred = (0.1 * up * waves + 1) / (0.1 * down * waves + 1)
+  if kind == 'longrope':
+    inferred = math.sqrt(1 + waves / math.log(original))
+  whole['attention_factor'] = rope.get('attention_factor') or inferred
   return whole
-
-
-def _longrope_factor(factor: float, original: int) -> float:
-  return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-
-
-def _yarn_factor(factor: float, rope: Mapping[str, Any]) -> float:
-  both = [rope.get(key) for key in ('mscale', 'mscale_all_dim')]
-  scales = both if all(both) else [1, 0]
-  up, down = (0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0 for m in scales)
-  return up / down
 
 
 def _windows(

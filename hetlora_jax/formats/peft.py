@@ -46,7 +46,7 @@ class Padded(NamedTuple):
 
 def module(target: str, layer: int, fused: Mapping[str, str]) -> str:
   """Returns the name of a matrix in transformers; `fused` has those of some."""
-  return f'model.layers.{layer}.{(MATRICES | fused)[target]}'
+  return f'model.layers.{layer}.{fused.get(target, MATRICES[target])}'
 
 
 def write(

@@ -167,8 +167,8 @@ def _sines(angle_PTr: Array, frequency_r: Array, factor: float) -> tuple[Array, 
   """Returns sines and cosines, [P, T, 1, r], times the scaling's factor, if any."""
   sin, cos = jnp.sin(angle_PTr)[:, :, None], jnp.cos(angle_PTr)[:, :, None]
   if factor != 1:  # but a layer without positions has none
-    factor = jnp.where(frequency_r.any(), factor, 1)
-    sin, cos = sin * factor, cos * factor
+    own = jnp.where(frequency_r.any(), factor, 1)
+    sin, cos = sin * own, cos * own
   return sin, cos
 
 

@@ -86,6 +86,10 @@ def complete(
   # Complete every prompt.
   rank_N = np.asarray(state.memory.rank).max(1)
   tasks = list(prompts.tasks(x.experiment, rank_N, settings.shots))
+  longest = max((len(task.example.tokens) for task in tasks), default=0)
+  total = longest + _max_tokens(x.config, settings)
+  field = f'--shots={settings.shots} with {total} tokens of a prompt and its completion'
+  base_model.check_positions(x.experiment.model, field, total)
   with experiment.in_memory('lower --max_tokens, --shots or --beams.'):
     answers = _answer(x, state, tasks, settings)
 
