@@ -15,7 +15,8 @@ import safetensors.numpy
 import tokenizer_test
 from log_probs import make_log_probs
 
-from hetlora_jax import files, formats
+from configs import tiny
+from hetlora_jax import config, files, formats, points
 from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.models import decoder, kernels
 from hetlora_jax.models.decoder import KVCache
@@ -150,6 +151,54 @@ def test_transformers_reads_what_is_written(folder, name, tmp_path):
   assert (
     families.difference(_of_whole(model, ids), families.theirs(tmp_path, ids)) < 1e-4
   )
+
+
+# --- One round of HetLoRA -------------------------------------------------------
+
+
+def _config(source, **overrides):
+  raw = tiny.get_config()
+  raw.update_from_flattened_dict(
+    {
+      'model.source': str(source),
+      'federated.clients_per_round': 2, 'federated.clients_at_once': 2,
+      'federated.local_steps': 2, 'federated.local_batch': 4,
+      'federated.r_max': 4, 'federated.r_min': 3, 'lora.targets': ('q', 'v'),
+      'client_optimizer.learning_rate': 0.1,
+      'data.tokens_per_example': 40, 'data.row_tokens': 40,
+      'data.targets_per_example': 12,
+    }
+    | {k.replace('__', '.'): v for k, v in overrides.items()}
+  )  # fmt: skip
+  return config.resolve(raw)
+
+
+# By default one, whose loss is capped; all with `make test-all`.
+TRAINED = ('gemma2',)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name in TRAINED else pytest.param(name, marks=pytest.mark.slow)
+    for name in families.MODELS
+  ],
+)
+def test_a_round_of_hetlora_trains(folder, name):
+  x = points.prepare(_config(folder(name)))
+  cohorts, state, losses = points.make_cohorts(x, 0), x.initial_state, []
+  for _ in range(2):  # the same people, so that their losses compare
+    state, metrics = points.call(x, state, cohorts)
+    losses.append(float(metrics['loss_sum'].sum() / metrics['tokens'].sum()))
+  assert losses[1] < losses[0] - 0.05
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.adapters))
+  assert all(np.any(x.b) for x in state.adapters.values())
+
+
+def test_rows_beyond_what_a_scaling_is_for_are_refused(folder):
+  c = _config(folder('phi3 longrope'), data__row_tokens=49)
+  with pytest.raises(config.ConfigError, match='row_tokens=49 exceeds the 48 tokens'):
+    points.prepare(c)
 
 
 # --- Adapters on matrices that are fused in transformers -----------------------

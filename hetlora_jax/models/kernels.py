@@ -190,8 +190,9 @@ def _forward(h, embed, target, weight, chunk_size, softcap):
   # embedding minus the target's, each times the slope of a soft cap.
   log_sum, target_embed = top + jnp.log(total), embed[target].astype(jnp.float32)
   target_logit = soft_cap((h.astype(jnp.float32) * target_embed).sum(1), softcap)
-  if softcap:
-    target_embed = target_embed * _slope(target_logit, softcap)[:, None]
+  if softcap:  # rounded as above, so that of a sure target the difference is exact
+    slope = _slope(target_logit, softcap).astype(h.dtype).astype(jnp.float32)
+    target_embed = target_embed * slope[:, None]
   loss = ((log_sum[:, 0] - target_logit) * weight).sum()
   d_h = mixed / total - target_embed
   return loss, (d_h * weight[:, None], log_sum, h, embed, target, weight)
