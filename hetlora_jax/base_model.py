@@ -51,7 +51,7 @@ def of_config(config: Config, mesh: Mesh) -> BaseModel:
     identity={
       'sha256': model.fingerprint,
       'dtype': dtype.name,
-      'shape': dataclasses.asdict(model.config),
+      'shape': model.config.described(),
       **written,
     },
     decoder=model.config,
@@ -95,7 +95,7 @@ def own(
       named t. The rows of `batch` (see `types.Batch`) hold several examples;
       what belongs together has the same `batch.segment`.
     targets: names of the adapted matrices, [layers, d_in, d_out] each.
-    tokenizer: has `bos_id` and `encode`.
+    tokenizer: has `encode` and `bos_id`; if that is None, `eos_id`.
 
   Raises:
     ConfigError: a target is no such matrix, or a name is there twice.
@@ -189,6 +189,22 @@ def check_split(config: Config, shape: decoder.DecoderConfig) -> None:
     )
 
 
+def check_positions(model: BaseModel, field: str, tokens: int) -> None:
+  """Raises ConfigError if rows are longer than one rotation of positions is for.
+
+  Args:
+    model: the base.
+    field: what makes rows so long, as it is typed.
+    tokens: of a row.
+  """
+  most = decoder.most_positions(model.decoder) if model.decoder else None
+  if most and tokens > most:
+    raise ConfigError(
+      f'{field} exceeds the {most} tokens after which the RoPE scaling of '
+      'config.model.source has other frequencies: lower it.'
+    )
+
+
 @functools.lru_cache(1)
 def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
   from hetlora_jax import formats  # only what is read needs its readers
@@ -266,6 +282,7 @@ def random_shape(c: RandomModel, vocab_size: int) -> decoder.DecoderConfig:
     norm_eps=1e-6,
     rope_base=1e4,
     rope_base_local=1e4,
+    rope_scaling=(),
     sliding_window=0,
     global_every=1,
     qk_norm=True,

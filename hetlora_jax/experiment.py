@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -138,6 +138,8 @@ def prepare(
     config = dataclasses.replace(config, data=limits.filled(config.data))
   else:
     config, population = _load_people(config, model.tokenizer)
+  tokens = cast(int, config.data.row_tokens)
+  base_model.check_positions(model, f'config.data.row_tokens={tokens}', tokens)
   return Experiment(
     config=config,
     model=model,

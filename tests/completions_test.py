@@ -146,6 +146,13 @@ def test_shots_are_of_other_people_and_cut_first():
   assert got.tokens.tolist() == [2, 9, 10, 4, 5, 6, 7, 8]
   assert prompts._cut(got, 6).tokens.tolist() == [2, 4, 5, 6, 7, 8]
   assert prompts._cut(got, 1).tokens.tolist() == [2, 7, 8]
+  # A tokenizer without bos.
+  got = prompts._with_shots(
+    example._replace(num_bos=0), [shot._replace(num_bos=0)], [4]
+  )
+  assert got.tokens.tolist() == [2, 9, 10, 4, 2, 5, 6, 7, 8]
+  assert prompts._cut(got, 6).tokens.tolist() == [4, 2, 5, 6, 7, 8]
+  assert prompts._cut(got, 1).tokens.tolist() == [6, 7, 8]
 
 
 def test_a_beam_search_and_what_cannot_be(workdir):

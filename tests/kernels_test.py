@@ -65,7 +65,8 @@ def test_both_passes_multiply_bfloat16_and_sum_in_float32():
     assert types == ['bf16', 'bf16', 'f32'], product
 
 
-def test_attention_equals_one_head_at_a_time():
+@pytest.mark.parametrize('softcap', [0.0, 1.5])
+def test_attention_equals_one_head_at_a_time(softcap):
   q, k, v = (
     _normal(0, 2, 7, 6, 4),
     _normal(1, 2, 7, 3, 4),
@@ -74,23 +75,25 @@ def test_attention_equals_one_head_at_a_time():
   mask = jnp.asarray(np.random.default_rng(3).integers(0, 2, (2, 7, 7)), bool)
   mask = mask | jnp.eye(7, dtype=bool)[None]
   mask = mask.at[1, 2].set(False)  # sees nothing: everything, evenly
-  got = kernels.attention(q, k, v, mask)
+  got = kernels.attention(q, k, v, mask, softcap)
   for row in range(2):
     for head in range(6):
       score = q[row, :, head] @ k[row, :, head // 2].T
+      score = softcap * np.tanh(score / softcap) if softcap else score
       score = jnp.where(mask[row], score, -1e30)
       want = jax.nn.softmax(score) @ v[row, :, head // 2]
       np.testing.assert_allclose(got[row, :, head], want, atol=1e-5)
   np.testing.assert_allclose(got[1, 2, 0], v[1, :, 0].mean(0), atol=1e-5)
 
 
-def test_attention_scores_of_bfloat16_are_float32():
+@pytest.mark.parametrize('softcap', [0.0, 1e4])
+def test_attention_scores_of_bfloat16_are_float32(softcap):
   """Two scores near 50 that bfloat16 would round to one."""
   q = jnp.full((1, 1, 1, 4), 3.53125, 'bfloat16')
   k = jnp.asarray([[3.53125] * 4, [3.53125] * 3 + [3.515625]], 'bfloat16')
   v = jnp.asarray([[1.0, 0, 0, 0], [0, 1, 0, 0]], 'bfloat16')
   mask = jnp.ones((1, 1, 2), bool)
-  out = kernels.attention(q, k[None, :, None], v[None, :, None], mask)
+  out = kernels.attention(q, k[None, :, None], v[None, :, None], mask, softcap)
   want = 1 / (1 + np.exp(-3.53125 * (3.53125 - 3.515625)))
   np.testing.assert_allclose(out[0, 0, 0, 0].astype('float32'), want, rtol=4e-3)
 
@@ -107,6 +110,31 @@ def test_fused_loss_equals_plain_loss(chunk_size):
 
   got = jax.jit(jax.value_and_grad(fused, (0, 1)))(h, embed)
   _assert_close(got, jax.value_and_grad(plain, (0, 1))(h, embed))
+
+
+@pytest.mark.parametrize('chunk_size', [1, 4, V, 100])
+def test_a_capped_loss_and_its_gradients_are_those_of_the_formula(chunk_size):
+  args, cap = _task(), 1.5
+  h, embed, target, weight = (np.asarray(x, np.float64) for x in args)
+  target = target.astype(int)
+  logit = cap * np.tanh(h @ embed.T / cap)
+  p = np.exp(logit) / np.exp(logit).sum(1, keepdims=True)
+  want = -(np.log(p[np.arange(M), target]) * weight).sum()
+  d_logit = (p - np.eye(V)[target]) * weight[:, None] * (1 - (logit / cap) ** 2)
+
+  def fused(h, embed):
+    return kernels.linear_cross_entropy(h, embed, *args[2:], chunk_size, cap)
+
+  loss, gradients = jax.jit(jax.value_and_grad(fused, (0, 1)))(*args[:2])
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+  _assert_close(gradients, (d_logit @ embed, d_logit.T @ h))
+
+  # The log-probabilities that generation and evaluation use are the same.
+  best, log_prob = kernels.argmax_and_log_prob(*args[:3], chunk_size, cap)
+  np.testing.assert_array_equal(best, p.argmax(1))
+  _assert_close(log_prob, np.log(p[np.arange(M), target]))
+  token, top, log_sum = kernels.top_k_tokens(*args[:2], 3, cap)
+  _assert_close(top - log_sum[:, None], np.log(np.take_along_axis(p, token, 1)))
 
 
 def test_fused_loss_of_many_clients_shares_the_embedding():
@@ -163,13 +191,17 @@ def test_logits_exist_a_chunk_at_a_time_and_a_frozen_embedding_is_free():
   assert whole > frozen + 0.9  # and d_embed
 
 
-def test_a_sure_targets_gradient_keeps_its_digits_in_bfloat16():
+@pytest.mark.parametrize('softcap', [0.0, 11.0])
+def test_a_sure_targets_gradient_keeps_its_digits_in_bfloat16(softcap):
   """1 - p is 1e-3 here, which bfloat16 does not resolve beside 1."""
   h, embed = jnp.eye(1, 2), jnp.asarray([[7.0, 0], [0, 1.0]])
   args = (jnp.zeros(1, jnp.int32), jnp.ones(1))
 
   def gradient(dtype):
-    loss = lambda h: kernels.linear_cross_entropy(h, embed.astype(dtype), *args)  # noqa: E731
+    def loss(h):
+      small = embed.astype(dtype)
+      return kernels.linear_cross_entropy(h, small, *args, softcap=softcap)
+
     return jax.grad(loss)(h.astype(dtype)).astype(jnp.float32)
 
   np.testing.assert_allclose(gradient('bfloat16'), gradient('float32'), rtol=0.01)

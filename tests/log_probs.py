@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hetlora_jax.models import decoder
+from hetlora_jax.models import decoder, kernels
 
 
 def make_log_probs(config: decoder.DecoderConfig, dtype):
@@ -16,6 +16,6 @@ def make_log_probs(config: decoder.DecoderConfig, dtype):
       'ptd,vd->ptv', hidden(base, *args), embed,
       preferred_element_type=jnp.float32,
     )  # fmt: skip
-    return jax.nn.log_softmax(logit)
+    return jax.nn.log_softmax(kernels.soft_cap(logit, config.logit_softcap))
 
   return log_probs

@@ -111,6 +111,13 @@ def test_the_longest_lose_their_oldest_context_but_not_bos():
   assert predictions(batch) == expected_predictions(cut)
 
 
+def test_without_a_bos_nothing_of_the_cut_context_stays():
+  example = Example(np.arange(100, 110, dtype=np.int32), 2, num_bos=0)
+  batch = pack([example], BatchShape(rows=1, row_tokens=5, num_targets=2))
+  cut = Example(np.arange(104, 110, dtype=np.int32), 2, num_bos=0)
+  assert predictions(batch) == expected_predictions([cut])
+
+
 def test_the_longest_targets_are_cut_at_their_end():
   big, small = (
     Example(np.array([BOS, *range(start, start + n)], np.int32), n - 1)

@@ -176,6 +176,18 @@ def test_a_transcript_ends_with_the_target_after_a_prompt():
   assert text_of(example.tokens[-example.num_target :]) == ' yes\n'
 
 
+def test_without_a_bos_texts_begin_with_themselves():
+  tokenizer = Characters()
+  tokenizer.bos_id, tokenizer.eos_id = None, 3
+  example = people.encode(tokenizer, rendering.Rendered('A: hi\nA:', ' yes\n'))
+  assert text_of(example.tokens) == 'A: hi\nA: yes\n'
+  assert (example.num_target, example.num_bos) == (5, 0)
+  # But something must come before the first target.
+  alone = people.encode(tokenizer, rendering.Rendered('', 'yes'))
+  assert alone.tokens.tolist() == [3, *map(ord, 'yes')]
+  assert (alone.num_target, alone.num_bos) == (3, 1)
+
+
 def test_an_example_is_the_persons_turn(load, data_dir):
   population = load()
   client, i = 3, 5

@@ -177,14 +177,10 @@ def test_the_cache_is_used_and_its_damage_found(tmp_path, monkeypatch):
   ('change', 'message'),
   [
     ({'model_type': 'mamba'}, "model_type 'mamba'"),
-    ({'attention_bias': True}, 'attention_bias=True'),
-    ({'rope_scaling': {'type': 'yarn'}}, "RoPE scaling 'yarn'"),
     ({'hidden_act': 'relu'}, "activation 'relu'"),
     ({'num_hidden_layers': 3}, 'lacks the tensor model.layers.2'),
     ({'intermediate_size': 8}, r'shape \(7, 12\), want \(8, 12\)'),
     ({'tie_word_embeddings': False}, 'lacks lm_head.weight.*say tie_word_embeddings'),
-    (GEMMA | {'layer_types': ['full_attention'] * LAYERS}, 'layer_types other'),
-    (GEMMA | {'final_logit_softcapping': 30.0}, 'final_logit_softcapping=30.0'),
   ],
 )
 def test_a_folder_that_cannot_be_used_says_why(tmp_path, change, message):

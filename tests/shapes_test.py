@@ -13,6 +13,7 @@ from hetlora_jax.models.shapes import SHAPES
 
 # As counted from the checkpoints on Hugging Face (text decoders only).
 PUBLISHED = {
+  'gemma2_2b': 2_614_341_888,
   'gemma3_270m': 268_098_176,
   'gemma3_1b': 999_885_952,
   'gemma3_4b': 3_880_263_168,
@@ -20,6 +21,13 @@ PUBLISHED = {
   'llama32_1b': 1_235_814_400,
   'llama32_3b': 3_212_749_824,
   'llama31_8b': 8_030_261_248,
+  'mistral_7b': 7_241_732_096,
+  'phi4_mini': 3_836_021_760,
+  'qwen25_05b': 494_032_768,
+  'qwen25_7b': 7_615_616_512,
+  'qwen3_06b': 596_049_920,
+  'qwen3_8b': 8_190_735_360,
+  'smollm3_3b': 3_075_098_624,
   'smollm2_135m': 134_515_008,
 }
 

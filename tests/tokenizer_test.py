@@ -16,6 +16,7 @@ from hetlora_jax.models.tokenizer import (
   CONTROL,
   EOS,
   PAD,
+  SPLITS,
   UNK,
   USER_DEFINED,
   Tokenizer,
@@ -148,13 +149,100 @@ def test_a_byte_level_model_is_rebuilt_from_gguf():
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+# As the tokenizer.json of models has them, which llama.cpp's llama-vocab.cpp quotes.
+LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+TEKKEN = (
+  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|'
+  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|'
+  r'\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+GPT4O = (
+  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+  r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+  r'\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+# What a text becomes before it is merged.
+PIECES = {
+  'gpt-4o': "He|LLo|'s| x|123|4|/y|  | z|!\n/",
+  'llama-bpe': "HeLLo|'s| x|123|4|/y|  | z|!\n|/",
+  'qwen2': "HeLLo|'s| x|1|2|3|4|/y|  | z|!\n|/",
+  'smaug-bpe': "HeLLo|'s| x|123|4|/y|  | z|!\n|/",
+  'smollm': "HeLLo|'s| x|1|2|3|4|/|y|  | z|!|\n|/",
+  'tekken': "He|LLo|'s| x|1|2|3|4|/y|  | z|!\n/",
+}
+
+
+def test_text_is_split_as_the_models_tokenizers_do():
+  want = {
+    'gpt-4o': GPT4O, 'llama-bpe': LLAMA3, 'qwen2': LLAMA3.replace('{1,3}', ''),
+    'smaug-bpe': LLAMA3, 'smollm': '', 'tekken': TEKKEN,
+  }  # fmt: skip
+  assert SPLITS == want
+  letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+  metadata = {
+    'model': 'gpt2', 'tokens': letters, 'token_type': [1] * 256, 'merges': [],
+    'bos_token_id': 0, 'eos_token_id': 1,
+  }  # fmt: skip
+  text = "HeLLo's x1234/y   z!\n/"
+  for pre, pieces in PIECES.items():
+    model = Tokenizer.from_gguf(GGUF, metadata | {'pre': pre}).model
+    split = model.pre_tokenizer.pre_tokenize_str(text)
+    got = [text[start:end] for _, (start, end) in split]
+    assert '|'.join(got) == (
+      pieces if pre != 'gpt-4o' else "He|LLo's| x|123|4|/y|  | z|!\n/"
+    )
+
+
+@pytest.mark.parametrize(
+  ('settings', 'bos'),
+  [
+    ({'bos_token_id': 5, 'add_bos_token': True}, 5),
+    ({'bos_token_id': 5, 'add_bos_token': False}, 5),  # SmolLM2's own begins a turn
+    ({'bos_token_id': 1, 'add_bos_token': False}, None),  # Qwen's and Phi-4's
+    ({'bos_token_id': 1}, 1),
+    ({}, None),
+  ],
+)
+def test_a_gguf_may_have_no_bos(settings, bos):
+  letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+  metadata = {
+    'model': 'gpt2', 'pre': 'qwen2', 'tokens': letters, 'token_type': [1] * 256,
+    'merges': [], 'eos_token_id': 0, 'padding_token_id': 1,
+  }  # fmt: skip
+  got = Tokenizer.from_gguf(GGUF, metadata | settings)
+  assert (got.bos_id, got.eos_id, got.pad_id) == (bos, 0, 1)
+  assert Tokenizer.deserialize(*got.serialize()).bos_id == bos
+
+
+@pytest.mark.parametrize(
+  ('special', 'bos'),
+  [
+    ({'bos_token': None}, None),  # whatever config.json says
+    ({}, 7),
+    ({'bos_token': '</s>', 'add_bos_token': False}, None),
+    ({'bos_token': '<s>', 'add_bos_token': False}, 0),
+  ],
+)
+def test_a_folder_may_have_no_bos(tmp_path, special, bos):
+  _folder_with_bpe(tmp_path)
+  about = {'eos_token': '</s>'} | special
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(about))
+  (tmp_path / 'config.json').write_text(json.dumps({'bos_token_id': 7}))
+  assert Tokenizer.from_folder(tmp_path).bos_id == bos
+
+
 @pytest.mark.parametrize(
   ('metadata', 'message'),
   [
     ({'model': 't5'}, "model.gguf has tokenizer 't5', which is not supported"),
     (
-      {'model': 'gpt2', 'pre': 'qwen2', 'bos_token_id': 0, 'eos_token_id': 0},
-      "model.gguf has pre-tokenizer 'qwen2', which is not supported",
+      {'model': 'gpt2', 'pre': 'viking', 'bos_token_id': 0, 'eos_token_id': 0},
+      "model.gguf has pre-tokenizer 'viking', which is not supported: use one of gpt-4o,",
     ),
   ],
 )

@@ -99,7 +99,7 @@ def _cap_lengths(
 class Kept(NamedTuple):
   """What of an example has room: its start, and so many positions of its end."""
 
-  tokens: np.ndarray  # bos first
+  tokens: np.ndarray  # bos first, if there is one
   targets: np.ndarray  # places of the tokens that bear the loss
   contexts_cut: int  # tokens without loss that are left out
 
@@ -114,8 +114,8 @@ def _trim(example: Example, length: int, last: int, targets: int) -> Kept:
     targets: how many tokens bear the loss at most, the last ones.
   """
   tokens = example.tokens[: len(example.tokens) - example.num_target + last]
-  gone = len(tokens) - 1 - length  # right after bos
-  tokens = np.concatenate([tokens[:1], tokens[1 + gone :]])
+  gone, bos = len(tokens) - 1 - length, example.num_bos
+  tokens = np.concatenate([tokens[:bos], tokens[bos + gone :]])
   earlier = np.asarray(example.earlier, np.int64) - gone
   spoken = earlier[earlier > 0]
   places = np.concatenate([spoken, np.arange(len(tokens) - last, len(tokens))])

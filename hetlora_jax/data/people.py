@@ -30,9 +30,9 @@ _CACHED_EXAMPLES = 1 << 16
 
 
 class Tokenizer(Protocol):
-  """What is needed of a tokenizer."""
+  """What is needed of a tokenizer; one without `bos_id` has an `eos_id`."""
 
-  bos_id: int
+  bos_id: int | None
 
   def encode(self, text: str) -> list[int]:
     """Returns the tokens of a text, without special ones."""
@@ -46,9 +46,10 @@ class Example(NamedTuple):
   example.
   """
 
-  tokens: np.ndarray  # [L] int32, bos first unless a template has none, L > num_target
+  tokens: np.ndarray  # [L] int32, bos first if there is one, L > num_target
   num_target: int
   cut: int = 0  # tokens of its context that are left out already
+  num_bos: int = 1  # 0 where nothing begins a text
   earlier: Sequence[int] = ()  # places, in order
 
   @property
@@ -309,15 +310,17 @@ def encode(
   `most_tokens` positions; one without is left whole, for packing to cut.
   """
   to_ids = tokenizer.encode_special if text.special else tokenizer.encode
-  start, earlier = [] if text.special else [tokenizer.bos_id], []
+  spelled = text.special or tokenizer.bos_id is None
+  start, earlier = [] if spelled else [tokenizer.bos_id], []
   for prompt, completion in text.earlier:
     start += to_ids(prompt)
     said = to_ids(completion)
     earlier += range(len(start), len(start) + len(said))
     start += said
   prompt_tokens, target_tokens = to_ids(text.prompt), to_ids(text.completion)
-  if not start:  # special tokens are spelled out, the first too
-    start, prompt_tokens = prompt_tokens[:1], prompt_tokens[1:]
+  first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+  if not start and (not prompt_tokens or prompt_tokens[0] == first):
+    start, prompt_tokens = [first], prompt_tokens[1:]  # something must come first
   cut = 0
   if text.cue:
     cue_tokens = to_ids(text.cue)
@@ -326,8 +329,9 @@ def encode(
       cut = max(0, len(prompt_tokens) - room)
       prompt_tokens = prompt_tokens[:room]
     prompt_tokens = prompt_tokens + cue_tokens
-  tokens = [*start, *prompt_tokens, *target_tokens]
-  return Example(np.asarray(tokens, np.int32), len(target_tokens), cut, earlier)
+  tokens = np.asarray([*start, *prompt_tokens, *target_tokens], np.int32)
+  num_bos = int(tokens[0] == first)
+  return Example(tokens, len(target_tokens), cut, num_bos, earlier)
 
 
 def corpus(dataset: builders.Dataset, num_texts: int = 4096) -> Iterator[str]:

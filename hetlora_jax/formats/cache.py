@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -68,9 +69,12 @@ def _seal(path: pathlib.Path) -> pathlib.Path:
 
 
 def _parse_config(text: str) -> DecoderConfig:
-  fields = json.loads(text)
-  scaling = tuple((key, value) for key, value in fields.pop('rope_scaling'))
-  return DecoderConfig(**fields, rope_scaling=scaling)
+  return DecoderConfig(**{k: _hashable(x) for k, x in json.loads(text).items()})
+
+
+def _hashable(value: Any) -> Any:
+  """Makes lists tuples."""
+  return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def _flatten(tree: PyTree) -> dict[str, np.ndarray]:

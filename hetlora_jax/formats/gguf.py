@@ -1,4 +1,4 @@
-"""Reads GGUF files, llama.cpp's format, of the Gemma 3 and Llama families.
+"""Reads GGUF files, llama.cpp's format, of the decoder's families.
 
 Constants and dequantization are the `gguf` package's; the header is read here.
 The package's GGUFReader takes 9.2 s and 730 MB for Gemma 3 270M, this reader
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import pathlib
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import gguf
@@ -19,10 +19,13 @@ import numpy as np
 
 from hetlora_jax import files
 from hetlora_jax.formats import layout
-from hetlora_jax.models.decoder import DecoderConfig
+from hetlora_jax.models.decoder import TARGETS, DecoderConfig
 from hetlora_jax.models.tokenizer import Tokenizer
 
-FAMILIES = ('gemma3', 'llama')
+# Architectures, which are families; Mistral is written as llama.
+FAMILIES = tuple(family for family in layout.FAMILIES if family != 'mistral')
+# Those of which llama.cpp's converter interleaves the halves of q's and k's heads.
+INTERLEAVED = ('llama', 'smollm3')
 NAMES = {
   'embed': 'token_embd.weight',
   'final_norm': 'output_norm.weight',
@@ -41,6 +44,10 @@ NAMES = {
   'q_norm': 'blk.{}.attn_q_norm.weight',
   'k_norm': 'blk.{}.attn_k_norm.weight',
 }
+NAMES |= {f'{m}_bias': NAMES[m].replace('weight', 'bias') for m in TARGETS}
+FUSED = dict.fromkeys(('q', 'k', 'v'), 'blk.{}.attn_qkv.weight') | dict.fromkeys(
+  ('gate', 'up'), 'blk.{}.ffn_up.weight'
+)
 # The fields of a DecoderConfig that every file has, after the family's name.
 FIELDS = {
   'num_layers': 'block_count',
@@ -49,8 +56,14 @@ FIELDS = {
   'mlp_width': 'feed_forward_length',
   'norm_eps': 'attention.layer_norm_rms_epsilon',
 }
-# Gemma 3 27B, told by its depth, scales queries by width / num_heads.
-GEMMA_27B_LAYERS = 62
+# Of files that say nothing of RoPE's base.
+ROPE_BASES = {'gemma3': 1e6}
+# The 27Bs, told by their depth, scale queries by width / num_heads.
+WIDE_LAYERS = {'gemma2': 46, 'gemma3': 62}
+# Where a file says no window; Gemma 3's always does.
+WINDOWS = dict.fromkeys(FAMILIES, 0) | {'gemma2': 4096, 'gemma3': None}
+SMOLLM3_ROTATED = 4  # layers, of which the last does not rotate; llama.cpp's constant
+ROPE_SCALINGS = ('none', 'linear', 'longrope', 'yarn')
 WORDS = 'tokenizer.ggml.'  # before the names of the tokenizer's metadata
 AGAIN = 'fetch it again'
 CONVERT = 'fetch it again, or convert the model again with a newer llama.cpp'
@@ -66,7 +79,7 @@ def open_checkpoint(path: pathlib.Path) -> layout.Checkpoint:
   return layout.Checkpoint(
     path=path,
     config=config,
-    names=NAMES,
+    names=NAMES | (FUSED if config.family == 'phi3' else {}),
     tensors=file.tensors,
     read=lambda name: _dequantized(path, name, file.tensors[name]),
     repair=_unpermute(config),
@@ -85,27 +98,57 @@ def chat_template(path: pathlib.Path) -> str:
 def _config(path: pathlib.Path, file: File) -> DecoderConfig:
   family = file.metadata['general.architecture']
   files.check_supported(path, 'architecture', family, FAMILIES)
-  _check_tensors(path, file.tensors)
   own = _under(f'{family}.', file.metadata)
+  if own.get('expert_count'):
+    raise files.unsupported(path, 'is a mixture of experts', 'use a dense model')
   shape = {ours: own[theirs] for ours, theirs in FIELDS.items()}
   width_a_head = shape['width'] // shape['num_heads']
   head_dim = own.get('attention.key_length', width_a_head)
-  gemma = family == 'gemma3'
-  base = own.get('rope.freq_base', 1e6 if gemma else 1e4)
-  deepest = gemma and shape['num_layers'] == GEMMA_27B_LAYERS
+  base = own.get('rope.freq_base', ROPE_BASES.get(family, 1e4))
+  local = {'gemma3': layout.GEMMA_LOCAL_BASE, 'llama': base}
+  rotary_dim = own.get('rope.dimension_count', head_dim)
+  if rotary_dim != head_dim and family != 'phi3':
+    what = f'rotates {files.short(rotary_dim)} of {head_dim} coordinates'
+    raise files.unsupported(path, what, 'use a model that rotates whole heads')
+  wide = WIDE_LAYERS.get(family) == shape['num_layers']
+  fields = layout.family_fields(family) | _windows(family, own, shape['num_layers'])
+  fields['biases'] = tuple(
+    m for m in TARGETS if NAMES[f'{m}_bias'].format(0) in file.tensors
+  )
+  gemma2 = family == 'gemma2'
   return DecoderConfig(
-    **layout.family_fields(family),
+    **fields,
     **shape,
     vocab_size=len(file.metadata[f'{WORDS}tokens']),
     num_kv_heads=own.get('attention.head_count_kv', shape['num_heads']),
     head_dim=head_dim,
     rope_base=base,
-    rope_base_local=layout.GEMMA_LOCAL_BASE if gemma else base,
-    rope_scaling=_rope_scaling(path, own),
-    sliding_window=own['attention.sliding_window'] if gemma else 0,
-    query_scale=(width_a_head if deepest else head_dim) ** -0.5,
+    rope_base_local=local.get(family, 0.0),
+    rope_scaling=_rope_scaling(path, own, file.tensors),
+    rotary_dim=0 if rotary_dim == head_dim else rotary_dim,
+    query_scale=(width_a_head if wide else head_dim) ** -0.5,
+    attention_softcap=own.get('attn_logit_softcapping', 50.0) if gemma2 else 0.0,
+    logit_softcap=own.get('final_logit_softcapping', 30.0) if gemma2 else 0.0,
     tied_embeddings=NAMES['head'] not in file.tensors,
   )
+
+
+def _windows(family: str, own: dict[str, Any], num_layers: int) -> dict[str, Any]:
+  """Returns which layers have a sliding window, and which do not rotate.
+
+  Of the Llama family llama.cpp reads no window, so files do not say Mistral's.
+  """
+  every = layout.family_fields(family)['global_every']
+  window = own.get('attention.sliding_window', WINDOWS.get(family))
+  if window is None:
+    raise KeyError('attention.sliding_window')
+  layers = range(1, num_layers + 1)
+  windowed = [every == 1 or layer % every != 0 for layer in layers]
+  fields = layout.windows(window, windowed, every)
+  if family == 'smollm3':
+    rotated = tuple(layer % SMOLLM3_ROTATED != 0 for layer in layers)
+    fields['rotated_layers'] = () if all(rotated) else rotated
+  return fields
 
 
 def _under(prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -118,24 +161,44 @@ def _under(prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_scaling(
-  path: pathlib.Path, own: dict[str, Any]
-) -> tuple[tuple[str, float], ...]:
+  path: pathlib.Path, own: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[tuple[str, Any], ...]:
+  """Returns the scaling; of Llama 3 and Phi, what frequencies are divided by."""
   kind = own.get('rope.scaling.type', 'none')
-  files.check_supported(path, 'RoPE scaling', kind, ('none', 'linear'))
-  if kind == 'none':
-    return ()
-  return (('linear_factor', own['rope.scaling.factor']),)
+  files.check_supported(path, 'RoPE scaling', kind, ROPE_SCALINGS)
 
+  def divisors(name: str) -> tuple[float, ...]:
+    tensor = tensors[f'{name}.weight']
+    return tuple(_dequantized(path, name, tensor).ravel().tolist())
 
-def _check_tensors(path: pathlib.Path, names: Collection[str]) -> None:
-  """Raises Damaged if a tensor asks for arithmetic that the decoder has not."""
-  if 'rope_freqs.weight' in names:
-    what = 'keeps its RoPE scaling as a tensor'
+  always = 'rope_freqs.weight' in tensors
+  if always and kind != 'none':
+    what = f'has a tensor rope_freqs beside RoPE scaling {kind!r}'
     raise files.unsupported(path, what, "load the model's Hugging Face folder instead")
-  biases = sorted(name for name in names if name.endswith('.bias'))
-  if biases:
-    what = f'has an attention or MLP bias ({files.short(biases[0])})'
-    raise files.unsupported(path, what, 'use a model without biases')
+  if always or kind == 'longrope' or 'rope_factors_short.weight' in tensors:
+    length = own['context_length']
+    short = divisors('rope_freqs' if always else 'rope_factors_short')
+    return (
+      ('attention_factor', own.get('rope.scaling.attn_factor', 1.0)),
+      ('long_factor', short if always else divisors('rope_factors_long')),
+      (
+        'original_max_position',
+        own.get('rope.scaling.original_context_length', length),
+      ),
+      ('short_factor', short),
+    )
+  if kind == 'linear':
+    return (('linear_factor', own['rope.scaling.factor']),)
+  if kind == 'yarn':
+    factor = own['rope.scaling.factor']
+    return (
+      ('attention_factor', 0.1 * math.log(max(factor, 1)) + 1),
+      ('beta_fast', own.get('rope.scaling.yarn_beta_fast', 32.0)),
+      ('beta_slow', own.get('rope.scaling.yarn_beta_slow', 1.0)),
+      ('original_max_position', own['rope.scaling.original_context_length']),
+      ('yarn_factor', factor),
+    )
+  return ()
 
 
 def _dequantized(path: pathlib.Path, name: str, tensor: Tensor) -> np.ndarray:
@@ -153,9 +216,10 @@ def _unpermute(config: DecoderConfig) -> Callable[[str, np.ndarray], np.ndarray]
   heads = {'q': config.num_heads, 'k': config.num_kv_heads}
 
   def repair(leaf: str, tensor: np.ndarray) -> np.ndarray:
-    if config.family != 'llama' or leaf not in heads:
+    leaf = leaf.removesuffix('_bias')
+    if config.family not in INTERLEAVED or leaf not in heads:
       return tensor
-    pairs = tensor.reshape(heads[leaf], -1, 2, tensor.shape[-1])
+    pairs = tensor.reshape(heads[leaf], -1, 2, *tensor.shape[1:])
     return pairs.swapaxes(1, 2).reshape(tensor.shape)
 
   return repair

@@ -1,8 +1,10 @@
 """Reads and writes Hugging Face folders: config.json, *.safetensors, a tokenizer."""
 
+import collections
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -23,10 +25,18 @@ from hetlora_jax.types import PyTree
 
 # --- Names in config.json and in the weights, both for reading and writing -----
 
-FAMILIES = {'gemma3_text': 'gemma3', 'gemma3': 'gemma3', 'llama': 'llama'}
 CLASSES = {  # family -> model_type and architecture, as written
+  'gemma2': ('gemma2', 'Gemma2ForCausalLM'),
   'gemma3': ('gemma3_text', 'Gemma3ForCausalLM'),
   'llama': ('llama', 'LlamaForCausalLM'),
+  'mistral': ('mistral', 'MistralForCausalLM'),
+  'phi3': ('phi3', 'Phi3ForCausalLM'),
+  'qwen2': ('qwen2', 'Qwen2ForCausalLM'),
+  'qwen3': ('qwen3', 'Qwen3ForCausalLM'),
+  'smollm3': ('smollm3', 'SmolLM3ForCausalLM'),
+}
+FAMILIES = {kind: family for family, (kind, _) in CLASSES.items()} | {
+  'gemma3': 'gemma3'  # with vision
 }
 FIELDS = {  # of DecoderConfig
   'vocab_size': 'vocab_size',
@@ -39,9 +49,14 @@ FIELDS = {  # of DecoderConfig
   'norm_eps': 'rms_norm_eps',
   'tied_embeddings': 'tie_word_embeddings',
 }
-# rope_type -> the items of DecoderConfig.rope_scaling, sorted as it wants them
+# rope_type -> the items of DecoderConfig.rope_scaling, sorted as it wants them.
+# `most_positions` of the decoder says where 'dynamic' and 'longrope' would change.
 ROPE_SCALINGS = {
   'default': {},
+  'dynamic': {
+    'dynamic_factor': 'factor',
+    'original_max_position': 'max_position_embeddings',
+  },
   'linear': {'linear_factor': 'factor'},
   'llama3': {
     'high_freq_factor': 'high_freq_factor',
@@ -49,8 +64,20 @@ ROPE_SCALINGS = {
     'low_freq_factor': 'low_freq_factor',
     'original_max_position': 'original_max_position_embeddings',
   },
+  'longrope': {
+    'attention_factor': 'attention_factor',
+    'long_factor': 'long_factor',
+    'original_max_position': 'original_max_position_embeddings',
+    'short_factor': 'short_factor',
+  },
+  'yarn': {
+    'attention_factor': 'attention_factor',
+    'beta_fast': 'beta_fast',
+    'beta_slow': 'beta_slow',
+    'original_max_position': 'original_max_position_embeddings',
+    'yarn_factor': 'factor',
+  },
 }
-ACTIVATION_FIELD = {'gemma3': 'hidden_activation', 'llama': 'hidden_act'}
 ACTIVATIONS = {'gelu_pytorch_tanh': 'gelu', 'silu': 'silu'}
 LAYER_TYPES = ('sliding_attention', 'full_attention')  # of a local, a global layer
 MATRICES = {
@@ -62,22 +89,48 @@ MATRICES = {
   'up': 'mlp.up_proj',
   'down': 'mlp.down_proj',
 }
-NORMS = {
-  'llama': {
-    'attention_norm': 'input_layernorm',
-    'mlp_norm': 'post_attention_layernorm',
-  },
-  'gemma3': {
-    'attention_norm': 'input_layernorm',
-    'post_attention_norm': 'post_attention_layernorm',
-    'mlp_norm': 'pre_feedforward_layernorm',
-    'post_mlp_norm': 'post_feedforward_layernorm',
-    'q_norm': 'self_attn.q_norm',
-    'k_norm': 'self_attn.k_norm',
-  },
+FUSED = {  # several in one tensor, in this order
+  'phi3': {
+    **dict.fromkeys(('q', 'k', 'v'), 'self_attn.qkv_proj'),
+    **dict.fromkeys(('gate', 'up'), 'mlp.gate_up_proj'),
+  }
 }
+NORMS = {'attention_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
+POST_NORMS = {
+  'attention_norm': 'input_layernorm',
+  'post_attention_norm': 'post_attention_layernorm',
+  'mlp_norm': 'pre_feedforward_layernorm',
+  'post_mlp_norm': 'post_feedforward_layernorm',
+}
+HEAD_NORMS = {'q_norm': 'self_attn.q_norm', 'k_norm': 'self_attn.k_norm'}
 # transformers leaves a field out of config.json when it has these values.
+_USUAL = {
+  'rms_norm_eps': 1e-6,
+  'rope_theta': 1e4,
+  'tie_word_embeddings': False,
+  'hidden_act': 'silu',
+  'sliding_window': None,
+}
+_QWEN = _USUAL | {
+  'sliding_window': 4096,
+  'use_sliding_window': False,
+  'max_window_layers': 28,
+}
 DEFAULTS = {
+  'gemma2': {
+    'vocab_size': 256_000,
+    'num_attention_heads': 8,
+    'num_key_value_heads': 4,
+    'head_dim': 256,
+    'rms_norm_eps': 1e-6,
+    'rope_theta': 1e4,
+    'query_pre_attn_scalar': 256,
+    'sliding_window': 4096,
+    'attn_logit_softcapping': 50.0,
+    'final_logit_softcapping': 30.0,
+    'tie_word_embeddings': True,
+    'hidden_activation': 'gelu_pytorch_tanh',
+  },
   'gemma3': {
     'vocab_size': 262208,
     'num_attention_heads': 8,
@@ -88,24 +141,47 @@ DEFAULTS = {
     'rope_local_base_freq': layout.GEMMA_LOCAL_BASE,
     'query_pre_attn_scalar': 256,
     'sliding_window': 4096,
-    'sliding_window_pattern': layout.GEMMA_GLOBAL_EVERY,
+    'sliding_window_pattern': 6,
     'tie_word_embeddings': True,
     'hidden_activation': 'gelu_pytorch_tanh',
   },
-  'llama': {
-    'rms_norm_eps': 1e-6,
-    'rope_theta': 1e4,
-    'tie_word_embeddings': False,
-    'hidden_act': 'silu',
+  'llama': _USUAL,
+  'mistral': _USUAL | {'num_key_value_heads': 8, 'sliding_window': 4096},
+  'phi3': _USUAL | {'rms_norm_eps': 1e-5, 'original_max_position_embeddings': 4096},
+  'qwen2': _QWEN,
+  'qwen3': _QWEN | {'head_dim': 128},
+  'smollm3': _USUAL
+  | {
+    'rope_theta': 2e6,
+    'tie_word_embeddings': True,
+    'no_rope_layer_interval': 4,
+    'use_sliding_window': False,
   },
 }
-REFUSED = (
-  'attention_bias',
-  'mlp_bias',
-  'attn_logit_softcapping',
-  'final_logit_softcapping',
-  'use_bidirectional_attention',
-)
+# Fields that ask for what the decoder has not, and the families that have it.
+REFUSED: dict[str, tuple[str, ...]] = {
+  'attention_bias': ('llama', 'qwen3', 'smollm3'),
+  'attn_logit_softcapping': ('gemma2',),
+  'final_logit_softcapping': ('gemma2',),
+  'layer_types': ('gemma2', 'gemma3', 'qwen2', 'qwen3', 'smollm3'),
+  'mlp_bias': ('llama', 'smollm3'),
+  'num_experts': (),
+  'num_local_experts': (),
+  'quantization_config': (),
+  'use_bidirectional_attention': (),
+}
+# The fields of config.json that other families have not.
+ONLY_OF: dict[str, tuple[str, ...]] = {
+  **{key: families for key, families in REFUSED.items() if families},
+  'max_window_layers': ('qwen2', 'qwen3'),
+  'no_rope_layers': ('smollm3',),
+  'original_max_position_embeddings': ('phi3',),
+  'query_pre_attn_scalar': ('gemma2', 'gemma3'),
+  'rope_local_base_freq': ('gemma3',),
+  'sliding_window': tuple(f for f in CLASSES if f != 'llama'),
+  'sliding_window_pattern': ('gemma3',),
+  'use_sliding_window': ('qwen2', 'qwen3', 'smollm3'),
+}
 DTYPES = ('F32', 'F16', 'BF16')
 # Copied as they are, where the base is such a folder itself.
 TOKENIZER_FILES = (
@@ -123,12 +199,16 @@ def tensor_names(family: str, tensors: Collection[str] = ()) -> dict[str, str]:
   embed = 'embed_tokens.weight'
   prefixes = [n.removesuffix(embed) for n in tensors if n.endswith(embed)]
   prefix = prefixes[0] if prefixes else 'model.'
-  inner = MATRICES | NORMS[family]
+  facts, matrices = layout.family_fields(family), MATRICES | FUSED.get(family, {})
+  inner = matrices | (POST_NORMS if facts['post_norms'] else NORMS)
+  inner |= HEAD_NORMS if facts['qk_norm'] else {}
+  layer = f'{prefix}layers.{{}}.'
   return {
     'embed': f'{prefix}{embed}',
     'final_norm': f'{prefix}norm.weight',
     'head': 'lm_head.weight',
-    **{k: f'{prefix}layers.{{}}.{name}.weight' for k, name in inner.items()},
+    **{k: f'{layer}{name}.weight' for k, name in inner.items()},
+    **{f'{k}_bias': f'{layer}{name}.bias' for k, name in matrices.items()},
   }
 
 
@@ -182,65 +262,145 @@ def read_config(path: pathlib.Path, raw: Mapping[str, Any]) -> DecoderConfig:
   files.check_supported(path, 'model_type', raw.get('model_type'), FAMILIES)
   family = FAMILIES[raw['model_type']]
   fields = DEFAULTS[family] | raw.get('text_config', raw)
-  for key in REFUSED:
-    if fields.get(key):
+  for key, families in REFUSED.items():
+    if fields.get(key) and family not in families:
       what = f'sets {key}={files.short(fields[key])}'
       raise files.unsupported(path, what, 'use a model without it')
   # These two may be null, or left out by models older than they are.
   num_heads = fields['num_attention_heads']
   fields['num_key_value_heads'] = fields.get('num_key_value_heads') or num_heads
   fields['head_dim'] = fields.get('head_dim') or fields['hidden_size'] // num_heads
-  activation = fields[ACTIVATION_FIELD[family]]
+  if family == 'smollm3' and fields.get('no_rope_layers') is None:
+    layers = range(1, fields['num_hidden_layers'] + 1)
+    rotated = [layer % fields['no_rope_layer_interval'] != 0 for layer in layers]
+    fields['no_rope_layers'] = rotated
+  activation = fields[_activation_field(family)]
   files.check_supported(path, 'activation', activation, ACTIVATIONS)
   # What a family shares, unless this model says otherwise.
-  gemma = family == 'gemma3'
-  rope, local_base = _rope(family, fields)
   shared = layout.family_fields(family)
   shared['activation'] = ACTIVATIONS[activation]
-  shared['global_every'] = _global_every(path, fields) if gemma else 1
+  shared |= {ours: fields[theirs] for ours, theirs in FIELDS.items()}
+  shared |= _positions(path, family, fields) | _windows(path, family, fields)
+  if fields.get('attention_bias'):
+    shared['biases'] = ('q', 'k', 'v', 'o')
+  if fields.get('mlp_bias'):
+    shared['biases'] = (*shared.get('biases', ()), 'gate', 'up', 'down')
+  scalar = fields.get('query_pre_attn_scalar', fields['head_dim'])
   return DecoderConfig(
     **shared,
-    **{ours: fields[theirs] for ours, theirs in FIELDS.items()},
+    query_scale=scalar**-0.5,
+    attention_softcap=fields.get('attn_logit_softcapping') or 0.0,
+    logit_softcap=fields.get('final_logit_softcapping') or 0.0,
+  )
+
+
+def _activation_field(family: str) -> str:
+  gemma = family.startswith('gemma')
+  return 'hidden_activation' if gemma else 'hidden_act'
+
+
+def _positions(
+  path: pathlib.Path, family: str, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns what says how positions rotate."""
+  rope, local_base = _rope(family, fields)
+  share = rope.get('partial_rotary_factor') or 1
+  if share != 1 and family != 'phi3':
+    what = f'sets partial_rotary_factor={files.short(share)}'
+    raise files.unsupported(path, what, 'use a model that rotates whole heads')
+  rotated = tuple(map(bool, fields['no_rope_layers'] if family == 'smollm3' else ()))
+  return dict(
     rope_base=rope['rope_theta'],
     rope_base_local=local_base,
-    rope_scaling=_rope_scaling(path, rope),
-    sliding_window=fields['sliding_window'] if gemma else 0,
-    query_scale=fields['query_pre_attn_scalar' if gemma else 'head_dim'] ** -0.5,
+    rope_scaling=_rope_scaling(path, family, rope, fields),
+    rotary_dim=int(fields['head_dim'] * share) if share != 1 else 0,
+    rotated_layers=() if all(rotated) else rotated,
   )
 
 
 def _rope(family: str, fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
-  """Returns the RoPE of global layers and the base of local ones.
+  """Returns the RoPE of global layers and the base of local ones, if it is another.
 
   transformers 5 writes `rope_parameters`, before it `rope_theta` and others.
   """
   new = fields.get('rope_parameters')
   if new and family == 'gemma3':
     return new['full_attention'], new['sliding_attention']['rope_theta']
-  if new:
-    return new, new['rope_theta']
-  base = fields['rope_theta']
-  whole = {**(fields.get('rope_scaling') or {}), 'rope_theta': base}
-  return whole, fields.get('rope_local_base_freq', base)
+  outside = {
+    k: fields[k] for k in ('rope_theta', 'partial_rotary_factor') if k in fields
+  }
+  whole = outside | (new or fields.get('rope_scaling') or {})
+  local = {'gemma3': 'rope_local_base_freq', 'llama': 'rope_theta'}.get(family)
+  return whole, fields.get(local, whole['rope_theta']) if local else 0.0
 
 
 def _rope_scaling(
-  path: pathlib.Path, rope: Mapping[str, Any]
-) -> tuple[tuple[str, float], ...]:
+  path: pathlib.Path, family: str, rope: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[tuple[str, Any], ...]:
   kind = rope.get('rope_type') or rope.get('type') or 'default'
+  if family == 'phi3' and kind in ('su', 'yarn'):  # LongRoPE's names before it had one
+    kind = 'longrope'
   files.check_supported(path, 'RoPE scaling', kind, ROPE_SCALINGS)
-  items = ROPE_SCALINGS[kind].items()
-  return tuple((ours, float(rope[theirs])) for ours, theirs in items)
+  if rope.get('truncate') is False:
+    what = 'sets truncate=False in its RoPE scaling'
+    raise files.unsupported(path, what, 'use a model without it')
+  whole = _completed(kind, family, rope, fields)
+  return tuple(
+    (ours, tuple(map(float, x)) if isinstance(x := whole[theirs], list) else float(x))
+    for ours, theirs in ROPE_SCALINGS[kind].items()
+  )
 
 
-def _global_every(path: pathlib.Path, fields: Mapping[str, Any]) -> int:
-  every = fields.get('_sliding_window_pattern', fields['sliding_window_pattern'])
+def _completed(
+  kind: str, family: str, rope: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Adds what transformers infers of a RoPE scaling that does not say it."""
+  whole, key = dict(rope), 'original_max_position_embeddings'
+  if kind not in ('dynamic', 'longrope', 'yarn'):
+    return whole
+  whole['max_position_embeddings'] = longest = fields['max_position_embeddings']
+  first = fields if family == 'phi3' else rope
+  whole[key] = original = first.get(key) or rope.get(key) or longest
+  whole['factor'] = factor = rope.get('factor') or longest / original
+  whole['beta_fast'] = rope.get('beta_fast') or 32
+  whole['beta_slow'] = rope.get('beta_slow') or 1
+  waves = math.log(max(factor, 1))
+  up, down = rope.get('mscale'), rope.get('mscale_all_dim')
+  up, down = (up, down) if up and down else (1, 0)
+  inferred = (0.1 * up * waves + 1) / (0.1 * down * waves + 1)
+  if kind == 'longrope':
+    inferred = math.sqrt(1 + waves / math.log(original))
+  whole['attention_factor'] = rope.get('attention_factor') or inferred
+  return whole
+
+
+def _windows(
+  path: pathlib.Path, family: str, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns which layers have a sliding window."""
+  every = layout.family_fields(family)['global_every']
+  if family == 'gemma3':
+    every = fields.get('_sliding_window_pattern', fields['sliding_window_pattern'])
   layers = range(1, fields['num_hidden_layers'] + 1)
-  regular = [LAYER_TYPES[layer % every == 0] for layer in layers]
-  if fields.get('layer_types', regular) != regular:
-    what = f'has layer_types other than a global layer every {every}'
-    raise files.unsupported(path, what, 'use a model with the regular pattern')
-  return every
+  types = fields.get('layer_types')
+  for kind in types or ():
+    files.check_supported(path, 'layer type', kind, LAYER_TYPES)
+  optional = family in ONLY_OF['use_sliding_window']
+  unused = optional and not fields['use_sliding_window']
+  if unused or family not in ONLY_OF['sliding_window']:
+    return layout.windows(None, (), every)
+  # What each family does where it does not say of every layer.
+  first = fields.get('max_window_layers', 0)
+  windowed = {
+    'gemma2': [layer % every != 0 for layer in layers],
+    'gemma3': [layer % every != 0 for layer in layers],
+    'qwen2': [layer > first for layer in layers],
+    'qwen3': [layer > first for layer in layers],
+    'smollm3': [not rotated for rotated in fields.get('no_rope_layers', ())],
+  }.get(family, [True for _ in layers])
+  if types:
+    windowed = [kind == LAYER_TYPES[0] for kind in types]
+  return layout.windows(fields['sliding_window'], windowed, every)
 
 
 def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -301,8 +461,12 @@ def open_file(path: pathlib.Path) -> safetensors.safe_open:
 
 def _repair(family: str, leaf: str, tensor: np.ndarray) -> np.ndarray:
   """Adds the 1 that Gemma leaves out of its norm weights."""
-  norm = family == 'gemma3' and leaf.endswith('norm')
+  norm = _lacks_one(family) and leaf.endswith('norm')
   return tensor.astype(np.float32) + 1 if norm else tensor
+
+
+def _lacks_one(family: str) -> bool:
+  return layout.FAMILIES[family].get('plus_one', False)
 
 
 # --- Writing ---------------------------------------------------------------
@@ -351,39 +515,49 @@ def _fields(c: DecoderConfig) -> dict[str, Any]:
   """Returns config.json as transformers 4 and 5 read it."""
   model_type, architecture = CLASSES[c.family]
   activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[c.activation]
+  global_layers = decoder.global_layers(c)
   fields = {
     'model_type': model_type,
     'architectures': [architecture],
     **{theirs: getattr(c, ours) for ours, theirs in FIELDS.items()},
     'rope_theta': c.rope_base,
-    'rope_scaling': _rope_fields(dict(c.rope_scaling)),
-    'attention_bias': False,
-    ACTIVATION_FIELD[c.family]: activation,
-  }
-  if c.family != 'gemma3':
-    return fields | {'mlp_bias': False}
-  return fields | {
+    **_rope_fields(c),
+    'attention_bias': 'o' in c.biases,
+    'sliding_window': c.sliding_window or None,
+    'use_sliding_window': c.sliding_window > 0,
+    'layer_types': [LAYER_TYPES[int(g)] for g in global_layers],
+    'max_window_layers': int(global_layers.argmin()) if c.sliding_window else 0,
+    'mlp_bias': 'down' in c.biases,
     'query_pre_attn_scalar': round(c.query_scale**-2),
+    'attn_logit_softcapping': c.attention_softcap or None,
+    'final_logit_softcapping': c.logit_softcap or None,
     'rope_local_base_freq': c.rope_base_local,
-    'sliding_window': c.sliding_window,
     'sliding_window_pattern': c.global_every,
-    'layer_types': [LAYER_TYPES[int(g)] for g in decoder.global_layers(c)],
+    'no_rope_layers': [int(x) for x in c.rotated_layers or (True,) * c.num_layers],
+    _activation_field(c.family): activation,
   }
+  return {k: x for k, x in fields.items() if c.family in ONLY_OF.get(k, (c.family,))}
 
 
-def _rope_fields(scaling: Mapping[str, float]) -> dict[str, Any] | None:
-  """Returns the `rope_scaling` of a config.json."""
+def _rope_fields(c: DecoderConfig) -> dict[str, Any]:
+  """Returns `rope_scaling`, and what it needs beside it."""
+  scaling, beside = dict(c.rope_scaling), {}
+  if c.rotary_dim:
+    beside['partial_rotary_factor'] = c.rotary_dim / c.head_dim
   kind = next(k for k, x in ROPE_SCALINGS.items() if x.keys() == scaling.keys())
   if kind == 'default':
-    return None
+    return beside | {'rope_scaling': None}
   fields = {theirs: scaling[ours] for ours, theirs in ROPE_SCALINGS[kind].items()}
-  if kind == 'llama3':
-    position = ROPE_SCALINGS[kind]['original_max_position']
-    fields[position] = int(fields[position])
-  return {'rope_type': kind} | fields
+  for key in ('max_position_embeddings', 'original_max_position_embeddings'):
+    if key in fields:
+      fields[key] = int(fields[key])
+      if key in ONLY_OF and c.family not in ONLY_OF[key]:
+        continue
+      beside[key] = fields[key]
+  return beside | {'rope_scaling': {'rope_type': kind} | fields}
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
   return {
     'bos_token_id': tokenizer.bos_id,
     'eos_token_id': tokenizer.eos_id,
@@ -401,19 +575,21 @@ def _fields_besides_shape(source: pathlib.Path) -> dict[str, Any]:
 
 def _tensors(config: DecoderConfig, params: PyTree) -> dict[str, np.ndarray]:
   """Gives every tensor its name and stores matrices as [d_out, d_in]."""
-  names, tensors = tensor_names(config.family), {}
+  names, parts = tensor_names(config.family), collections.defaultdict(list)
   for leaf, x in params.items():
     if leaf != 'layers':
-      tensors[names[leaf]] = _as_stored(config, leaf, x)
-  for leaf, stacked in params['layers'].items():
-    for i, x in enumerate(stacked):
-      tensors[names[leaf].format(i)] = _as_stored(config, leaf, x.T)
-  return tensors
+      parts[names[leaf]].append(_as_stored(config, leaf, x))
+  layers = params['layers']
+  in_order = [*(m for m in decoder.TARGETS if m in layers), *layers]
+  for leaf in dict.fromkeys(in_order):  # of one tensor, as they are in it
+    for i, x in enumerate(layers[leaf]):
+      parts[names[leaf].format(i)].append(_as_stored(config, leaf, x.T))
+  return {n: np.concatenate(x) if len(x) > 1 else x[0] for n, x in parts.items()}
 
 
 def _as_stored(config: DecoderConfig, leaf: str, x: np.ndarray) -> np.ndarray:
   """Leaves the 1 out of Gemma's norm weights."""
-  if config.family == 'gemma3' and leaf.endswith('norm'):
+  if _lacks_one(config.family) and leaf.endswith('norm'):
     x = (x.astype(np.float32) - 1).astype(x.dtype)
   return np.ascontiguousarray(x)
 
@@ -437,7 +613,7 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
       return contents
     model = _from_sentencepiece(proto, tokenizer.bos_id)
   about = {
-    name.removesuffix('_id'): model.id_to_token(i)
+    name.removesuffix('_id'): None if i is None else model.id_to_token(i)
     for name, i in _special_ids(tokenizer).items()
   }
   about['tokenizer_class'] = 'PreTrainedTokenizerFast'

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
@@ -15,10 +15,22 @@ from hetlora_jax.types import PyTree
 
 AGAIN = 'fetch the whole model again'
 MOST_LAYERS = 10_000
+NONE_IS_ZERO = ('rope_base_local', 'attention_softcap', 'logit_softcap')
 LARGEST = 1e30  # weight; beyond it bits have flipped, and bfloat16 may overflow
-# Of Gemma 3, where a checkpoint does not say so.
-GEMMA_GLOBAL_EVERY = 6
-GEMMA_LOCAL_BASE = 1e4
+GEMMA_LOCAL_BASE = 1e4  # of Gemma 3, where a checkpoint does not say so
+# What follows from a model's family, where it is not as in Llama. `plus_one`: the
+# family's norm weights lack a 1 on Hugging Face.
+_GEMMA = dict(plus_one=True, post_norms=True, embed_scale=True, activation='gelu')
+FAMILIES: dict[str, dict[str, Any]] = {
+  'gemma2': _GEMMA | dict(global_every=2),
+  'gemma3': _GEMMA | dict(global_every=6, qk_norm=True),
+  'llama': {},
+  'mistral': {},
+  'phi3': {},
+  'qwen2': dict(biases=('q', 'k', 'v')),
+  'qwen3': dict(qk_norm=True),
+  'smollm3': {},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,15 +54,24 @@ class Checkpoint:
 
 def family_fields(family: str) -> dict[str, Any]:
   """Returns the fields of a DecoderConfig that follow from the model's family."""
-  gemma = family == 'gemma3'
-  return dict(
-    family=family,
-    qk_norm=gemma,
-    post_norms=gemma,
-    embed_scale=gemma,
-    activation='gelu' if gemma else 'silu',
-    global_every=GEMMA_GLOBAL_EVERY if gemma else 1,
-  )
+  usual = dict(qk_norm=False, post_norms=False, embed_scale=False)
+  usual |= dict(activation='silu', global_every=1, family=family)
+  return usual | {k: x for k, x in FAMILIES[family].items() if k != 'plus_one'}
+
+
+def windows(window: int | None, windowed: Sequence[bool], every: int) -> dict[str, Any]:
+  """Returns the fields that say which layers have a sliding window.
+
+  Args:
+    window: tokens; None or 0 for none.
+    windowed: the layers that have it.
+    every: one layer of so many is without it in this family.
+  """
+  fields: dict[str, Any] = dict(sliding_window=window or 0, global_every=every)
+  regular = [layer % every != 0 for layer in range(1, len(windowed) + 1)]
+  if window and list(windowed) != regular:
+    fields['windowed_layers'] = tuple(windowed)
+  return fields
 
 
 def check_config(path: pathlib.Path, c: decoder.DecoderConfig, remedy: str) -> None:
@@ -62,7 +83,8 @@ def check_config(path: pathlib.Path, c: decoder.DecoderConfig, remedy: str) -> N
   }
   for name, kind in decoder.DecoderConfig.__annotations__.items():
     value = getattr(c, name)
-    if kind in of_kind and not of_kind[kind](value):
+    none = name in NONE_IS_ZERO and value == 0
+    if kind in of_kind and not none and not of_kind[kind](value):
       raise files.damaged(path, f'{name} is {value!r}', remedy)
   sizes = (c.vocab_size, c.num_layers, c.width, c.num_heads, c.num_kv_heads)
   sizes += (c.head_dim, c.mlp_width, c.global_every)
@@ -71,8 +93,26 @@ def check_config(path: pathlib.Path, c: decoder.DecoderConfig, remedy: str) -> N
   if c.num_heads % c.num_kv_heads:
     why = f'{c.num_kv_heads} key heads do not divide {c.num_heads} heads'
     raise files.damaged(path, why, remedy)
-  if not all(is_positive(value) for _, value in c.rope_scaling):
-    raise files.damaged(path, f'RoPE scaling {c.rope_scaling}', remedy)
+  _check_rope(path, c, remedy)
+
+
+def _check_rope(path: pathlib.Path, c: decoder.DecoderConfig, remedy: str) -> None:
+  """Raises Damaged if positions cannot be rotated so."""
+  dim = c.rotary_dim or c.head_dim
+  if dim % 2 or dim > c.head_dim:
+    raise files.damaged(path, f'{dim} of {c.head_dim} coordinates rotate', remedy)
+  for name, value in c.rope_scaling:
+    several = isinstance(value, tuple)
+    numbers = value if several else (value,)
+    if not all(map(is_positive, numbers)) or len(numbers) != (
+      dim // 2 if several else 1
+    ):
+      what = f'RoPE scaling {name} {files.short(value)} for {dim // 2} waves'
+      raise files.damaged(path, what, remedy)
+  for name in ('windowed_layers', 'rotated_layers'):
+    if len(getattr(c, name)) not in (0, c.num_layers):
+      why = f'{name} has {len(getattr(c, name))} of {c.num_layers} layers'
+      raise files.damaged(path, why, remedy)
 
 
 def is_positive(value: Any) -> bool:
@@ -95,7 +135,7 @@ def check_tokenizer(
 
   Gemma 3's names one more, for images, than its text models have.
   """
-  special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+  special = (tokenizer.bos_id or 0, tokenizer.eos_id, tokenizer.pad_id)
   fits = all(type(i) is int and 0 <= i < config.vocab_size for i in special)
   if not fits or tokenizer.vocab_size > config.vocab_size + 1:
     raise ValueError(
@@ -137,12 +177,13 @@ def _outer_shapes(c: decoder.DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def _layer_shapes(c: decoder.DecoderConfig) -> dict[str, tuple[int, ...]]:
   """Returns the shapes as stored: matrices are [d_out, d_in]."""
-  norms = ['attention_norm', 'mlp_norm']
+  dims, norms = decoder.matrix_dims(c), ['attention_norm', 'mlp_norm']
   if c.post_norms:
     norms += ['post_attention_norm', 'post_mlp_norm']
   head_norms = ['q_norm', 'k_norm'] if c.qk_norm else []
   return {
-    **{m: (d_out, d_in) for m, (d_in, d_out) in decoder.matrix_dims(c).items()},
+    **{m: (d_out, d_in) for m, (d_in, d_out) in dims.items()},
+    **{f'{m}_bias': dims[m][1:] for m in c.biases},
     **dict.fromkeys(norms, (c.width,)),
     **dict.fromkeys(head_norms, (c.head_dim,)),
   }
@@ -165,9 +206,17 @@ def _fetch(
 ) -> np.ndarray:
   name = _find(checkpoint, leaf, layer)
   tensor = checkpoint.read(name)
-  if tensor.shape != shape:
-    why = f'{name} has shape {tensor.shape}, want {shape} by its configuration'
+  # Matrices of one name are one tensor, in their order.
+  dims = decoder.matrix_dims(checkpoint.config)
+  together = [m for m in dims if checkpoint.names[m] == checkpoint.names[leaf]]
+  rows = {m: dims[m][1] for m in together} or {leaf: shape[0]}
+  want = (sum(rows.values()), *shape[1:])
+  if tensor.shape != want:
+    why = f'{name} has shape {tensor.shape}, want {want} by its configuration'
     raise files.damaged(checkpoint.path, why, AGAIN)
+  if len(rows) > 1:
+    start = sum(rows[m] for m in together[: together.index(leaf)])
+    tensor = tensor[start : start + rows[leaf]]
   if not is_finite(tensor):
     why = f'{name} has weights that are not finite'
     raise files.damaged(checkpoint.path, why, AGAIN)

@@ -6,6 +6,7 @@ PEFT adds `alpha / r B A` to a matrix, of lora_A [r, d_in] and lora_B [d_out, r]
 
 from __future__ import annotations
 
+import collections
 import math
 import pathlib
 import re
@@ -16,6 +17,8 @@ import numpy as np
 
 from hetlora_jax import files
 from hetlora_jax.formats import hf_folder, layout
+from hetlora_jax.formats.hf_folder import FUSED, MATRICES
+from hetlora_jax.models.decoder import DecoderConfig, matrix_dims
 from hetlora_jax.types import Adapters, Lora
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -41,31 +44,49 @@ class Padded(NamedTuple):
   live: np.ndarray  # [L, R] bool
 
 
-def module(target: str, layer: int) -> str:
-  """Returns the name of a matrix in transformers."""
-  return f'model.layers.{layer}.{hf_folder.MATRICES[target]}'
+def module(target: str, layer: int, fused: Mapping[str, str]) -> str:
+  """Returns the name of a matrix in transformers; `fused` has those of some."""
+  return f'model.layers.{layer}.{fused.get(target, MATRICES[target])}'
 
 
-def write(folder: pathlib.Path, layers: Layers, scale: float, base: str) -> None:
+def write(
+  folder: pathlib.Path, layers: Layers, scale: float, base: str, c: DecoderConfig
+) -> None:
   """Writes an adapter of any ranks whose product counts `scale` times.
 
   The factors are written as they are: alpha is scale * r of each matrix, which
-  is exact in float64 for a scale of float32.
+  is exact in float64 for a scale of float32. Those of matrices that are one in
+  transformers become one, of the ranks' sum: A beside A, B in blocks.
   """
   tensors, rank = {}, {}
-  for target, factors in layers.items():
-    for i, x in enumerate(factors):
-      name = module(target, i)
-      rank[name] = x.a.shape[-1]
-      tensors[f'{PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(x.a.T)
-      tensors[f'{PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(x.b.T)
-  files.write_json(folder / CONFIG, _config(rank, list(layers), scale, base))
+  for name, x in _by_module(layers, c).items():
+    rank[name] = x.a.shape[-1]
+    tensors[f'{PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(x.a.T)
+    tensors[f'{PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(x.b.T)
+  files.write_json(folder / CONFIG, _config(rank, scale, base))
   hf_folder.write_tensors(folder / WEIGHTS, tensors)
 
 
-def _config(
-  rank: Mapping[str, int], targets: Sequence[str], scale: float, base: str
-) -> dict[str, Any]:
+def _by_module(layers: Layers, c: DecoderConfig) -> dict[str, Lora]:
+  """Returns an adapter for each matrix of transformers."""
+  fused, parts = FUSED.get(c.family, {}), collections.defaultdict(dict)
+  for target, factors in layers.items():
+    for i, x in enumerate(factors):
+      parts[module(target, i, fused)][target] = x
+  found = {}
+  for name, own in parts.items():
+    together = [t for t, end in fused.items() if name.endswith(end)] or [*own]
+    widths = np.cumsum([0] + [matrix_dims(c)[t][1] for t in together])
+    blocks = []
+    for t, start, end in zip(together, widths, widths[1:], strict=False):
+      if t in own:  # one without an adapter stays as it is
+        blocks.append(np.pad(own[t].b, ((0, 0), (start, widths[-1] - end))))
+    a = np.concatenate([own[t].a for t in together if t in own], 1)
+    found[name] = Lora(a, np.concatenate(blocks))
+  return found
+
+
+def _config(rank: Mapping[str, int], scale: float, base: str) -> dict[str, Any]:
   most = max(rank.values())
   others = {name: r for name, r in rank.items() if r != most}
   return {
@@ -76,7 +97,7 @@ def _config(
     'lora_alpha': _alpha(scale, most),
     'rank_pattern': others,
     'alpha_pattern': {name: _alpha(scale, r) for name, r in others.items()},
-    'target_modules': [hf_folder.MATRICES[t].split('.')[-1] for t in targets],
+    'target_modules': [*dict.fromkeys(name.split('.')[-1] for name in rank)],
     'use_rslora': False,
     'use_dora': False,
     'lora_dropout': 0.0,
@@ -97,7 +118,8 @@ def read(folder: pathlib.Path, like: Adapters, scale: float) -> dict[str, Padded
   """Reads an adapter in the slots of `like`, so that `scale A B` is PEFT's.
 
   The factors are kept if PEFT's alpha / r is `scale`; otherwise B takes up the
-  ratio.
+  ratio. That of several matrices that are one in transformers is cut into theirs;
+  a slot that only another of them needs is left out.
 
   Args:
     folder: of PEFT.
@@ -111,8 +133,24 @@ def read(folder: pathlib.Path, like: Adapters, scale: float) -> dict[str, Padded
   """
   config = files.read_json(folder / CONFIG, AGAIN)
   _check_kind(folder, config)
-  names = _names(folder, like)
-  return {t: _padded(folder, config, names[t], x, scale) for t, x in like.items()}
+  found = _found(folder)
+  modules = {name.split('.lora_')[0].rpartition('.')[2] for name in found}
+  fused = {
+    t: end
+    for of_family in FUSED.values()
+    for t, end in of_family.items()
+    if end.rpartition('.')[2] in modules
+  }
+  parts = {}
+  for t in like:
+    parts[t] = [x for x in fused if fused[x] == fused.get(t)] or [t]
+    if absent := [x for x in parts[t] if x not in like]:
+      raise files.Damaged(
+        f'{folder / WEIGHTS} adapts {", ".join(parts[t])} as one matrix, but '
+        f'config.lora.targets={tuple(like)}: add {", ".join(absent)}.'
+      )
+  names = _names(folder, like, fused, found)
+  return {t: _padded(folder, config, names[t], like, parts[t], t, scale) for t in like}
 
 
 def _check_kind(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -132,21 +170,28 @@ def _check_kind(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
     raise files.unsupported(folder / CONFIG, what, remedy)
 
 
-def _names(folder: pathlib.Path, like: Adapters) -> dict[str, list[tuple[str, str]]]:
-  """Returns target -> the names of its lora_A and lora_B in every layer."""
+def _found(folder: pathlib.Path) -> set[str]:
+  """Returns the names of an adapter's tensors."""
   path = folder / WEIGHTS
   if not path.exists() and (folder / 'adapter_model.bin').exists():
     what = 'has its weights as a pickle'
     remedy = 'save the adapter again with safe_serialization=True'
     raise files.unsupported(folder, what, remedy)
   with hf_folder.open_file(path) as file:
-    found = set(file.offset_keys())
+    return set(file.offset_keys())
+
+
+def _names(
+  folder: pathlib.Path, like: Adapters, fused: Mapping[str, str], found: set[str]
+) -> dict[str, list[tuple[str, str]]]:
+  """Returns target -> the names of its lora_A and lora_B in every layer."""
+  path = folder / WEIGHTS
   # Gemma 3 with vision nests its layers one deeper.
   prefix = min(found, default='').partition('layers.')[0]
   names: dict[str, list[tuple[str, str]]] = {t: [] for t in like}
   for t, factors in like.items():
     for layer in range(factors.a.shape[0]):
-      stem = f'{prefix}{module(t, layer).removeprefix("model.")}'
+      stem = f'{prefix}{module(t, layer, fused).removeprefix("model.")}'
       names[t].append((f'{stem}.lora_A.weight', f'{stem}.lora_B.weight'))
   want = {name for pairs in names.values() for pair in pairs for name in pair}
   for side, odd in (('lacks', want - found), ('has', found - want)):
@@ -163,22 +208,29 @@ def _padded(
   folder: pathlib.Path,
   config: Mapping[str, Any],
   names: Sequence[tuple[str, str]],
-  like: Lora,
+  like: Adapters,
+  parts: Sequence[str],
+  target: str,
   scale: float,
 ) -> Padded:
-  """Stacks the layers of a target."""
+  """Stacks the layers of a target, which is one of `parts` of a matrix."""
   path = folder / WEIGHTS
-  a, b = (np.zeros(x.shape, np.float32) for x in like)
+  a, b = (np.zeros(x.shape, np.float32) for x in like[target])
   live = np.zeros((a.shape[0], a.shape[-1]), bool)
+  widths = np.cumsum([0] + [like[t].b.shape[-1] for t in parts])
+  at = parts.index(target)
   for i, pair in enumerate(names):
-    down, up = _factors(path, pair, a[i].shape[0], b[i].shape[1])
+    down, up = _factors(path, pair, a[i].shape[0], int(widths[-1]))
+    ratio = np.float32(_scale(folder / CONFIG, config, pair[0], len(down)) / scale)
+    used, up = up.any(0), up[widths[at] : widths[at + 1]]
+    needed = up.any(0) | ~used
+    down, up = down[needed], up[:, needed]
     r = len(down)
     if r > a.shape[-1]:
       raise files.Damaged(
         f'{path}: {pair[0]} has rank {r}, above config.federated.r_max='
         f'{a.shape[-1]}: raise r_max.'
       )
-    ratio = np.float32(_scale(folder / CONFIG, config, pair[0], r) / scale)
     a[i, :, :r], b[i, :r], live[i, :r] = down.T, up.T * ratio, True
     if not np.isfinite(b[i]).all():
       raise files.damaged(path, f'{pair[1]} times alpha / r overflows', AGAIN)

@@ -1,4 +1,4 @@
-"""One decoder for the Gemma 3 and Llama families; no other module uses Flax.
+"""One decoder for all families that docs/models.md lists; no other module uses Flax.
 
 The base ('params') and the adapters ('lora') are two arguments of one pure
 function: `Decoder(config).apply({'params': base, 'lora': adapters}, ...)`.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ ACTIVATIONS = {
 class DecoderConfig:
   """The shape of a model; `formats` reads it from a checkpoint."""
 
-  family: str  # 'gemma3' or 'llama'; for messages and fingerprints
+  family: str  # of `formats.layout.FAMILIES`; for messages and fingerprints
   vocab_size: int
   num_layers: int
   width: int
@@ -42,10 +42,10 @@ class DecoderConfig:
   mlp_width: int
   norm_eps: float
   rope_base: float
-  rope_base_local: float  # for the layers with a sliding window
-  # Sorted items: 'linear_factor', or 'llama3_factor', 'low_freq_factor',
-  # 'high_freq_factor', 'original_max_position'. Applied to global layers only.
-  rope_scaling: tuple[tuple[str, float], ...] = ()
+  # Of layers with a sliding window, which then have no scaling; 0: as the others.
+  rope_base_local: float
+  # Sorted items of one kind: `formats.hf_folder.ROPE_SCALINGS` names them.
+  rope_scaling: tuple[tuple[str, Any], ...]
   sliding_window: int  # tokens; 0 for none
   global_every: int  # 6: layers 5, 11, 17, ... have no window; 1: none has one
   qk_norm: bool
@@ -54,6 +54,19 @@ class DecoderConfig:
   activation: str
   query_scale: float
   tied_embeddings: bool
+  # Added since, so left out of a description that needs none of them.
+  biases: tuple[str, ...] = ()  # the matrices that have one
+  windowed_layers: tuple[bool, ...] = ()  # in place of `global_every`
+  rotated_layers: tuple[bool, ...] = ()  # the others have no positions; () for all
+  rotary_dim: int = 0  # coordinates of a head that are rotated; 0 for all
+  attention_softcap: float = 0.0  # c of c tanh(score / c); 0 for none
+  logit_softcap: float = 0.0
+
+  def described(self) -> dict[str, Any]:
+    """Returns the fields, but for those that have their default."""
+    fields = dataclasses.fields(self)
+    own = {f.name: getattr(self, f.name) for f in fields}
+    return {f.name: own[f.name] for f in fields if own[f.name] != f.default}
 
 
 def matrix_dims(c: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -85,16 +98,51 @@ def adapter_dims(
 
 
 def rope_frequencies(c: DecoderConfig) -> np.ndarray:
-  """Returns by what angle each layer rotates per position: [L, d/2]."""
-  exponent = -np.arange(0, c.head_dim, 2) / c.head_dim
-  local, of_global = c.rope_base_local**exponent, c.rope_base**exponent
-  scaling = dict(c.rope_scaling)
-  if 'linear_factor' in scaling:
-    of_global = of_global / scaling['linear_factor']
-  elif 'llama3_factor' in scaling:
-    of_global = _llama3_frequencies(of_global, scaling)
+  """Returns by what angle each layer rotates per position: [L, rotary_dim / 2].
+
+  A layer without positions has zeros.
+  """
+  dim = c.rotary_dim or c.head_dim
+  exponent = -np.arange(0, dim, 2) / dim
+  of_global = _scaled(c.rope_base**exponent, c.rope_base, dict(c.rope_scaling))
+  local = c.rope_base_local**exponent if c.rope_base_local else of_global
   rows = [of_global if is_global else local for is_global in global_layers(c)]
-  return np.stack(rows).astype(np.float32)
+  rotated_L = np.array(c.rotated_layers or (True,) * c.num_layers)
+  return np.where(rotated_L[:, None], np.stack(rows), 0).astype(np.float32)
+
+
+def most_positions(c: DecoderConfig) -> int | None:
+  """Returns after how many positions the frequencies would become others, if ever."""
+  s = dict(c.rope_scaling)
+  changes = 'dynamic_factor' in s or s.get('long_factor') != s.get('short_factor')
+  return int(s['original_max_position']) if changes else None
+
+
+def _scaled(frequency: np.ndarray, base: float, s: dict[str, Any]) -> np.ndarray:
+  if 'linear_factor' in s:
+    return frequency / s['linear_factor']
+  if 'llama3_factor' in s:
+    return _llama3_frequencies(frequency, s)
+  if 'yarn_factor' in s:
+    return _yarn_frequencies(frequency, base, s)
+  if 'short_factor' in s:  # LongRoPE (Ding et al., 2024, arXiv 2402.13753)
+    return frequency / np.asarray(s['short_factor'])
+  return frequency
+
+
+def _yarn_frequencies(frequency: np.ndarray, base: float, s: dict) -> np.ndarray:
+  """Slows down waves that turn seldom (Peng et al., 2023, arXiv 2309.00071)."""
+  half = len(frequency)
+
+  def place(turns: float) -> float:  # of the wave with so many turns
+    waves = s['original_max_position'] / (2 * np.pi * turns)
+    return half * np.log(waves) / np.log(base)
+
+  low = max(np.floor(place(s['beta_fast'])), 0)
+  high = min(np.ceil(place(s['beta_slow'])), 2 * half - 1)
+  high += 1e-3 * (low == high)
+  slowed = np.clip((np.arange(half) - low) / (high - low), 0, 1)
+  return (1 - slowed + slowed / s['yarn_factor']) * frequency
 
 
 def _llama3_frequencies(frequency: np.ndarray, s: dict) -> np.ndarray:
@@ -110,18 +158,32 @@ def _llama3_frequencies(frequency: np.ndarray, s: dict) -> np.ndarray:
 def global_layers(c: DecoderConfig) -> np.ndarray:
   """Marks the layers whose attention has no sliding window: [L] bool."""
   every = np.arange(1, c.num_layers + 1) % c.global_every == 0
+  if c.windowed_layers:
+    every = ~np.array(c.windowed_layers)
   return every | (c.sliding_window == 0)
 
 
-def _rotate(x: Array, angle: Array) -> Array:
-  """Applies rotary embeddings in float32: x [P, T, H, d], angle [P, T, d/2].
+def _sines(angle_PTr: Array, frequency_r: Array, factor: float) -> tuple[Array, Array]:
+  """Returns sines and cosines, [P, T, 1, r], times the scaling's factor, if any."""
+  sin, cos = jnp.sin(angle_PTr)[:, :, None], jnp.cos(angle_PTr)[:, :, None]
+  if factor != 1:  # but a layer without positions has none
+    own = jnp.where(frequency_r.any(), factor, 1)
+    sin, cos = sin * own, cos * own
+  return sin, cos
 
-  Coordinate i is paired with coordinate i + d/2.
+
+def _rotate(x: Array, sin: Array, cos: Array) -> Array:
+  """Applies rotary embeddings of r angles in float32: x [P, T, H, d].
+
+  Coordinate i is paired with coordinate i + r; those from 2 r on stay.
   """
-  sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
-  x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
-  return rotated.astype(x.dtype)
+  r = sin.shape[-1]
+  wide = x.astype(jnp.float32)
+  x1, x2 = wide[..., :r], wide[..., r : 2 * r]
+  parts = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+  if 2 * r < x.shape[-1]:
+    parts.append(wide[..., 2 * r :])
+  return jnp.concatenate(parts, -1).astype(x.dtype)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -163,6 +225,9 @@ class Layer(nn.Module):
     shape = matrix_dims(self.config)[name]
     weight = self.param(name, nn.initializers.lecun_normal(), shape)
     out = kernels.matmul(x, weight.astype(x.dtype))
+    if name in self.config.biases:
+      bias = self.param(f'{name}_bias', nn.initializers.zeros, shape[1:])
+      out += bias.astype(x.dtype)[None, None]
     if self.has_variable('lora', name):
       out += kernels.low_rank(x, self.get_variable('lora', name), scale)
     return out
@@ -183,7 +248,7 @@ class Layer(nn.Module):
     return h + x, keys_and_values if self.return_cache else None
 
   def _attend(
-    self, h_PTD, frequency_d, is_global, segment_PT, position_PT, scale, cache
+    self, h_PTD, frequency_r, is_global, segment_PT, position_PT, scale, cache
   ):
     """Returns the attention block's output [P, T, D], and keys and values."""
     c = self.config
@@ -197,9 +262,11 @@ class Layer(nn.Module):
     q_PTHd, k_PTKd, v_PTKd = heads('q'), heads('k'), heads('v')
     if c.qk_norm:
       q_PTHd, k_PTKd = self._norm('q_norm', q_PTHd), self._norm('k_norm', k_PTKd)
-    angle_PTd = position_PT.astype(jnp.float32)[..., None] * frequency_d[None, None]
-    q_PTHd = _rotate(q_PTHd, angle_PTd) * c.query_scale
-    k_PTKd = _rotate(k_PTKd, angle_PTd)
+    angle_PTr = position_PT.astype(jnp.float32)[..., None] * frequency_r[None, None]
+    factor = dict(c.rope_scaling).get('attention_factor', 1.0)
+    sin, cos = _sines(angle_PTr, frequency_r, factor)
+    q_PTHd = _rotate(q_PTHd, sin, cos) * c.query_scale
+    k_PTKd = _rotate(k_PTKd, sin, cos)
 
     # What they attend to: their own example, or the cache with them filled in.
     if cache is None:
@@ -213,7 +280,7 @@ class Layer(nn.Module):
       mask_PTS = cache.mask
     mask_PTS = _within_window(mask_PTS, distance_PTS, is_global, c.sliding_window)
 
-    out_PTHd = kernels.attention(q_PTHd, k_PSKd, v_PSKd, mask_PTS)
+    out_PTHd = kernels.attention(q_PTHd, k_PSKd, v_PSKd, mask_PTS, c.attention_softcap)
     out_PTD = self._linear('o', out_PTHd.reshape(*h_PTD.shape[:2], -1), scale)
     if c.post_norms:
       out_PTD = self._norm('post_attention_norm', out_PTD)

@@ -48,7 +48,12 @@ def low_rank(x: Array, adapter: Lora, scale: Array) -> Array:
   return matmul(low, adapter.b.astype(x.dtype))
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def soft_cap(x: Array, cap: float) -> Array:
+  """Returns `cap tanh(x / cap)`, or x as it is for a cap of 0."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array, softcap: float = 0.0) -> Array:
   """Computes grouped-query attention, with the softmax in float32.
 
   Args:
@@ -56,15 +61,30 @@ def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     k: [P, S, K, d] with K dividing H.
     v: [P, S, K, d].
     mask: [P, T, S], True where a query may attend to a key.
+    softcap: of the scores, see `soft_cap`.
 
   Returns:
     [P, T, H, d]. A query that may attend to no key attends evenly to all of them.
   """
+  if softcap:
+    return _capped_attention(q, k, v, mask, softcap)
   # Not cuDNN, which refuses a vmapped mask unless every head has a mask of its
   # own (jax 0.11). benchmarks.accelerator measures whether it would be faster.
   return jax.nn.dot_product_attention(
     q, k, v, mask=mask[:, None], scale=1.0, implementation='xla'
   )
+
+
+def _capped_attention(q, k, v, mask, softcap: float) -> Array:
+  """Computes `attention` as XLA's own does, which caps no scores."""
+  grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+  score = jnp.einsum(
+    'ptkgd,pskd->pkgts', grouped, k, preferred_element_type=jnp.float32
+  )
+  score = soft_cap(score, softcap)
+  score = jnp.where(mask[:, None, None], score, 0.7 * jnp.finfo(jnp.float32).min)
+  p = jax.nn.softmax(score, -1).astype(v.dtype)
+  return jnp.einsum('pkgts,pskd->ptkgd', p, v).reshape(q.shape)
 
 
 VOCAB_CHUNK_SIZE_ON_ACCELERATORS = 32768
@@ -99,19 +119,30 @@ def _split_vocab(embed: Array, chunk_size: int | None) -> Array:
 
 
 def _chunk_logits(
-  h: Array, chunks: Array, i: Array, vocab_size: int
+  h: Array, chunks: Array, i: Array, vocab_size: int, softcap: float
 ) -> tuple[Array, Array, Array]:
   """Returns chunk i's embeddings [v, D], its tokens [1, v] and logits [M, v]."""
   embed = jax.lax.dynamic_index_in_dim(chunks, i, axis=1, keepdims=False)
   token = jnp.arange(chunks.shape[0])[None] * chunks.shape[1] + i
   logit = jnp.einsum('md,vd->mv', h, embed, preferred_element_type=jnp.float32)
+  logit = soft_cap(logit, softcap)
   # The rows that pad the vocabulary are no tokens and get no probability.
   return embed, token, jnp.where(token < vocab_size, logit, -jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _slope(capped: Array, cap: float) -> Array:
+  """Returns the derivative of `soft_cap` where its value is `capped`; cap > 0."""
+  return 1 - (capped / cap) ** 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def linear_cross_entropy(
-  h: Array, embed: Array, target: Array, weight: Array, chunk_size: int | None = None
+  h: Array,
+  embed: Array,
+  target: Array,
+  weight: Array,
+  chunk_size: int | None = None,
+  softcap: float = 0.0,
 ) -> Array:
   """Sums the weighted cross-entropies of `softmax(h embed^T)`, in float32.
 
@@ -128,22 +159,25 @@ def linear_cross_entropy(
     weight: [M] float32; 0 marks padding.
     chunk_size: how many tokens of the vocabulary are scored at a time; None
       stands for `vocab_chunk_size()`.
+    softcap: of the logits, see `soft_cap`; static.
   """
-  return _forward(h, embed, target, weight, chunk_size)[0]
+  return _forward(h, embed, target, weight, chunk_size, softcap)[0]
 
 
-def _forward(h, embed, target, weight, chunk_size):
+def _forward(h, embed, target, weight, chunk_size, softcap):
   """Returns the loss, and what the backward pass needs, `d_h` included."""
   chunks = _split_vocab(embed, chunk_size)
 
   def step(carry, i):
     top, total, mixed = carry
-    embed_c, _, logit = _chunk_logits(h, chunks, i, embed.shape[0])
+    embed_c, _, logit = _chunk_logits(h, chunks, i, embed.shape[0], softcap)
     new_top = jnp.maximum(top, logit.max(1, keepdims=True))
     # Subtract the running maximum, so p of the top token is exactly 1 in bfloat16.
     shrink, p = jnp.exp(top - new_top), jnp.exp(logit - new_top)
-    mixed_c = jnp.matmul(p.astype(h.dtype), embed_c, preferred_element_type=jnp.float32)
     total = total * shrink + p.sum(1, keepdims=True)
+    if softcap:  # padded rows have p = 0 and an infinite slope
+      p = jnp.where(p > 0, p * _slope(logit, softcap), 0)
+    mixed_c = jnp.matmul(p.astype(h.dtype), embed_c, preferred_element_type=jnp.float32)
     return (new_top, total, mixed * shrink + mixed_c), None
 
   # Scan over the chunks: the top logit, the sum of exponentials and the sum of
@@ -153,23 +187,28 @@ def _forward(h, embed, target, weight, chunk_size):
   (top, total, mixed), _ = jax.lax.scan(step, start, jnp.arange(chunks.shape[1]))
 
   # The loss is log_sum_exp - h . embed[target]; its gradient is the mean
-  # embedding minus the target's.
+  # embedding minus the target's, each times the slope of a soft cap.
   log_sum, target_embed = top + jnp.log(total), embed[target].astype(jnp.float32)
-  target_logit = (h.astype(jnp.float32) * target_embed).sum(1)
+  target_logit = soft_cap((h.astype(jnp.float32) * target_embed).sum(1), softcap)
+  if softcap:  # rounded as above, so that of a sure target the difference is exact
+    slope = _slope(target_logit, softcap).astype(h.dtype).astype(jnp.float32)
+    target_embed = target_embed * slope[:, None]
   loss = ((log_sum[:, 0] - target_logit) * weight).sum()
   d_h = mixed / total - target_embed
   return loss, (d_h * weight[:, None], log_sum, h, embed, target, weight)
 
 
-def _backward(chunk_size, residuals, cotangent):
+def _backward(chunk_size, softcap, residuals, cotangent):
   """Scales the gradient in `h`, and computes the one in `embed` chunk by chunk."""
   d_h, log_sum, h, embed, target, weight = residuals
   chunks = _split_vocab(embed, chunk_size)
 
   def step(_, i):
-    _, token, logit = _chunk_logits(h, chunks, i, embed.shape[0])
+    _, token, logit = _chunk_logits(h, chunks, i, embed.shape[0], softcap)
     p = jnp.exp(logit - log_sum)
     d_logit = (p - (token == target[:, None])) * weight[:, None]
+    if softcap:
+      d_logit = jnp.where(jnp.isfinite(logit), d_logit * _slope(logit, softcap), 0)
     d_embed_c = jnp.einsum(
       'mv,md->vd', d_logit.astype(h.dtype), h,
       preferred_element_type=jnp.float32,
@@ -186,7 +225,11 @@ linear_cross_entropy.defvjp(_forward, _backward)
 
 
 def argmax_and_log_prob(
-  h: Array, embed: Array, target: Array, chunk_size: int | None = None
+  h: Array,
+  embed: Array,
+  target: Array,
+  chunk_size: int | None = None,
+  softcap: float = 0.0,
 ) -> tuple[Array, Array]:
   """Returns the most likely token and log p of the target at many positions.
 
@@ -197,6 +240,7 @@ def argmax_and_log_prob(
     embed: [V, D].
     target: [M] int32.
     chunk_size: see `linear_cross_entropy`.
+    softcap: likewise.
 
   Returns:
     [M] int32 and [M] float32.
@@ -205,7 +249,7 @@ def argmax_and_log_prob(
 
   def step(carry, i):
     top, total, best = carry
-    _, token, logit = _chunk_logits(h, chunks, i, embed.shape[0])
+    _, token, logit = _chunk_logits(h, chunks, i, embed.shape[0], softcap)
     chunk_top, place = jax.lax.top_k(logit, 1)
     new_top = jnp.maximum(top, chunk_top[:, 0])
     p = jnp.exp(logit - new_top[:, None]).sum(1)
@@ -217,7 +261,7 @@ def argmax_and_log_prob(
   start = (zero - jnp.inf, zero, jnp.zeros_like(target))
   (top, total, best), _ = jax.lax.scan(step, start, jnp.arange(chunks.shape[1]))
   target_embed = embed[target].astype(jnp.float32)
-  target_logit = (h.astype(jnp.float32) * target_embed).sum(1)
+  target_logit = soft_cap((h.astype(jnp.float32) * target_embed).sum(1), softcap)
   return best, target_logit - top - jnp.log(total)
 
 
@@ -237,18 +281,22 @@ def argmax_token(h: Array, embed: Array) -> Array:
   return (group_B * (size // groups) + in_group.argmax(0)).astype(jnp.int32)
 
 
-def top_k_tokens(h: Array, embed: Array, k: int) -> tuple[Array, Array, Array]:
+def top_k_tokens(
+  h: Array, embed: Array, k: int, softcap: float = 0.0
+) -> tuple[Array, Array, Array]:
   """Returns the k most likely tokens at few positions, from all logits at once.
 
   Args:
     h: [..., D].
     embed: [V, D].
     k: at most V.
+    softcap: of the logits, see `soft_cap`.
 
   Returns:
     The tokens [..., k], the most likely first, their logits [..., k] in float32,
     and the log of the summed exponentials of all logits, [...].
   """
   logit = jnp.einsum('...d,vd->...v', h, embed, preferred_element_type=jnp.float32)
+  logit = soft_cap(logit, softcap)
   top, token = jax.lax.top_k(logit, k)
   return token, top, jax.nn.logsumexp(logit, -1)

@@ -28,7 +28,7 @@ def make_loss(
   def loss(base, adapters, scale, batch: Batch):
     h_MD, embed = at_targets(base, adapters, scale, batch)
     total = kernels.linear_cross_entropy(
-      h_MD, embed, batch.target, batch.weight, chunk_size
+      h_MD, embed, batch.target, batch.weight, chunk_size, config.logit_softcap
     )
     return total, batch.weight.sum()
 
@@ -45,6 +45,8 @@ def make_argmax_and_log_prob(config: decoder.DecoderConfig, dtype):
 
   def argmax_and_log_prob(base, adapters, scale, batch: Batch):
     h_MD, embed = at_targets(base, adapters, scale, batch)
-    return kernels.argmax_and_log_prob(h_MD, embed, batch.target)
+    return kernels.argmax_and_log_prob(
+      h_MD, embed, batch.target, softcap=config.logit_softcap
+    )
 
   return argmax_and_log_prob

@@ -29,6 +29,31 @@ SPECIAL_KEYS = {
 PAD, EOS, BOS, UNK = 0, 1, 2, 3  # Gemma's ids, which `Tokenizer.train` keeps
 SPACE = '\N{LOWER ONE EIGHTH BLOCK}'  # of SentencePiece
 AGAIN = 'copy it again'
+# How a byte-level tokenizer splits text before it merges, by llama.cpp's name for
+# it: the regular expression of the model's tokenizer.json; '' for GPT-2's, with each
+# digit alone.
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_AFTER = r'[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+_LLAMA3 = (
+  rf'{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}'
+  rf'| ?[^\s\p{{L}}\p{{N}}]+{_AFTER}'
+)
+_LEAD, _UPPER, _LOWER = (
+  r'[^\r\n\p{L}\p{N}]?',
+  r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]',
+  r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]',
+)
+_CASED = (f'{_LEAD}{_UPPER}*{_LOWER}+', f'{_LEAD}{_UPPER}+{_LOWER}*')
+_SIGNS = rf'| ?[^\s\p{{L}}\p{{N}}]+{_AFTER.replace("n]*", "n/]*", 1)}'
+SPLITS = {
+  'gpt-4o': '|'.join(f'{x}{_ENDINGS}?' for x in _CASED) + rf'|\p{{N}}{{1,3}}{_SIGNS}',
+  'llama-bpe': _LLAMA3,
+  'qwen2': _LLAMA3.replace('{1,3}', ''),
+  'smaug-bpe': _LLAMA3,  # of SmolLM3
+  'smollm': '',
+  'tekken': '|'.join(_CASED) + rf'|\p{{N}}{_SIGNS}',
+}
+WHOLE_WORDS = ('llama-bpe', 'tekken')  # take a word of the vocabulary without merging
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,12 +61,13 @@ class Tokenizer:
   """A tokenizer of either library: 'sentencepiece' or 'tokenizers'.
 
   `encode` adds no special tokens and `decode` drops them. A tokenizer without
-  a padding token pads with its end-of-text token. `chat_template` is Jinja's, of
-  models made for chats (formats.chat_template).
+  a padding token pads with its end-of-text token. Some models (Qwen, Phi-4) are
+  trained on texts that no token begins: their `bos_id` is None. `chat_template` is
+  Jinja's, of models made for chats (formats.chat_template).
   """
 
   model: sentencepiece.SentencePieceProcessor | tokenizers.Tokenizer
-  bos_id: int
+  bos_id: int | None
   eos_id: int
   pad_id: int
   chat_template: str = ''
@@ -54,7 +80,9 @@ class Tokenizer:
   def eos_token(self) -> str:
     return self._token(self.eos_id)
 
-  def _token(self, i: int) -> str:
+  def _token(self, i: int | None) -> str:
+    if i is None:
+      return ''
     if isinstance(self.model, tokenizers.Tokenizer):
       return self.model.id_to_token(i) or ''
     return self.model.id_to_piece(i)
@@ -179,13 +207,15 @@ class Tokenizer:
       files.check_supported(path, 'tokenizer', kind, ('llama', 'gpt2'))
       if kind == 'llama':
         return cls.from_model_proto(_model_proto(metadata))
-      if metadata.get('pre') != 'smollm':
+      if metadata.get('pre') not in SPLITS:
         # How text is split before merging is known to llama.cpp by name only.
         what = f'has pre-tokenizer {files.short(metadata.get("pre"))!r}'
-        remedy = "use 'smollm', or load the model's Hugging Face folder instead"
+        known = f'use one of {", ".join(SPLITS)}'
+        remedy = f"{known}, or load the model's Hugging Face folder instead"
         raise files.unsupported(path, what, remedy)
-      bos, eos = metadata['bos_token_id'], metadata['eos_token_id']
+      eos = metadata['eos_token_id']
       pad = metadata.get('padding_token_id', eos)
+      bos = _own_bos(metadata, metadata.get('bos_token_id'), eos, pad)
       model = _byte_level_bpe(metadata)
       return cls(model=model, bos_id=bos, eos_id=eos, pad_id=pad)
 
@@ -268,17 +298,37 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
   tokens = metadata['tokens']
   vocab = {token: i for i, token in enumerate(tokens)}
   merges = [tuple(merge.split(' ')) for merge in metadata['merges']]
-  split = tokenizers.pre_tokenizers
-  steps = [
-    split.Digits(individual_digits=True),
-    split.ByteLevel(add_prefix_space=False),
-  ]
-  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+  split, pattern = tokenizers.pre_tokenizers, SPLITS[metadata['pre']]
+  if pattern:
+    regex = tokenizers.Regex(pattern)
+    steps = [split.Split(regex, 'isolated'), split.ByteLevel(False, use_regex=False)]
+  else:
+    steps = [split.Digits(individual_digits=True), split.ByteLevel(False)]
+  whole = metadata['pre'] in WHOLE_WORDS
+  bpe = tokenizers.models.BPE(vocab, merges, ignore_merges=whole)
+  model = tokenizers.Tokenizer(bpe)
   model.pre_tokenizer = split.Sequence(steps)
+  if metadata['pre'] == 'qwen2':
+    model.normalizer = tokenizers.normalizers.NFC()
   model.decoder = tokenizers.decoders.ByteLevel()
-  kinds = zip(tokens, metadata['token_type'], strict=True)
-  model.add_special_tokens([t for t, kind in kinds if kind == CONTROL])
+  for kind, add in (
+    (CONTROL, model.add_special_tokens),
+    (USER_DEFINED, model.add_tokens),
+  ):
+    kinds = zip(tokens, metadata['token_type'], strict=True)
+    add([token for token, of in kinds if of == kind])
   return model
+
+
+def _own_bos(
+  settings: Mapping[str, Any], bos: int | None, eos: int, pad: int
+) -> int | None:
+  """Returns the token that begins a text, or None.
+
+  Some files name the end of a text where they mean that nothing begins it.
+  """
+  unused = settings.get('add_bos_token') is False and bos in (eos, pad)
+  return None if unused else bos
 
 
 def _special_ids(folder: pathlib.Path, model: tokenizers.Tokenizer) -> dict[str, int]:
@@ -295,11 +345,13 @@ def _special_ids(folder: pathlib.Path, model: tokenizers.Tokenizer) -> dict[str,
       token = name['content'] if isinstance(name, dict) else name
       number = number[0] if isinstance(number, list) else number
       found[f'{key}_id'] = model.token_to_id(token) if token else number
-  for key in ('bos', 'eos'):
-    if found[f'{key}_id'] is None:
-      raise files.Damaged(
-        f'{folder} names no {key} token: set {key}_token in its tokenizer_config.json.'
-      )
+  if found['eos_id'] is None:
+    raise files.Damaged(
+      f'{folder} names no eos token: set eos_token in its tokenizer_config.json.'
+    )
   if found['pad_id'] is None:
     found['pad_id'] = found['eos_id']
+  # A tokenizer that says null of bos means none, whatever the model's file says.
+  bos = found['bos_id'] if names.get('bos_token', '') is not None else None
+  found['bos_id'] = _own_bos(names, bos, found['eos_id'], found['pad_id'])
   return found

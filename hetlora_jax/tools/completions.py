@@ -86,6 +86,10 @@ def complete(
   # Complete every prompt.
   rank_N = np.asarray(state.memory.rank).max(1)
   tasks = list(prompts.tasks(x.experiment, rank_N, settings.shots))
+  longest = max((len(task.example.tokens) for task in tasks), default=0)
+  total = longest + _max_tokens(x.config, settings)
+  field = f'--shots={settings.shots} with {total} tokens of a prompt and its completion'
+  base_model.check_positions(x.experiment.model, field, total)
   with experiment.in_memory('lower --max_tokens, --shots or --beams.'):
     answers = _answer(x, state, tasks, settings)
 
@@ -299,14 +303,16 @@ def _row_each(examples: Sequence[Example]) -> Batch:
 
 def _line(tokenizer, task: Task, answer: Answer, one_line: bool) -> dict[str, Any]:
   """Returns a line of generations.jsonl."""
-  tokens, count = task.example.tokens, task.example.num_target
+  tokens, count, num_bos = (
+    task.example.tokens, task.example.num_target, task.example.num_bos
+  )  # fmt: skip
   generated = tokenizer.decode(answer.generated)
   generated = generated.partition('\n')[0] if one_line else generated
   return {
     'client': task.name,
     'kind': task.kind,
     'rank': task.rank,
-    'prompt': tokenizer.decode(tokens[1:-count]),
+    'prompt': tokenizer.decode(tokens[num_bos:-count]),
     'reference': tokenizer.decode(tokens[-count:]).strip(),
     'generated': generated.strip(),
     'teacher_forced': tokenizer.decode(answer.forced).strip(),

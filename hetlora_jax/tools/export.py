@@ -21,7 +21,7 @@ import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
 import numpy as np
 
 from hetlora_jax import base_model, client, files
-from hetlora_jax.config import Config, ConfigError
+from hetlora_jax.config import ConfigError
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.methods import distribution
@@ -74,7 +74,7 @@ def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
   server = _select(x, state, selection)
   with _whole(out) as folder:
     if selection.format == 'peft':
-      about = _write_peft(folder, x.config, state.residual, server)
+      about = _write_peft(folder, x.experiment, state.residual, server)
     else:
       about = _write_model(folder, x.experiment, state.residual, server, selection)
   return {'out': str(out), 'round': done} | about
@@ -155,8 +155,9 @@ def _number(x: Experiment, client_id: str | None) -> int:
 
 
 def _write_peft(
-  folder: pathlib.Path, config: Config, residual: Deltas, server: Server
+  folder: pathlib.Path, x: Experiment, residual: Deltas, server: Server
 ) -> dict[str, Any]:
+  config = x.config
   if not server.adapters:
     raise ConfigError(
       f'--format=peft: config.method={config.method!r} changes the whole base, which '
@@ -171,7 +172,7 @@ def _write_peft(
   base = HUB.get(source) or (
     source if base_model.is_random(source) else str(pathlib.Path(source).resolve())
   )
-  peft.write(folder, layers, scale, base)
+  peft.write(folder, layers, scale, base, x.model.decoder)
   rank = [x.a.shape[-1] for factors in layers.values() for x in factors]
   return about | {
     'format': 'peft', 'matrices': len(rank), 'rank_min': min(rank),

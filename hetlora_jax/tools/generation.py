@@ -100,6 +100,7 @@ class _Prefilled(NamedTuple):
   h: Array  # [B, D], at the last token of each prompt
   cache: list[tuple[Array, Array]]  # each layer's keys and values
   head: Array  # [V, D]
+  softcap: float  # of logits; greedy search needs none, their order is the same
   # (step, tokens [B, K], visible [B, K, T * K], cache) -> h [B, K, D], cache
   decode: Callable
 
@@ -151,6 +152,7 @@ def _prefill(
     h=take(h, last_B),
     cache=[(with_room(k[i]), with_room(v[i])) for i in range(num_layers)],
     head=decoder.head(config, base).astype(dtype),
+    softcap=config.logit_softcap,
     decode=decode,
   )
 
@@ -208,15 +210,19 @@ def _best(some: _Beams, others: _Beams, beams: int) -> _Beams:
   return _take(both, jax.lax.top_k(both.score, beams)[1])
 
 
-def _extend(head: Array, i, h_BKD: Array, live: _Beams) -> tuple[_Beams, Array]:
+def _extend(
+  prefilled: _Prefilled, i, h_BKD: Array, live: _Beams
+) -> tuple[_Beams, Array]:
   """Returns each prompt's 2K best hypotheses of one more token, and their parents.
 
   At most K of the 2K end with a stop token, so at least K can go on.
   """
   prompts, beams, _ = live.tokens.shape
-  n = min(2 * beams, head.shape[0])
+  n = min(2 * beams, prefilled.head.shape[0])
   # The best n of a prompt are among the best n of each of its beams.
-  token, logit, log_sum = kernels.top_k_tokens(h_BKD, head, n)
+  token, logit, log_sum = kernels.top_k_tokens(
+    h_BKD, prefilled.head, n, prefilled.softcap
+  )
   score = live.score[..., None] + logit - log_sum[..., None]
   score, index = jax.lax.top_k(score.reshape(prompts, -1), n)
   parent = index // n
@@ -236,7 +242,7 @@ def _beam(
   prompts, beam_K = prefilled.h.shape[0], jnp.arange(beams)
 
   def extend(i, h_BKD, live, done, visible):
-    longer, parent = _extend(prefilled.head, i, h_BKD, live)
+    longer, parent = _extend(prefilled, i, h_BKD, live)
     # Sort them into those that ended, by normalized score, and those that live.
     stopped = stop_V[longer.tokens[:, :, i]] | (i + 1 == max_tokens)
     score = longer.score / longer.count.astype(jnp.float32) ** alpha

@@ -72,10 +72,12 @@ def _with_shots(
   example: Example, shots: Sequence[Example], between: Sequence[int]
 ) -> Example:
   """Puts examples, a blank line after each, before the prompt's text."""
-  parts = [example.tokens[:1]]
+  bos = example.num_bos
+  parts = [example.tokens[:bos]]
   for shot in shots:
-    parts += [shot.tokens[1:], np.asarray(between, np.int32)]
-  return Example(np.concatenate([*parts, example.tokens[1:]]), example.num_target)
+    parts += [shot.tokens[shot.num_bos :], np.asarray(between, np.int32)]
+  tokens = np.concatenate([*parts, example.tokens[bos:]])
+  return example._replace(tokens=tokens, cut=0)
 
 
 def _cut(example: Example, room: int) -> Example:
@@ -83,5 +85,6 @@ def _cut(example: Example, room: int) -> Example:
   tokens, most = example.tokens, max(room, example.num_target + 1)
   if len(tokens) <= most:
     return example
-  tokens = np.concatenate([tokens[:1], tokens[len(tokens) - most + 1 :]])
-  return Example(tokens, example.num_target)
+  bos = example.num_bos
+  tokens = np.concatenate([tokens[:bos], tokens[len(tokens) - most + bos :]])
+  return example._replace(tokens=tokens, cut=0)
