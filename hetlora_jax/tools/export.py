@@ -118,7 +118,7 @@ def _select(x: Points, state: ServerState, selection: Selection) -> Server:
     )
   if of_client is not None:
     who = _number(x.experiment, of_client)
-    view, _ = client.sent_to(rules, state, hyper, who)
+    view = client.sent_to(rules, state, hyper, who)
   else:
     view = _sent_to_rank(rules, state, hyper, rank)
   return jax.device_get(Server(view.adapters, view.scale))
@@ -135,7 +135,7 @@ def _sent_to_rank(
     personal={t: {} for t in state.adapters},
   )
   rules = dataclasses.replace(rules, distribute=distribution.prefix, personal=())
-  view, _ = client.sent_to(rules, state, hyper, 0, memory)
+  view, _ = client.share_of(rules, state, hyper, 0, memory)
   return view
 
 
