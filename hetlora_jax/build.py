@@ -330,7 +330,6 @@ def init_state(
   residual = _residual(config, dims, base)
   if config.lora.from_peft:
     adapters, residual = _from_peft(config, rules, adapters, residual, groups)
-  remembered = rules.wire.remembered
   everybody = lambda x: jnp.repeat(x[None], len(rank_N), axis=0)  # noqa: E731
   state = ServerState(
     round=jnp.int32(0),
@@ -342,12 +341,8 @@ def init_state(
       tail_norm=jnp.zeros(rank_NG.shape),
       personal={
         t: {f: everybody(getattr(x, f)) for f in rules.personal}
+        | {f'lost_{f}': everybody(0 * getattr(x, f)) for f in rules.wire.remembered}
         for t, x in adapters.items()
-      },
-      lost={
-        t: {f: everybody(jnp.zeros_like(getattr(x, f))) for f in remembered}
-        for t, x in adapters.items()
-        if remembered
       },
     ),
   )

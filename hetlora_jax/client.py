@@ -95,7 +95,8 @@ def share_of(
   masks = ranks.masks(memory.rank, server.adapters)
   key = _key(state, hyper, client_id)
   view = rules.distribute(server.adapters, masks, scale, key)
-  own = {t: x._replace(**memory.personal[t]) for t, x in view.adapters.items()}
+  kept = {t: {f: x[f] for f in rules.personal} for t, x in memory.personal.items()}
+  own = {t: x._replace(**kept[t]) for t, x in view.adapters.items()}
   ratio = server.scale / scale
   if rules.personal:
     own = lora.truncate(own, view.mask)
@@ -224,7 +225,7 @@ def take_part(
 
   # What a client of ill will does to its change, the wire, and the server.
   trained = rules.tamper(received, trained, client.id, hyper.seed)
-  trained, lost = rules.wire.up(exact, view, trained, memory.lost, state.round)
+  trained, lost = rules.wire.up(exact, view, trained, memory.personal, state.round)
   trained = rules.bound(received._replace(adapters=exact.adapters), trained)
   finite = robust.all_finite((trained, loss))
   trained, loss, tokens = robust.only_if(finite, (trained, loss, tokens))
@@ -247,9 +248,9 @@ def take_part(
     rank=rank_G if rules.keep_pruned_rank else memory.rank,
     tail_norm=ranks.gather(tails, rank_G.shape[0]),
     personal={
-      t: {f: getattr(x, f) for f in rules.personal} for t, x in adapters.items()
+      t: {f: getattr(x, f) for f in rules.personal} | lost.get(t, {})
+      for t, x in adapters.items()
     },
-    lost=lost,
   )
   shared = jax.tree.map(lambda x: client.share * x, trained.change)
   return shared, Report(updates, memory, rank_G, loss, tokens, finite)

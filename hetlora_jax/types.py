@@ -113,9 +113,9 @@ class Memory:
 
   rank: Array  # [N, G] int32, what they can train
   tail_norm: Array  # [N, G] float32, tail norms when they last trained
-  personal: dict[str, dict[str, Array]]  # factors never sent, [N, L, ...]
-  # What rounding has taken of the changes that were sent, [N, L, ...]; {} if forgotten.
-  lost: dict[str, dict[str, Array]] = dataclasses.field(default_factory=dict)
+  # What is never sent, [N, L, ...]: factors 'a', 'b' of clients' own; 'lost_a', 'lost_b',
+  # what the wire's rounding has taken of their changes.
+  personal: dict[str, dict[str, Array]]
 
 
 @_pytree

@@ -60,9 +60,9 @@ class Wire(NamedTuple):
   down: Callable[[View], View] = lambda view: view
   # What full fine-tuning changed of the base -> what arrives of it.
   base_down: Callable[[Deltas], Deltas] = lambda change: change
-  # (View before the wire, View that arrived, trained, lost so far, round) -> what the
-  # server has of a client, and what its changes have lost by now.
-  up: Callable = lambda exact, view, trained, lost, round: (trained, lost)
+  # (View before the wire, View that arrived, trained, what the client keeps, round) ->
+  # what the server has of the client, and what of its changes was lost.
+  up: Callable = lambda exact, view, trained, personal, round: (trained, {})
   remembered: tuple[str, ...] = ()  # factors of which clients keep what was lost
 
 
@@ -104,24 +104,24 @@ def make(
     adapters = {t: rounded(x, down, rounding) for t, x in view.adapters.items()}
     return view._replace(adapters=adapters)
 
-  def of_trained(exact: View, view: View, trained: Trained, lost: dict, round: Array):
+  def of_trained(exact: View, view: View, trained: Trained, personal, round: Array):
     sends = jax.tree.map(
       jnp.multiply, trainable(round, view.mask), lora.slot_masks(view.mask)
     )
     adapters: Adapters = {}
-    new_lost: dict = {t: {} for t in lost}
+    lost: dict = {t: {} for t in trained.adapters}
     for t, x in trained.adapters.items():
       for f in up:
         now, start, server, mask = (getattr(z[t], f) for z in (
           trained.adapters, view.adapters, exact.adapters, sends
         ))  # fmt: skip
         change = now if fresh else now - start
-        before = lost[t][f] if lost else 0
+        before = personal[t][f'lost_{f}'] if feedback else 0
         told = rounding((change + before) * mask, AXIS[f])
         x = x._replace(**{f: told if fresh else server + told})
-        if lost:
-          new_lost[t][f] = jnp.where(mask > 0, change + before - told, before)
+        if feedback:
+          lost[t][f'lost_{f}'] = jnp.where(mask > 0, change + before - told, before)
       adapters[t] = x
-    return Trained(adapters, of_base(trained.change)), new_lost
+    return Trained(adapters, of_base(trained.change)), lost
 
   return Wire(of_view, of_base, of_trained, up if feedback else ())
