@@ -69,7 +69,7 @@ def open_checkpoint(path: pathlib.Path) -> layout.Checkpoint:
     names=NAMES,
     tensors=file.tensors,
     read=lambda name: _dequantized(path, name, file.tensors[name]),
-    repair=_unpermute(config),
+    repair=repairing(config),
     tokenizer=tokenizer,
   )
 
@@ -143,7 +143,7 @@ def _dequantized(path: pathlib.Path, name: str, tensor: Tensor) -> np.ndarray:
     raise files.unsupported(what, kind, 'requantize it, to Q8_0 for example') from error
 
 
-def _unpermute(config: DecoderConfig) -> Callable[[str, np.ndarray], np.ndarray]:
+def repairing(config: DecoderConfig) -> Callable[[str, np.ndarray], np.ndarray]:
   """Puts the halves of llama's heads, interleaved by GGUF, back apart."""
   heads = {'q': config.num_heads, 'k': config.num_kv_heads}
 
