@@ -14,17 +14,21 @@ import gguf
 import numpy as np
 
 
-def write_base(path, config, params, proto):
-  """Writes a model of ours, in float32, as llama.cpp's converters do.
+def write_base(path, model):
+  """Writes a model of ours as llama.cpp's converters do, rounded to bfloat16.
 
-  Args:
-    path: of the file.
-    config: a DecoderConfig.
-    params: its parameters, as arrays.
-    proto: its tokenizer, a sentencepiece ModelProto.
+  Without RoPE scaling, which they keep in a tensor, and words that have no name.
   """
+  import ml_dtypes
+  from sentencepiece import sentencepiece_model_pb2
+
   from hetlora_jax.formats.gguf import NAMES
 
+  config, params = model.config, dict(model.params)
+  _, content = model.tokenizer.serialize()
+  proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+  for leaf in {'embed', 'head'} & set(params):
+    params[leaf] = params[leaf][: len(proto.pieces)]
   writer = gguf.GGUFWriter(path, config.family)
   writer.add_context_length(128)
   writer.add_embedding_length(config.width)
@@ -49,7 +53,7 @@ def write_base(path, config, params, proto):
   for leaf, layers in (params | params['layers']).items():
     stacked = leaf in params['layers']
     for i, x in enumerate(layers if stacked else [layers]) if leaf != 'layers' else ():
-      x = np.asarray(x, np.float32)
+      x = np.asarray(x, ml_dtypes.bfloat16).astype(np.float32)
       if stacked and x.ndim == 2:
         x = x.T
         if config.family == 'llama' and leaf in heads:  # LlamaModel.permute
@@ -70,7 +74,9 @@ def main(base, adapter, out, *ids):
   params.model.path = base
   params.n_ctx, params.n_parallel, params.warmup = 128, 1, False
   params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-  params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+  params.flash_attn_type = (
+    xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+  )
   params.cpuparams.n_threads = 1
   if adapter:
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]

@@ -44,7 +44,8 @@ def write(
       ratio = np.float32(x.a.shape[-1] / most if scale else 0.0)
       name, rows = gguf.NAMES[target].format(i), _rows(config, target, x.b.shape[-1])
       for part, values in (('a', x.a.T), ('b', x.b.T[rows] * ratio)):
-        stored = gguf_lib.quants.quantize(np.ascontiguousarray(values), KINDS[dtype])
+        with np.errstate(over='ignore'):  # looked for in the next lines
+          stored = gguf_lib.quants.quantize(np.ascontiguousarray(values), KINDS[dtype])
         if not np.isfinite(gguf_lib.quants.dequantize(stored, KINDS[dtype])).all():
           raise ValueError(f'{name} has values that {dtype} cannot hold')
         writer.add_tensor(f'{name}.lora_{part}', stored, raw_dtype=KINDS[dtype])

@@ -141,6 +141,9 @@ def _names(folder: pathlib.Path, like: Adapters) -> dict[str, list[tuple[str, st
     raise files.unsupported(folder, what, remedy)
   with hf_folder.open_file(path) as file:
     found = set(file.offset_keys())
+  for name in sorted(name for name in found if 'layers.' not in name):
+    remedy = 'train matrices of layers alone, or merge it and give that as model.source'
+    raise files.unsupported(path, f'has the tensor {files.short(name)}', remedy)
   # Gemma 3 with vision nests its layers one deeper.
   prefix = min(found, default='').partition('layers.')[0]
   names: dict[str, list[tuple[str, str]]] = {t: [] for t in like}

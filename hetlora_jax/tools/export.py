@@ -27,6 +27,7 @@ from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.methods import distribution
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run
+from hetlora_jax.tools import card
 from hetlora_jax.types import (
   Deltas,
   Hyperparameters,
@@ -56,6 +57,13 @@ class Selection(NamedTuple):
   rank: int | None = None
   client: str | None = None
 
+  @property
+  def part(self) -> str:
+    """Says which part of the global adapters is meant; '' for all."""
+    if self.client is not None:
+      return f'what client {self.client!r} would be sent'
+    return '' if self.rank is None else f'the global one truncated to rank {self.rank}'
+
 
 def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
   """Writes the newest undamaged checkpoint's adapters to `out`, or nothing.
@@ -77,7 +85,18 @@ def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
       about = _write_adapter(folder, x.experiment, state.residual, server, selection)
     else:
       about = _write_model(folder, x.experiment, state.residual, server, selection)
-  return {'out': str(out), 'round': done} | about
+    about = {'out': str(out), 'round': done} | about
+    if selection.format == 'peft':
+      card.write(
+        folder / card.NAME,
+        x.config,
+        _base_of(x.config.model.source),
+        x.identity['sha256'],
+        about,
+        [row for row in run.history if row['round'] <= done],
+        selection.part,
+      )
+  return about
 
 
 def _check(run: Run, out: pathlib.Path, selection: Selection) -> None:
