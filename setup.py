@@ -70,6 +70,9 @@ setuptools.setup(
       'mkdocstrings[python]>=0.30',
     ],
     'dev': ['build>=1.2', 'ruff>=0.14', 'basedpyright>=1.30'],
-    'bench': ['torch==2.13.0', 'transformers==5.23.0', 'peft==0.21.2', 'flwr[simulation]==1.41.0'],
+    'bench': [
+      'torch==2.13.0', 'transformers==5.23.0', 'peft==0.21.2', 'flwr[simulation]==1.41.0',
+      'gguf==0.19.0', 'xllamacpp==2026.10.11549',
+    ],
   },
 )  # fmt: skip

@@ -11,10 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hetlora_jax import client, lora, optimizers, prng, ranks, robust, server, sharding
+from hetlora_jax import (
+  client,
+  lora,
+  optimizers,
+  prng,
+  ranks,
+  robust,
+  server,
+  sharding,
+  wire,
+)
 from hetlora_jax.config import FIELDS, SCALE_RULES, Config, ConfigError
 from hetlora_jax.fields import lookup
-from hetlora_jax.methods import tail
+from hetlora_jax.methods import registry, tail
 from hetlora_jax.methods.registry import Rule
 from hetlora_jax.types import (
   Adapters,
@@ -50,6 +60,9 @@ def _bound_rule(config: Config, role: str) -> Callable:
     if p.kind == p.KEYWORD_ONLY and p.default is p.empty
   }
   known = dataclasses.asdict(config.lora) | dataclasses.asdict(config.methods)
+  known['on_wire'] = functools.partial(
+    wire.rounded, factors='ab', rounding=_rounding(config)
+  )
   if unknown := wanted - set(known):
     raise ConfigError(
       f'the {role} {rule.name!r} has the keyword {unknown.pop()!r}, which '
@@ -112,8 +125,7 @@ def _scale_carriers(config: Config) -> tuple[float, float]:
   Adapters whose product is averaged and factored anew must keep their product
   when they move between scales; of others `lora.fold_scale` decides.
   """
-  split = config.rules['redistribution'].power_a
-  power_a = split('product space' in config.traits) if split else None
+  power_a = registry.power_of_a(config.rules)
   if power_a is None:
     return (0.5, 0.5) if config.lora.fold_scale else (0.0, 0.0)
   return power_a, 1 - power_a
@@ -129,6 +141,32 @@ def clients_at_once(config: Config) -> tuple[int, int]:
   clients = 1 if 'pools data' in traits else f.clients_per_round
   at_once = f.clients_at_once or (1 if 'trains base' in traits else None)
   return sharding.chunks(clients, at_once, config.mesh.clients)
+
+
+def _rounding(config: Config) -> wire.Rounding | None:
+  """Returns how values are rounded on their way, if anything is sent and is."""
+  kind = wire.TYPES[config.communication.wire_dtype]
+  return None if 'pools data' in config.traits else kind.round
+
+
+def _wire(config: Config, trainable: Callable) -> wire.Wire:
+  """Returns what the wire does to messages; nothing if no value is rounded."""
+  rounding, traits = _rounding(config), config.traits
+  if not rounding:
+    return wire.Wire()
+  own = config.rules['personal'].own_factors
+  up = tuple(f for f in 'ab' if f not in own)
+  known = {'a': 'fixed A' in traits, 'b': False}  # to clients, without being sent
+  fresh = 'fresh factors' in traits
+  return wire.make(
+    rounding,
+    trainable,
+    down=() if fresh else tuple(f for f in up if not known[f]),
+    up=up,
+    fresh=fresh,
+    base='trains base' in traits,
+    feedback=config.communication.error_feedback,
+  )
 
 
 def _tamper(config: Config) -> Callable:
@@ -175,6 +213,7 @@ def make_rules(config: Config, loss: Loss) -> Rules:
   """Binds every static choice of the round."""
   m, traits = config.methods, config.traits
   at_once, clients = clients_at_once(config)
+  trainable = _bound_rule(config, 'trainable')
   return Rules(
     loss=loss,
     scale=functools.partial(_scale, power=SCALE_RULES[config.lora.scale_rule]),
@@ -182,11 +221,12 @@ def make_rules(config: Config, loss: Loss) -> Rules:
     distribute=_bound_rule(config, 'distribution'),
     personal=config.rules['personal'].own_factors,
     objective=_bound_rule(config, 'objective'),
-    trainable=_bound_rule(config, 'trainable'),
+    trainable=trainable,
     trains_base='trains base' in traits,
     client_optimizer=_client_optimizer(config),
     accumulate=config.federated.accumulate,
     tamper=_tamper(config),
+    wire=_wire(config, trainable),
     bound=_norm_bound(config),
     tail_norms=tail.norms,
     prune=_bound_rule(config, 'pruning'),
@@ -301,6 +341,7 @@ def init_state(
       tail_norm=jnp.zeros(rank_NG.shape),
       personal={
         t: {f: everybody(getattr(x, f)) for f in rules.personal}
+        | {f'lost_{f}': everybody(0 * getattr(x, f)) for f in rules.wire.remembered}
         for t, x in adapters.items()
       },
     ),

@@ -62,13 +62,21 @@ def _key(state: ServerState, hyper: Hyperparameters, client_id: Array) -> Array:
 
 
 def sent_to(
+  rules: Rules, state: ServerState, hyper: Hyperparameters, client_id: Array
+) -> View:
+  """Distributes to one client, exactly as the next round does: what arrives there."""
+  view, _ = share_of(rules, state, hyper, client_id)
+  return rules.wire.down(view)
+
+
+def share_of(
   rules: Rules,
   state: ServerState,
   hyper: Hyperparameters,
   client_id: Array,
   memory: Memory | None = None,
 ) -> tuple[View, Array]:
-  """Distributes to one client, exactly as the next round does.
+  """Returns what the next round distributes to one client, before the wire rounds it.
 
   Args:
     rules: the method's.
@@ -87,7 +95,8 @@ def sent_to(
   masks = ranks.masks(memory.rank, server.adapters)
   key = _key(state, hyper, client_id)
   view = rules.distribute(server.adapters, masks, scale, key)
-  own = {t: x._replace(**memory.personal[t]) for t, x in view.adapters.items()}
+  kept = {t: {f: x[f] for f in rules.personal} for t, x in memory.personal.items()}
+  own = {t: x._replace(**kept[t]) for t, x in view.adapters.items()}
   ratio = server.scale / scale
   if rules.personal:
     own = lora.truncate(own, view.mask)
@@ -205,7 +214,8 @@ def take_part(
   its report.
   """
   memory = client.memory
-  view, ratio = sent_to(rules, state, hyper, client.id, memory)
+  exact, ratio = share_of(rules, state, hyper, client.id, memory)
+  view = rules.wire.down(exact)
   change = state.residual if rules.trains_base else {}
   received = Trained(view.adapters, jax.tree.map(jnp.zeros_like, change))
   trained, loss, tokens = local_update(
@@ -213,14 +223,15 @@ def take_part(
     hyper, _key(state, hyper, client.id),
   )  # fmt: skip
 
-  # What a client of ill will does to its change, and the server against it.
+  # What a client of ill will does to its change, the wire, and the server.
   trained = rules.tamper(received, trained, client.id, hyper.seed)
-  trained = rules.bound(received, trained)
+  trained, lost = rules.wire.up(exact, view, trained, memory.personal, state.round)
+  trained = rules.bound(received._replace(adapters=exact.adapters), trained)
   finite = robust.all_finite((trained, loss))
   trained, loss, tokens = robust.only_if(finite, (trained, loss, tokens))
 
   # Self-pruning: slots that are given up are zero, and not sent.
-  rank_G, kept = _prune(rules, view.adapters, trained.adapters, memory, hyper)
+  rank_G, kept = _prune(rules, exact.adapters, trained.adapters, memory, hyper)
   mask = jax.tree.map(jnp.multiply, view.mask, kept)
   adapters = lora.truncate(trained.adapters, mask)
   tails = rules.tail_norms(adapters, rank_G, hyper.gamma)
@@ -237,7 +248,8 @@ def take_part(
     rank=rank_G if rules.keep_pruned_rank else memory.rank,
     tail_norm=ranks.gather(tails, rank_G.shape[0]),
     personal={
-      t: {f: getattr(x, f) for f in rules.personal} for t, x in adapters.items()
+      t: {f: getattr(x, f) for f in rules.personal} | lost.get(t, {})
+      for t, x in adapters.items()
     },
   )
   shared = jax.tree.map(lambda x: client.share * x, trained.change)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hetlora_jax import fields, files, lora, optimizers, ranks
+from hetlora_jax import fields, files, lora, optimizers, ranks, wire
 from hetlora_jax.data import partition
 from hetlora_jax.fields import ConfigError, field, flat, section
 from hetlora_jax.methods import registry, tail
@@ -23,7 +23,6 @@ from hetlora_jax.models import decoder, shapes
 
 SCALE_RULES = {'constant': 0.0, 'alpha_over_r': 1.0, 'alpha_over_sqrt_r': 0.5}
 MAX_CONTEXT_TURNS = 4  # that data sets keep
-WIRE_DTYPES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # bytes
 
 
 # A field is a line, and what it means the next ones.
@@ -320,9 +319,13 @@ class Checkpoint:
 class Communication:
   """What is sent."""
 
-  wire_dtype: str = field('float32', choices=WIRE_DTYPES,
-    help='Type that bytes on the wire are counted in: float32, bfloat16, float16 or '
-         'int8. It counts; the values that are sent are not rounded.')
+  wire_dtype: str = field('float32', choices=wire.TYPES,
+    help="Type that what is sent is rounded to, and its bytes counted in: 'float32', "
+         "'bfloat16', 'float16' or 'int8' (times a float32 scale for every rank slot). "
+         'The server sends parameters, clients the change that they made.')
+  error_feedback: bool = field(False,
+    help='Whether clients add what rounding took of their changes to the next one that '
+         'they send, which each must remember.')
 
 
 @section
@@ -524,6 +527,7 @@ _Condition = tuple[str, bool, str]  # field, whether it holds, what would
 
 def _conditions(c: Config) -> Iterator[_Condition]:
   yield from _of_rounds(c)
+  yield from _of_communication(c)
   yield from _of_ranks(c)
   yield from _of_model(c)
   yield from _of_data(c)
@@ -563,6 +567,24 @@ def _of_rounds(c: Config) -> Iterator[_Condition]:
     'client_optimizer.b_rate_ratio',
     o.b_rate_ratio == 1 or 'trains base' not in c.traits,
     'full fine-tuning has no B: leave it out',
+  )
+
+
+def _of_communication(c: Config) -> Iterator[_Condition]:
+  fed_back, wire_dtype = c.communication.error_feedback, c.communication.wire_dtype
+  yield (
+    'communication.error_feedback',
+    not fed_back or wire.TYPES[wire_dtype].round is not None,
+    f'communication.wire_dtype={wire_dtype!r} takes nothing: take int8',
+  )
+  drifts = {'trains base', 'fresh factors', 'empties', 'pools data'} & c.traits
+  turns = registry.power_of_a(c.rules) is not None
+  alone = len(c.rules['personal'].own_factors) == 2
+  yield (
+    'communication.error_feedback',
+    not (fed_back and (drifts or turns or alone)),
+    f'with config.method={c.method!r} clients share no factors that stay from round to '
+    'round, to which what was lost could be added: leave it out',
   )
 
 

@@ -172,14 +172,15 @@ def describe(x: Experiment) -> dict[str, Any]:
     'training_people': len(x.population.client_ids),
     'unseen_people': len(x.population.groups['unseen'].ids),
     **coverage.summary(x.coverage),
-    'base_parameters': base_parameters(x),
+    'base_parameters': base_size(x)[0],
     'adapter_parameters_r_max': traffic.lora_parameters(r_max, x.model.dims),
   }
 
 
-def base_parameters(x: Experiment) -> int:
-  """Counts the parameters of the base model."""
-  return sum(leaf.size for leaf in jax.tree.leaves(x.model.params))
+def base_size(x: Experiment) -> tuple[int, int]:
+  """Counts the parameters of the base model, and the rows that they make."""
+  leaves = jax.tree.leaves(x.model.params)
+  return sum(x.size for x in leaves), sum(x.size // x.shape[-1] for x in leaves)
 
 
 def make_cohort(x: Experiment, seed: int, round: int, only: slice) -> Cohort:

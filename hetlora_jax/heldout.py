@@ -38,7 +38,7 @@ def losses(
   def one_person(person: Cohort):
     adapters, scale = server
     if own:
-      view, _ = client.sent_to(rules, state, hyper, person.client_id)
+      view = client.sent_to(rules, state, hyper, person.client_id)
       adapters, scale = view.adapters, view.scale
     batch = jax.tree.map(lambda x: x[0], person.batches)
     return (), rules.loss(base, adapters, scale, batch)

@@ -57,7 +57,7 @@ def federated_round(
   trained keeps the server's value. With `measure`, the error of averaging factors is
   among the metrics, which costs a product of every matrix; else it is NaN.
   """
-  base = lora.fold(base, state.residual)
+  base = lora.fold(base, rules.wire.base_down(state.residual))
   reports_C = _reports(state, cohort, hyper)
 
   # 1. Distribute by truncation, and 2. train and self-prune, each client for itself.

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetlora_jax import diagnostics, experiment, files
-from hetlora_jax.config import WIRE_DTYPES, Config
+from hetlora_jax import diagnostics, experiment, files, wire
+from hetlora_jax.config import Config
 from hetlora_jax.data.people import evenly_spaced
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.methods import traffic
@@ -65,11 +65,11 @@ def round_row(
   present, reports = out['present'], out['reports']
   sent, kept = out['sent_rank'], out['rank']
   counted = traffic.of_round(
-    config.rules, x.model.dims, experiment.base_parameters(x),
+    config.rules, x.model.dims, experiment.base_size(x),
     round=done - 1, r_max=config.federated.r_max,
     sent_CG=sent[present], kept_CG=kept[reports], fold_rank=out['fold_rank'],
+    each=wire.TYPES[config.communication.wire_dtype],
   )  # fmt: skip
-  wire = WIRE_DTYPES[config.communication.wire_dtype]
   tokens = float(out['tokens'].sum())
   return {
     'round': done,
@@ -81,8 +81,8 @@ def round_row(
     'fault/lost_rounds': int(present.any() and not reports.any()),
     **diagnostics.row(out, config.federated.r_min),
     'rank/pruned': int((kept < sent)[reports].any(1).sum()),
-    'comm/up_bytes': _times(counted.up, wire),
-    'comm/down_bytes': _times(counted.down, wire),
+    'comm/up_bytes': counted.up,
+    'comm/down_bytes': counted.down,
     'time/round_s': seconds,
     'time/wait_s': waited,
     'time/tokens_per_s': tokens / seconds,

@@ -113,7 +113,9 @@ class Memory:
 
   rank: Array  # [N, G] int32, what they can train
   tail_norm: Array  # [N, G] float32, tail norms when they last trained
-  personal: dict[str, dict[str, Array]]  # factors never sent, [N, L, ...]
+  # What is never sent, [N, L, ...]: factors 'a', 'b' of clients' own; 'lost_a', 'lost_b',
+  # what the wire's rounding has taken of their changes.
+  personal: dict[str, dict[str, Array]]
 
 
 @_pytree
@@ -181,6 +183,7 @@ class Rules:
   client_optimizer: Callable  # (hyper, round) -> GradientTransformation
   accumulate: int  # batches of a step
   tamper: Callable  # (received, trained, id, seed) -> Trained; see faults.py
+  wire: Any  # what it does to messages, a wire.Wire
   bound: Callable  # (received, trained) -> Trained
   tail_norms: Callable  # (adapters, rank [G], gamma) -> target -> [L]
   prune: Callable  # (before [G], trained, rank [G], hyper) -> rank [G]

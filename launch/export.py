@@ -21,11 +21,14 @@ FORMAT = absl_flags.DEFINE_enum(
   'format',
   'peft',
   list(export.FORMATS),
-  "'peft': an adapter for Hugging Face PEFT; 'merged': the model with it, for "
-  "transformers; 'base': the model without.",
+  "'peft': an adapter for Hugging Face PEFT; 'gguf': one for llama.cpp; 'merged': the "
+  "model with it, for transformers; 'base': the model without.",
 )
 DTYPE = absl_flags.DEFINE_enum(
-  'dtype', 'float32', list(export.DTYPES), 'Type of a whole model.'
+  'dtype',
+  'float32',
+  list(export.DTYPES),
+  "Type of a whole model or a 'gguf' adapter; float16 is for 'gguf' alone.",
 )
 RANK = absl_flags.DEFINE_integer(
   'rank', None, 'Truncate the global adapters to this rank.'

@@ -8,8 +8,12 @@ import re
 import shutil
 import subprocess
 
+import families
+import gguf
+import huggingface_hub
 import jax
 import jax.numpy as jnp
+import llama_cpp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -26,11 +30,11 @@ from hetlora_jax import (
   points,
 )
 from hetlora_jax.config import ConfigError
-from hetlora_jax.formats import hf_folder, peft
+from hetlora_jax.formats import gguf_adapter, hf_folder, peft
 from hetlora_jax.models import decoder
 from hetlora_jax.models.tokenizer import Tokenizer
 from hetlora_jax.run import Run
-from hetlora_jax.tools import export
+from hetlora_jax.tools import card, export
 from hetlora_jax.types import Lora
 from tests import programs
 
@@ -257,6 +261,143 @@ def test_methods_that_empty_adapters_start_from_a_residual(tmp_path):
     assert not start.adapters[t].b.any()
 
 
+# --- For llama.cpp ---------------------------------------------------------
+
+
+ARCHITECTURES = {
+  'llama': gguf.MODEL_ARCH.LLAMA,
+  'gemma3': gguf.MODEL_ARCH.GEMMA3,
+  'mistral': gguf.MODEL_ARCH.LLAMA,  # llama.cpp knows it as llama
+  'phi3': gguf.MODEL_ARCH.PHI3,  # has q, k and v in one matrix, and gate and up
+}
+
+
+@pytest.mark.parametrize('family', ARCHITECTURES)
+@pytest.mark.parametrize('dtype, error', [('float32', 1e-6), ('bfloat16', 2e-2)])
+def test_an_adapter_for_llama_cpp_has_its_names_and_rows(
+  tmp_path, family, dtype, error
+):
+  arch, base = ARCHITECTURES[family], GOLDEN / f'tiny_{family}'
+  if not base.exists():
+    base = families.write_folder(tmp_path / 'base', family)
+  shape = formats.hf_folder.open_checkpoint(base).config
+  dims = decoder.adapter_dims(shape, tuple(hf_folder.MATRICES))
+  rng = np.random.default_rng(0)
+  layers = {
+    t: [
+      Lora(rng.normal(size=(d_in, r)), rng.normal(size=(r, d_out)))
+      for r in rng.integers(1, 6, n)
+    ]
+    for t, (n, d_in, d_out) in dims.items()
+  }
+  layers = jax.tree.map(np.float32, layers)
+  gguf_adapter.write(tmp_path / 'a.gguf', layers, 1.7, shape, dtype)
+  file = gguf.GGUFReader(tmp_path / 'a.gguf')
+  assert file.fields['general.type'].contents() == 'adapter'
+  assert file.fields['adapter.type'].contents() == 'lora'
+  assert file.fields['general.architecture'].contents() == gguf.MODEL_ARCH_NAMES[arch]
+  alpha = file.fields['adapter.lora.alpha'].contents()
+  found = {x.name: gguf.quants.dequantize(x.data, x.tensor_type) for x in file.tensors}
+  names = gguf.get_tensor_name_map(arch, shape.num_layers)
+  heads = {'q': shape.num_heads, 'k': shape.num_kv_heads}
+  fused = hf_folder.FUSED.get(family, {})
+  want: dict[str, list] = {}  # name -> the rows of the matrices that are in it
+  for t in hf_folder.MATRICES:
+    for i, x in enumerate(layers[t]):
+      stem = f'{names.get_name(peft.module(t, i, fused))}.weight'
+      product = 1.7 * (x.a @ x.b).T
+      if (
+        arch == gguf.MODEL_ARCH.LLAMA and t in heads
+      ):  # LlamaModel.permute of llama.cpp
+        halves = product.reshape(heads[t], 2, -1, product.shape[1])
+        product = halves.swapaxes(1, 2).reshape(product.shape)
+      want.setdefault(stem, []).append(product)
+  assert len(found) == 2 * len(want)
+  for stem, products in want.items():
+    down, up = found[f'{stem}.lora_a'], found[f'{stem}.lora_b']
+    whole = np.concatenate(products)
+    got = alpha / len(down) * up @ down
+    assert np.abs(got - whole).max() <= error * np.abs(whole).max()
+
+
+def test_a_run_is_exported_for_llama_cpp(tmp_path):
+  x, state = _run(tmp_path / 'run')
+  out, about = _export(x, tmp_path, 'gguf')
+  assert [p.name for p in out.iterdir()] == ['adapter.gguf']
+  assert (about['format'], about['rank_max']) == ('gguf', 7)
+  file = gguf.GGUFReader(out / 'adapter.gguf')
+  found = {tensor.name: tensor.data for tensor in file.tensors}
+  got = (
+    1.7 * found['blk.1.ffn_down.weight.lora_b'] @ found['blk.1.ffn_down.weight.lora_a']
+  )
+  a, b = (f[1] for f in state.adapters['down'])
+  ratio = 7 / len(
+    found['blk.1.ffn_down.weight.lora_a']
+  )  # of alpha, of the largest rank
+  np.testing.assert_allclose(got.T * ratio, 1.7 * a @ b, rtol=1e-4, atol=1e-5)
+  large = {t: Lora(1e6 * f.a, f.b) for t, f in state.adapters.items()}
+  large = dataclasses.replace(state, adapters=large)
+  _save(tmp_path / 'large', x, large)
+  choice = export.Selection('gguf', dtype='float16')
+  with pytest.raises(ConfigError, match='float16 cannot hold: take bfloat16'):
+    export.write(Run(tmp_path / 'large'), tmp_path / 'none', choice)
+  assert not (tmp_path / 'none').exists()
+
+
+def test_an_adapter_of_scale_zero_adds_nothing(tmp_path):
+  layers = {'q': [Lora(np.ones((24, 2), np.float32), np.ones((2, 32), np.float32))]}
+  shape = formats.hf_folder.open_checkpoint(GOLDEN / 'tiny_llama').config
+  gguf_adapter.write(tmp_path / 'a.gguf', layers, 0.0, shape, 'float32')
+  file = gguf.GGUFReader(tmp_path / 'a.gguf')
+  assert file.fields['adapter.lora.alpha'].contents() != 0  # which would count as 1
+  assert not next(x for x in file.tensors if x.name.endswith('lora_b')).data.any()
+
+
+# --- The model card --------------------------------------------------------
+
+
+def _card(folder):
+  """Returns the card of a folder as huggingface_hub reads it, and its code."""
+  card = huggingface_hub.ModelCard.load(folder / 'README.md')
+  (code,) = re.findall(r'```python\n(.*?)```', card.text, re.DOTALL)
+  compile(code, 'README.md', 'exec')
+  return card, code
+
+
+def test_a_card_tells_what_was_trained_and_measured(tmp_path):
+  x, _ = _run(tmp_path / 'run', method='fedex')
+  rows = [
+    {'round': n, 'eval/seen/perplexity': 90.25 - n, 'eval/unseen/perplexity': 80.5 - n}
+    for n in (0, 2, 4)
+  ]
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (tmp_path / 'run' / 'metrics.jsonl').write_text(text)
+  out, about = _export(x, tmp_path)
+  card, code = _card(out)
+  assert card.data.library_name == 'peft' and card.data.base_model is None
+  assert card.data.license is None and 'lora' in card.data.tags
+  assert str(GOLDEN / 'tiny_llama') in code
+  for said in (
+    '`fedex` (FedEx-LoRA', '| rounds | 3, of 8', f'to {about["rank_max"]} |',
+    'kept from training | 90.25 | 88.25 |', 'never trained on | 80.50 | 78.50 |',
+    'after round 2 ', 'folded into the base', '| sent in | float32 |',
+  ):  # fmt: skip
+    assert said in card.text
+  assert '86.25' not in card.text  # of a round after the checkpoint
+  assert 'the global adapter, whole' not in card.text
+
+
+def test_a_card_names_the_base_on_the_hub_and_whose_part_it_is(tmp_path):
+  c = _config(data__name='synthetic').replace(**{'model.source': 'gemma3_270m'})
+  about = {'round': 3, 'rank_min': 4, 'rank_max': 4}
+  path = tmp_path / 'README.md'
+  base = export.HUB['gemma3_270m']
+  card.write(path, c, base, 'ab' * 32, about, [], 'the global one truncated to rank 4')
+  found, code = _card(tmp_path)
+  assert found.data.base_model == base and f'from_pretrained({base!r})' in code
+  assert 'rank 4.' in found.text and 'It has not been evaluated.' in found.text
+
+
 # --- Of whom ---------------------------------------------------------------
 
 
@@ -428,6 +569,7 @@ def _spoilt(tmp_path, change=None, weights=None):
   return folder
 
 
+HEAD = 'base_model.model.lm_head.lora_A.weight'
 NAME = 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
 
 
@@ -446,7 +588,12 @@ NAME = 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     ({}, lambda t: t | {NAME: t[NAME] * np.nan}, {}, 'not finite'),
     ({}, lambda t: t | {NAME: t[NAME][:, 1:]}, {}, 'have shapes'),
     ({}, lambda t: t | {NAME: t[NAME][:0]}, {}, 'empty'),
-    ({}, lambda t: t | {'more': t[NAME]}, {}, 'has the tensor more'),
+    ({}, lambda t: t | {NAME.replace('q_proj', 'g_proj'): t[NAME]}, {},
+     'has the tensor .*g_proj.* unlike config.lora.targets'),
+    ({}, lambda t: t | {HEAD: t[NAME]}, {},
+     f'has the tensor {HEAD}, which is not supported'),
+    ({}, lambda t: t | {'base_model.model.model.embed_tokens.weight': t[NAME]}, {},
+     'has the tensor base_model.*embed_tokens.weight, which is not supported'),
     ({}, None, {'lora__targets': ('q', 'v')}, 'has the tensor .*down_proj'),
     ({}, None, {'lora__targets': ('q', 'v', 'up', 'down')}, 'lacks the tensor'),
     ({}, None, {'federated__r_max': 2}, r'rank 3, above .*r_max=2'),
@@ -527,3 +674,49 @@ def test_folders_agree_with_peft_and_transformers(tmp_path, source, method):
     found = _difference(_theirs(tmp_path, model, extra, ids), ours)
     print(f'{source} {method} {model.name} {extra}: {found:.2e}')
     assert found <= 2e-3
+
+
+@pytest.mark.slow  # starts llama.cpp
+@pytest.mark.parametrize('method', ['hetlora', 'fedex'])
+@pytest.mark.parametrize('family, most', [('llama', 1e-4), ('gemma3', 2e-2)])
+def test_llama_cpp_computes_what_the_run_does(
+  tmp_path, monkeypatch, family, most, method
+):
+  """Gemma's difference is that of the base alone: a table of GELU in float16."""
+  if not (BENCH / 'done').exists():
+    pytest.skip('needs `make .venv-bench/done`')
+  monkeypatch.setenv('HETLORA_CACHE', str(tmp_path / 'cache'))
+  folder, base = GOLDEN / f'tiny_{family}', tmp_path / 'base.gguf'
+  llama_cpp.write_base(base, formats.load(folder, dtype=np.float32, cached=False))
+  x, state = _run(
+    tmp_path / 'run', method=method, model__source=str(base),
+    lora__targets=('q', 'k', 'v', 'o', 'gate', 'up', 'down'),
+  )  # fmt: skip
+  out, _ = _export(x, tmp_path, 'gguf')
+  plain = _ours(x, dataclasses.replace(state, adapters={}, residual={}))
+  for adapter, want in (('', plain), (out / 'adapter.gguf', _ours(x, state))):
+    subprocess.run(
+      [BENCH / 'bin' / 'python', ROOT / 'tests' / 'llama_cpp.py', str(base),
+       str(adapter), str(tmp_path / 'theirs.npy'), *map(str, IDS)],
+      check=True, capture_output=True,
+    )  # fmt: skip
+    found = np.abs(np.load(tmp_path / 'theirs.npy') - want).max()
+    print(f'{family} {method} {adapter and adapter.name}: {found:.2e}')
+    assert found < most
+  assert np.abs(want - plain).max() > 1
+
+
+@pytest.mark.slow  # loads torch
+def test_the_code_of_a_card_runs(tmp_path):
+  if not (BENCH / 'done').exists():
+    pytest.skip('needs `make .venv-bench/done`')
+  x, _ = _run(tmp_path / 'run')
+  out, _ = _export(x, tmp_path)
+  base, _ = _export(x, tmp_path, 'base')
+  _, code = _card(out)
+  code = code.replace(str(GOLDEN / 'tiny_llama'), str(base))
+  done = subprocess.run(
+    [BENCH / 'bin' / 'python', '-c', code], cwd=out, check=True, capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert 'Hello' in done.stdout

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # A module may import from groups before its own, and from its own.
 ORDER = [
   ['types'],
-  ['prng', 'lora', 'files', 'optimizers'],
+  ['prng', 'lora', 'wire', 'files', 'optimizers'],
   ['fields', 'ranks', 'models', 'methods'],
   ['client', 'server', 'diagnostics', 'robust'],
   ['rounds', 'sharding', 'heldout'],

@@ -378,7 +378,7 @@ def test_a_client_of_another_scale_receives_the_same_product(overrides):
     **overrides,
   )  # fmt: skip
   server = client.global_adapters(run.rules, state, run.hyper)
-  view, _ = client.sent_to(run.rules, state, run.hyper, 2)  # rank 5
+  view, _ = client.share_of(run.rules, state, run.hyper, 2)  # rank 5
   assert float(view.scale) == pytest.approx(quadratic.SCALE / 5)
   assert float(server.scale) == pytest.approx(quadratic.SCALE / 9)
   sent = lora.deltas(view.adapters, view.scale)

@@ -67,6 +67,10 @@ def _of_method(method: str) -> str:
   return f'{_THREE_ROUNDS}[{method}]'
 
 
+def _on_wire(method: str) -> str:
+  return f'reference_test.py::test_a_wire_rounds_where_numpy_does[{method}]'
+
+
 MUTATIONS = tuple(Mutation(*row) for row in [
   # What a client receives.
   ('methods/distribution', 'View(lora.truncate(adapters, masks), masks, scale)',
@@ -161,8 +165,7 @@ MUTATIONS = tuple(Mutation(*row) for row in [
    '(u * sigma[:, None]) @ v', _of_method('florist')),
   ('methods/redistribution', 'out[t], fold[t] = x, error()[t]',
    'out[t], fold[t] = x, 0 * error()[t]', _of_method('fedex')),
-  ('methods/redistribution', 'whole - server.scale * (out[t].a @ out[t].b)',
-   'whole - (out[t].a @ out[t].b)',
+  ('methods/redistribution', 'Lora(whole.a[..., slots:], whole.b[:, slots:])', 'whole',
    'reference_test.py::test_what_does_not_fit_into_the_adapters_is_folded'),
   ('methods/redistribution', 'Redistributed(_emptied(server.adapters), deltas, {})',
    'Redistributed(server.adapters, deltas, {})', _IDENTITY),
@@ -179,7 +182,7 @@ MUTATIONS = tuple(Mutation(*row) for row in [
    _of_method('raflora')),
   ('client', 'norm=lora.delta_norms(adapters, view.scale)',
    'norm=lora.delta_norms(adapters, 1.0)', _UNEQUAL),
-  ('client', 'x._replace(**memory.personal[t])', 'x', _of_method('local_only')),
+  ('client', 'x._replace(**kept[t])', 'x', _of_method('local_only')),
   ('client', 'lambda x: client.share * x', 'lambda x: x',
    _of_method('full_finetuning')),
   ('client', 'adapters = lora.truncate(trained.adapters, mask)',
@@ -202,7 +205,7 @@ MUTATIONS = tuple(Mutation(*row) for row in [
    f'{_UNTRAINED}[hetlora-momentum]'),
   ('rounds', 'found.memory, cohort.client_id, reports_C)',
    'found.memory, cohort.client_id, cohort.num_examples > 0)', _DROPS_OUT),
-  ('rounds', '  base = lora.fold(base, state.residual)\n', '',
+  ('rounds', '  base = lora.fold(base, rules.wire.base_down(state.residual))\n', '',
    _of_method('full_finetuning')),
   ('rounds', 'lora.add(state.residual | stepped.change, new.fold)',
    'state.residual | stepped.change | new.fold', _of_method('flora')),
@@ -213,8 +216,25 @@ MUTATIONS = tuple(Mutation(*row) for row in [
   ('methods/distribution', 'return 0 * rank_CM + r_max', 'return rank_CM', _BYTES),
   ('methods/redistribution', 'rank_CM.sum(0) - rank_CM.max(0, initial=0)',
    'rank_CM.sum(0)', _STACKS),
-  ('methods/traffic', "np.minimum(rank_M * _sizes(dims, 'ab'), whole)", 'whole',
+  ('methods/traffic', "np.minimum(rank_M * _sizes(dims, 'ab', each), whole)", 'whole',
    _BYTES),
+  # What the wire rounds.
+  ('wire', 'else server + told', 'else start + told', _on_wire('hetlora')),
+  ('wire', '(change + before) * mask', 'change + before',
+   'wire_test.py::test_a_factor_that_rests_is_not_corrected'),
+  ('wire', 'now if fresh else now - start', 'now - start', _on_wire('flora')),
+  ('build', 'down=() if fresh else tuple(f for f in up if not known[f])', 'down=up',
+   _on_wire('ffa_lora')),
+  ('build', "up = tuple(f for f in 'ab' if f not in own)", "up = ('a', 'b')",
+   _on_wire('fedsa_lora')),
+  ('build', "None if 'pools data' in config.traits else kind.round", 'kind.round',
+   _on_wire('centralized')),
+  ('rounds', 'rules.wire.base_down(state.residual)', 'state.residual',
+   _on_wire('full_finetuning')),
+  ('client', '_prune(rules, exact.adapters', '_prune(rules, view.adapters',
+   _on_wire('hetlora')),
+  ('methods/redistribution', 'rest = on_wire(Lora(', 'rest = (Lora(',
+   _on_wire('fedmomentum')),
   # How clients step.
   ('client', 'lambda x: count * x, grads', 'lambda x: 1.0 * x, grads',
    'knobs_test.py::test_batches_that_are_added_up_are_one[hetlora]'),

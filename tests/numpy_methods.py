@@ -29,6 +29,8 @@ class Setup:
   fresh: object  # (round, who) -> {(t, layer): A [d_in, R]}
   chosen: object  # (round, who) -> {(t, layer): slots}
   prefix: object  # (round, who, step) -> rank
+  wire: object = None  # (values, axis of a vector) -> rounded; None: all arrives
+  feedback: bool = False  # whether clients remember what rounding took
 
 
 @dataclasses.dataclass
@@ -39,7 +41,9 @@ class State:
   residual: dict
   rank: list
   base: dict
+  start: dict  # the base before the first round
   personal: dict = dataclasses.field(default_factory=dict)
+  lost: dict = dataclasses.field(default_factory=dict)  # (who, key, 0 or 1) -> [.., R]
   round: int = 0
 
 
@@ -75,6 +79,49 @@ def gradient(weight, batches, key, step):
 
 
 def train(
+  state, setup, who, batches, sent, scale, *, shared='ab', fixed='', fresh=False,
+  places=None, **options,
+):  # fmt: skip
+  """Runs a client between the wire's two ways; returns what the server has of it.
+
+  The server sends its factors, and adds the change that comes back to its own.
+
+  Args:
+    shared: factors that are sent at all.
+    fixed: those that everybody knows without.
+    fresh: whether the client drew its own, so that it sends them, not their change.
+    places: {key: the slots of R that its columns are}; None: the first.
+  """
+  q = setup.wire or (lambda x, axis: x)
+
+  def arrives(x, f, axis):
+    down = f in shared and f not in fixed and not fresh
+    return q(x, axis) if down else x
+
+  start = {k: (arrives(a, 'a', 0), arrives(b, 'b', 1)) for k, (a, b) in sent.items()}
+  trained = local_steps(state, setup, batches, start, scale, **options)
+  out = {}
+  for k, now in trained.items():
+    out[k] = list(now)
+    for i, f in enumerate('ab'):
+      if f not in shared or not options.get(f'train_{f}', True):
+        out[k][i] = now[i] if f not in shared else sent[k][i]
+        continue
+      change = now[i] if fresh else now[i] - start[k][i]
+      told = np.zeros_like(change)
+      lost = state.lost.setdefault((who, k, i), {})  # slot -> what was lost of it
+      for column in options.get('slots', {k: range(change.shape[1 - i])})[k]:
+        slot = column if places is None else places[k][column]
+        at = (slice(None), column) if i == 0 else column
+        wanted = change[at] + (lost.get(slot, 0) if setup.feedback else 0)
+        told[at] = q(wanted, 0)
+        lost[slot] = wanted - told[at]
+      out[k][i] = told if fresh else sent[k][i] + told
+    out[k] = tuple(out[k])
+  return out
+
+
+def local_steps(
   state, setup, batches, sent, scale, *,
   train_a=True, train_b=True, slots=None, kept=None, mu=0.0, prefix=None,
 ):  # fmt: skip
@@ -160,8 +207,8 @@ def homogeneous(state, cohort, setup, **options):
   """Trains everybody at rank R; returns [(examples, R, adapters)]."""
   scale = setup.scale(setup.slots)
   return [
-    (n, setup.slots, train(state, setup, b, state.adapters, scale, **options))
-    for _, n, b in clients(cohort)
+    (n, setup.slots, train(state, setup, who, b, state.adapters, scale, **options))
+    for who, n, b in clients(cohort)
   ]
 
 
@@ -178,7 +225,7 @@ def fedprox(state, cohort, setup):
 
 def ffa_lora(state, cohort, setup):
   """FFA-LoRA (Sun et al., 2024, arXiv 2403.12313): A is never trained."""
-  fedit(state, cohort, setup, train_a=False)
+  fedit(state, cohort, setup, train_a=False, fixed='a')
 
 
 def rolora(state, cohort, setup):
@@ -206,7 +253,7 @@ def fedsa_lora(state, cohort, setup):
       k: (a, own[k][1] if own else np.zeros_like(b))
       for k, (a, b) in state.adapters.items()
     }
-    state.personal[who] = train(state, setup, batches, sent, scale)
+    state.personal[who] = train(state, setup, who, batches, sent, scale, shared='a')
     got.append((n, state.personal[who]))
   total = sum(n for n, _ in got)
   state.adapters = {
@@ -220,21 +267,25 @@ def local_only(state, cohort, setup):
   for who, _, batches in clients(cohort):
     r = state.rank[who]
     sent = state.personal.get(who) or first(state.adapters, r)
-    state.personal[who] = train(state, setup, batches, sent, setup.scale(r))
+    state.personal[who] = train(
+      state, setup, who, batches, sent, setup.scale(r), shared=''
+    )
 
 
 def full_finetuning(state, cohort, setup):
   """FedAvg (McMahan et al., 2017, arXiv 1602.05629) on the base itself."""
-  total = sum(n for _, n, _ in clients(cohort))
+  q, total = setup.wire or (lambda x, axis: x), sum(n for _, n, _ in clients(cohort))
   change = {t: np.zeros_like(w) for t, w in state.base.items()}
   for _, n, batches in clients(cohort):
-    own = {t: w.copy() for t, w in state.base.items()}
+    told = {t: q(w - state.start[t], -1) for t, w in state.base.items()}
+    begin = {t: state.start[t] + w for t, w in told.items()}
+    own = {t: w.copy() for t, w in begin.items()}
     for step in steps(batches):
       for t, w in own.items():
         for layer in range(len(w)):
           w[layer] -= setup.rate * gradient(w[layer], batches, (t, layer), step)
     for t, w in own.items():
-      change[t] += n / total * (w - state.base[t])
+      change[t] += n / total * q(w - begin[t], -1)
   state.base = {t: w + change[t] for t, w in state.base.items()}
 
 
@@ -250,7 +301,7 @@ def truncated(state, cohort, setup, prefix=None):
     if prefix is not None:
       of_step = lambda step, who=who: prefix(state.round, who, step)  # noqa: E731
     sent = first(state.adapters, r)
-    trained = train(state, setup, batches, sent, setup.scale(r), prefix=of_step)
+    trained = train(state, setup, who, batches, sent, setup.scale(r), prefix=of_step)
     got.append((n, r, trained))
   return got
 
@@ -280,7 +331,7 @@ def hetlora(state, cohort, setup):
     r = state.rank[who]
     kept, scale = math.floor(round(setup.gamma * r, 6)), setup.scale(r)
     sent = first(state.adapters, r)
-    trained = train(state, setup, batches, sent, scale, kept=kept)
+    trained = train(state, setup, who, batches, sent, scale, kept=kept)
 
     def tail(adapters, kept=kept):
       return sum(
@@ -303,7 +354,7 @@ def fed_plora(state, cohort, setup):
   got = []
   for who, n, batches in clients(cohort):
     slots, scale = setup.chosen(state.round, who), setup.scale(state.rank[who])
-    trained = train(state, setup, batches, state.adapters, scale, slots=slots)
+    trained = train(state, setup, who, batches, state.adapters, scale, slots=slots)
     got.append((n, slots, trained))
   for k, (a, b) in list(state.adapters.items()):
     new_a, new_b = a.copy(), b.copy()
@@ -323,7 +374,8 @@ def fslora(state, cohort, setup):
     slots, r = setup.chosen(state.round, who), state.rank[who]
     sent = {k: (a[:, slots[k]], b[slots[k]]) for k, (a, b) in state.adapters.items()}
     scale = setup.scale(r) * setup.slots / r
-    got.append((n, slots, sent, train(state, setup, batches, sent, scale)))
+    trained = train(state, setup, who, batches, sent, scale, places=slots)
+    got.append((n, slots, sent, trained))
   total = sum(n for n, *_ in got)
   for k, (a, b) in list(state.adapters.items()):
     new_a, new_b = a.copy(), b.copy()
@@ -371,7 +423,7 @@ def products(state, cohort, setup, owners_only):
     scale = setup.scale(r)
     move = math.sqrt(server_scale / scale)
     sent = {k: (move * a, move * b) for k, (a, b) in first(state.adapters, r).items()}
-    got.append((n, r, scale, train(state, setup, batches, sent, scale)))
+    got.append((n, r, scale, train(state, setup, who, batches, sent, scale)))
   total, highest = sum(n for n, *_ in got), max(r for _, r, *_ in got)
   out = {}
   for k, (a, b) in state.adapters.items():
@@ -404,7 +456,15 @@ def fedmomentum(state, cohort, setup):
     state.adapters[k] = refactor(delta, scale, state.adapters[k], setup.slots)
     u, sigma, v = svd(delta)
     rest = slice(setup.slots, energy_rank(sigma, setup.energy))
-    state.residual[k] = state.residual[k] + (u[:, rest] * sigma[rest]) @ v[rest]
+    state.residual[k] = state.residual[k] + as_sent(
+      setup, u[:, rest] * sigma[rest], v[rest]
+    )
+
+
+def as_sent(setup, a, b):
+  """Returns the product of factors that the server made and sends."""
+  q = setup.wire or (lambda x, axis: x)
+  return q(a, 0) @ q(b, 1) if a.size else a @ b
 
 
 def stacked(state, cohort, setup):
@@ -417,7 +477,7 @@ def stacked(state, cohort, setup):
       k: (fresh[k][:, :r], np.zeros((r, b.shape[1])))
       for k, (_, b) in state.adapters.items()
     }
-    trained = train(state, setup, batches, sent, setup.scale(r))
+    trained = train(state, setup, who, batches, sent, setup.scale(r), fresh=True)
     for k, (a, b) in trained.items():
       out[k] += n / total * setup.scale(r) * a @ b
   return out
@@ -434,7 +494,7 @@ def florist(state, cohort, setup):
   for k, delta in stacked(state, cohort, setup).items():
     u, sigma, v = svd(delta)
     p = energy_rank(sigma, setup.energy)
-    state.residual[k] = state.residual[k] + (u[:, :p] * sigma[:p]) @ v[:p]
+    state.residual[k] = state.residual[k] + as_sent(setup, u[:, :p] * sigma[:p], v[:p])
 
 
 METHODS = {
@@ -454,6 +514,7 @@ def run(method, adapters, rank, base, cohorts, setup):
     residual={k: np.zeros((a.shape[0], b.shape[1])) for k, (a, b) in adapters.items()},
     rank=list(rank),
     base={t: np.asarray(w, np.float64) for t, w in base.items()},
+    start={t: np.asarray(w, np.float64) for t, w in base.items()},
   )  # fmt: skip
   for cohort in cohorts:
     METHODS[method](state, cohort, setup)

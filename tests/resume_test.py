@@ -266,6 +266,19 @@ def test_a_run_goes_on_on_another_layout(layouts, tmp_path):
   assert_agree(*(newest_state(longer, tmp_path / n) for n in 'ab'))
 
 
+def test_what_rounding_took_is_remembered_when_a_run_goes_on(tmp_path):
+  """A run on a wire that rounds, broken off and continued, ends to the bit."""
+  whole = small_config(
+    communication__wire_dtype='int8', communication__error_feedback=True
+  )
+  training.train(_with(whole, {'federated__num_rounds': 2}), tmp_path / 'a')
+  for place in 'ab':
+    training.train(whole, tmp_path / place)
+  one, other = (newest_state(whole, tmp_path / place) for place in 'ab')
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  assert all(x.any() for x in jax.tree.leaves(one.memory.personal))
+
+
 def _with(c, fields):
   raw = ml_collections.ConfigDict(config.to_dict(c))
   raw.update_from_flattened_dict({k.replace('__', '.'): v for k, v in fields.items()})

@@ -280,5 +280,5 @@ def test_a_clipped_gradient_moves_a_client_no_further_than_its_steps():
 
 def received(run):
   """Returns what client 1 trains from: adapters, view and rank."""
-  view, _ = client.sent_to(run.rules, run.state, run.hyper, jnp.int32(1))
+  view, _ = client.share_of(run.rules, run.state, run.hyper, jnp.int32(1))
   return Trained(view.adapters, {}), view, run.state.memory.rank[1]

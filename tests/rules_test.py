@@ -159,7 +159,7 @@ def test_bytes_follow_the_papers_formulas(method, round, up, down, trained):
   one = {t: np.ones(2, int) for t in DIMS}
   folded = one if method in ('florist', 'fedmomentum') else {}
   got = traffic.of_round(
-    rules, DIMS, 1000, round=round, r_max=9, sent_CG=rank, kept_CG=rank,
+    rules, DIMS, (1000, 40), round=round, r_max=9, sent_CG=rank, kept_CG=rank,
     fold_rank=folded,
   )  # fmt: skip
   assert got == (trained, up, down)
@@ -169,7 +169,7 @@ def test_who_drops_out_receives_and_trains_but_sends_nothing():
   rules = registry.rules_of('hetlora')
   rank = np.array([[3], [5]])
   got = traffic.of_round(
-    rules, DIMS, 1000, round=0, r_max=9, sent_CG=rank, kept_CG=rank[1:] - 1,
+    rules, DIMS, (1000, 40), round=0, r_max=9, sent_CG=rank, kept_CG=rank[1:] - 1,
     fold_rank={},
   )  # fmt: skip
   assert got == (8 * 44, 4 * 44, 8 * 44)
@@ -185,11 +185,11 @@ def test_stacks_are_sent_as_factors_while_they_are_small():
   rules = registry.rules_of('flora')
   rank = np.array([[3], [5]])
   got = traffic.of_round(
-    rules, dims, 0, round=0, r_max=9, sent_CG=rank, kept_CG=rank, fold_rank={}
+    rules, dims, (0, 0), round=0, r_max=9, sent_CG=rank, kept_CG=rank, fold_rank={}
   )
   assert got.down == 2 * 120 * 8
   residual = traffic.of_round(
-    registry.rules_of('fedex'), dims, 0, round=0, r_max=9,
+    registry.rules_of('fedex'), dims, (0, 0), round=0, r_max=9,
     sent_CG=rank, kept_CG=rank, fold_rank={},
   )  # fmt: skip
   assert residual.down == 120 * 8 + 2 * 120 * 3  # (K - 1) r of the smaller
@@ -314,12 +314,12 @@ def test_a_rule_that_does_not_state_what_it_sends_makes_bytes_unknown():
     ('trainable', (None, None, None)),
   ):
     silent = dataclasses.replace(rules[role], name='mine', traffic=None)
-    got = traffic.of_round(rules | {role: silent}, DIMS, 1000, **about)
+    got = traffic.of_round(rules | {role: silent}, DIMS, (1000, 40), **about)
     assert got == unknown
   # The same rule under another name states the same.
   renamed = dataclasses.replace(rules['redistribution'], name='mine')
-  got = traffic.of_round(rules | {'redistribution': renamed}, DIMS, 1000, **about)
-  assert got == traffic.of_round(rules, DIMS, 1000, **about)
+  got = traffic.of_round(rules | {'redistribution': renamed}, DIMS, (1000, 40), **about)
+  assert got == traffic.of_round(rules, DIMS, (1000, 40), **about)
 
 
 def test_a_declaration_with_an_unknown_trait_role_or_space_is_refused():
@@ -350,6 +350,6 @@ def test_clients_that_keep_their_a_send_b_alone():
   rules |= {'personal': registry.ROLES['personal']['a']}
   rank = np.array([[9], [9]])
   got = traffic.of_round(
-    rules, DIMS, 1000, round=0, r_max=9, sent_CG=rank, kept_CG=rank, fold_rank={}
+    rules, DIMS, (1000, 40), round=0, r_max=9, sent_CG=rank, kept_CG=rank, fold_rank={}
   )
   assert got == (18 * 44, 18 * 16, 18 * 16)

@@ -22,8 +22,8 @@ from hetlora_jax.formats import layout
 from hetlora_jax.models.decoder import TARGETS, DecoderConfig
 from hetlora_jax.models.tokenizer import Tokenizer
 
-# Architectures, which are families; Mistral is written as llama.
-FAMILIES = tuple(family for family in layout.FAMILIES if family != 'mistral')
+WRITTEN_AS = {'mistral': 'llama'}  # the other architectures are families
+FAMILIES = tuple(family for family in layout.FAMILIES if family not in WRITTEN_AS)
 # Those of which llama.cpp's converter interleaves the halves of q's and k's heads.
 INTERLEAVED = ('llama', 'smollm3')
 NAMES = {
@@ -69,6 +69,16 @@ AGAIN = 'fetch it again'
 CONVERT = 'fetch it again, or convert the model again with a newer llama.cpp'
 
 
+def architecture(family: str) -> str:
+  """Returns llama.cpp's name for a family."""
+  return WRITTEN_AS.get(family, family)
+
+
+def names(config: DecoderConfig) -> dict[str, str]:
+  """Returns the names of tensors, of a layer's with a place for its number."""
+  return NAMES | (FUSED if config.family == 'phi3' else {})
+
+
 def open_checkpoint(path: pathlib.Path) -> layout.Checkpoint:
   """Opens a GGUF file; raises ValueError if it is not one we can read."""
   file = read(path)
@@ -79,10 +89,10 @@ def open_checkpoint(path: pathlib.Path) -> layout.Checkpoint:
   return layout.Checkpoint(
     path=path,
     config=config,
-    names=NAMES | (FUSED if config.family == 'phi3' else {}),
+    names=names(config),
     tensors=file.tensors,
     read=lambda name: _dequantized(path, name, file.tensors[name]),
-    repair=_unpermute(config),
+    repair=repairing(config),
     tokenizer=tokenizer,
   )
 
@@ -211,7 +221,7 @@ def _dequantized(path: pathlib.Path, name: str, tensor: Tensor) -> np.ndarray:
     raise files.unsupported(what, kind, 'requantize it, to Q8_0 for example') from error
 
 
-def _unpermute(config: DecoderConfig) -> Callable[[str, np.ndarray], np.ndarray]:
+def repairing(config: DecoderConfig) -> Callable[[str, np.ndarray], np.ndarray]:
   """Puts the halves of llama's heads, interleaved by GGUF, back apart."""
   heads = {'q': config.num_heads, 'k': config.num_kv_heads}
 

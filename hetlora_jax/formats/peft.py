@@ -10,7 +10,7 @@ import collections
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,8 +58,8 @@ def write(
   is exact in float64 for a scale of float32. Those of matrices that are one in
   transformers become one, of the ranks' sum: A beside A, B in blocks.
   """
-  tensors, rank = {}, {}
-  for name, x in _by_module(layers, c).items():
+  fused, tensors, rank = FUSED.get(c.family, {}), {}, {}
+  for name, x in joined(layers, c, lambda t, i: module(t, i, fused)).items():
     rank[name] = x.a.shape[-1]
     tensors[f'{PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(x.a.T)
     tensors[f'{PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(x.b.T)
@@ -67,22 +67,28 @@ def write(
   hf_folder.write_tensors(folder / WEIGHTS, tensors)
 
 
-def _by_module(layers: Layers, c: DecoderConfig) -> dict[str, Lora]:
-  """Returns an adapter for each matrix of transformers."""
-  fused, parts = FUSED.get(c.family, {}), collections.defaultdict(dict)
+def joined(
+  layers: Layers, c: DecoderConfig, name: Callable[[str, int], str]
+) -> dict[str, Lora]:
+  """Returns an adapter for each name that (target, layer) have in a format.
+
+  Targets of one name are parts of one matrix, whose columns are theirs in order.
+  """
+  parts, dims = collections.defaultdict(dict), matrix_dims(c)
   for target, factors in layers.items():
     for i, x in enumerate(factors):
-      parts[module(target, i, fused)][target] = x
+      parts[i, name(target, i)][target] = x
   found = {}
-  for name, own in parts.items():
-    together = [t for t, end in fused.items() if name.endswith(end)] or [*own]
-    widths = np.cumsum([0] + [matrix_dims(c)[t][1] for t in together])
-    blocks = []
-    for t, start, end in zip(together, widths, widths[1:], strict=False):
-      if t in own:  # one without an adapter stays as it is
-        blocks.append(np.pad(own[t].b, ((0, 0), (start, widths[-1] - end))))
+  for (i, whole), own in parts.items():
+    together = [t for t in dims if name(t, i) == whole]
+    ends = np.cumsum([dims[t][1] for t in together])
+    blocks = [
+      np.pad(own[t].b, ((0, 0), (end - dims[t][1], ends[-1] - end)))
+      for t, end in zip(together, ends, strict=True)
+      if t in own  # one without an adapter stays as it is
+    ]
     a = np.concatenate([own[t].a for t in together if t in own], 1)
-    found[name] = Lora(a, np.concatenate(blocks))
+    found[whole] = Lora(a, np.concatenate(blocks))
   return found
 
 
@@ -178,7 +184,11 @@ def _found(folder: pathlib.Path) -> set[str]:
     remedy = 'save the adapter again with safe_serialization=True'
     raise files.unsupported(folder, what, remedy)
   with hf_folder.open_file(path) as file:
-    return set(file.offset_keys())
+    found = set(file.offset_keys())
+  for name in sorted(name for name in found if 'layers.' not in name):
+    remedy = 'train matrices of layers alone, or merge it and give that as model.source'
+    raise files.unsupported(path, f'has the tensor {files.short(name)}', remedy)
+  return found
 
 
 def _names(

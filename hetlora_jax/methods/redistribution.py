@@ -141,12 +141,12 @@ def fold_all(
   return Redistributed(_emptied(server.adapters), deltas, {})
 
 
-def _best(delta: Array, share: Array) -> tuple[Array, Array]:
-  """Returns the approximation that keeps a share of energy, and its rank."""
+def _best(delta: Array, share: Array) -> tuple[Lora, Array]:
+  """Returns the best factors that keep a share of energy, and their rank."""
   u, sigma, v = _svd(delta)
   rank = lora.energy_rank(sigma**2, share)
   mask = lora.prefix_mask(rank, sigma.shape[-1])
-  return (u * (sigma * mask)[:, None]) @ v, rank
+  return Lora(u * (sigma * mask)[:, None], v), rank
 
 
 @rule(
@@ -159,6 +159,8 @@ def energy(
   error: Error,
   server: Server,
   hyper: Hyperparameters,
+  *,
+  on_wire: Callable[[Lora], Lora],
 ) -> Redistributed:
   """Folds the fewest directions with enough energy (FLoRIST, 2506.09199)."""
   del error
@@ -166,7 +168,8 @@ def energy(
     t: _best(delta, hyper.energy)
     for t, delta in _products(aggregate, server.scale).items()
   }
-  fold = {t: delta for t, (delta, _) in best.items()}
+  sent = {t: on_wire(x) for t, (x, _) in best.items()}
+  fold = {t: x.a @ x.b for t, x in sent.items()}
   rank = {t: rank for t, (_, rank) in best.items()}
   return Redistributed(_emptied(server.adapters), fold, rank)
 
@@ -189,6 +192,8 @@ def fold_residual(
   error: Error,
   server: Server,
   hyper: Hyperparameters,
+  *,
+  on_wire: Callable[[Lora], Lora],
 ) -> Redistributed:
   """Folds what the adapters cannot hold into the base.
 
@@ -204,8 +209,7 @@ def fold_residual(
     out[t] = _refactor(x, server.adapters[t], server.scale, 0.5)
     whole, whole_rank = _best(x, hyper.energy)
     slots = out[t].a.shape[-1]
-    more = (whole_rank > slots)[:, None, None]
-    rest = whole - server.scale * (out[t].a @ out[t].b)
-    fold[t] = jnp.where(more, rest, 0)
+    rest = on_wire(Lora(whole.a[..., slots:], whole.b[:, slots:]))
+    fold[t] = rest.a @ rest.b
     rank[t] = jnp.maximum(whole_rank - slots, 0)
   return Redistributed(out, fold, rank)

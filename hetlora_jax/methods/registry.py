@@ -20,6 +20,7 @@ TRAITS = {
   'truncates': 'the rank of a client decides which slots it receives',
   'all slots': 'every client has all r_max slots',
   'fresh factors': 'clients draw their own A',
+  'fixed A': 'A stays as it was drawn, and is never sent',
   'tail': 'it looks at the tail of an adapter, the slots from gamma r on',
   'own ranks': 'it trains clients of different ranks differently',
   'trains base': 'clients train the base model; there are no adapters',
@@ -265,6 +266,12 @@ def rules_of(method: str) -> dict[str, Rule]:
 def traits_of(rules: Mapping[str, Rule]) -> frozenset[str]:
   """Returns the traits of all rules of a method together."""
   return frozenset().union(*(r.traits for r in rules.values()))
+
+
+def power_of_a(rules: Mapping[str, Rule]) -> float | None:
+  """Returns the power of singular values that A takes; None if factors stay theirs."""
+  split = rules['redistribution'].power_a
+  return split('product space' in traits_of(rules)) if split else None
 
 
 def conflicts(rules: Mapping[str, Rule]) -> Iterator[tuple[Rule, str]]:

@@ -27,7 +27,7 @@ def mask(round: Array, masks: Masks) -> Adapters:
   return lora.slot_masks(masks)
 
 
-@rule('trainable', traffic=lambda round: 'b')
+@rule('trainable', traits=['fixed A'], traffic=lambda round: 'b')
 def b_only(round: Array, masks: Masks) -> Adapters:
   """Keeps A as it was drawn (FFA-LoRA, arXiv 2403.12313)."""
   return {t: Lora(0 * x.a, x.b) for t, x in both(round, masks).items()}

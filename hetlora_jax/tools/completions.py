@@ -160,7 +160,7 @@ def own_adapters(rules: Rules, state: ServerState, hyper: Hyperparameters, clien
   """Returns what a round would send to each: factors [L, B, ...], [B, 1, 1]."""
 
   def one(client_id):
-    view, _ = client.sent_to(rules, state, hyper, client_id)
+    view = client.sent_to(rules, state, hyper, client_id)
     return view.adapters, view.scale
 
   adapters, scale = jax.vmap(one)(client_B)

@@ -212,7 +212,7 @@ def compile_for(configs: Sequence[Config], chip: str) -> Report:
   at_once, clients = build.clients_at_once(config)
   return Report(
     model=config.model.source,
-    parameters=experiment.base_parameters(x.experiment),
+    parameters=experiment.base_size(x.experiment)[0],
     dtype=x.identity['dtype'],
     mesh=dict(x.experiment.mesh.shape),
     compiler=compiler,

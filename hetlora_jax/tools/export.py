@@ -1,7 +1,7 @@
-"""Takes a run's adapters out: a PEFT folder, or a whole model of transformers.
+"""Takes a run's adapters out: for PEFT, llama.cpp, or as a whole model of transformers.
 
-What a method folded into the base is part of either: a merged model has it, and
-a PEFT adapter holds the sum of both, factored anew.
+What a method folded into the base is part of each: a merged model has it, and
+an adapter holds the sum of both, factored anew.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hetlora_jax.formats import hf_folder, peft
 from hetlora_jax.methods import distribution
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run
+from hetlora_jax.tools import card
 from hetlora_jax.types import (
   Deltas,
   Hyperparameters,
@@ -39,8 +40,8 @@ from hetlora_jax.types import (
   View,
 )
 
-FORMATS = ('peft', 'merged', 'base')
-DTYPES = ('float32', 'bfloat16')
+FORMATS = ('peft', 'gguf', 'merged', 'base')
+DTYPES = ('float32', 'bfloat16', 'float16')
 # What transformers would load for a PEFT folder; the nearest on the Hub.
 HUB = {
   'gemma3_270m': 'google/gemma-3-270m',
@@ -52,9 +53,16 @@ class Selection(NamedTuple):
   """What to write: the global adapters, unless a rank or a person is named."""
 
   format: str  # of FORMATS
-  dtype: str = 'float32'  # of a whole model
+  dtype: str = 'float32'  # of a whole model, or for llama.cpp
   rank: int | None = None
   client: str | None = None
+
+  @property
+  def part(self) -> str:
+    """Says which part of the global adapters is meant; '' for all."""
+    if self.client is not None:
+      return f'what client {self.client!r} would be sent'
+    return '' if self.rank is None else f'the global one truncated to rank {self.rank}'
 
 
 def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
@@ -73,24 +81,39 @@ def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
   done, state = run.newest(x, any_dtype=not drawn)
   server = _select(x, state, selection)
   with _whole(out) as folder:
-    if selection.format == 'peft':
-      about = _write_peft(folder, x.experiment, state.residual, server)
+    if selection.format in ('peft', 'gguf'):
+      about = _write_adapter(folder, x.experiment, state.residual, server, selection)
     else:
       about = _write_model(folder, x.experiment, state.residual, server, selection)
-  return {'out': str(out), 'round': done} | about
+    about = {'out': str(out), 'round': done} | about
+    if selection.format == 'peft':
+      card.write(
+        folder / card.NAME,
+        x.config,
+        _base_of(x.config.model.source),
+        x.identity['sha256'],
+        about,
+        [row for row in run.history if row['round'] <= done],
+        selection.part,
+      )
+  return about
 
 
 def _check(run: Run, out: pathlib.Path, selection: Selection) -> None:
   """Raises ConfigError for what can be told before anything is loaded."""
   if run.model and not run.model.decoder:
     raise ConfigError(
-      'a model of your own has no layout that PEFT or transformers know: take its '
+      'a model of your own has no layout that PEFT, llama.cpp or transformers know: take its '
       'adapters from `Run.newest`.'
     )
   free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
   if not free:
     raise ConfigError(f'--out={out} exists: name another or an empty folder.')
   run.check_saved()
+  if selection.dtype == 'float16' and selection.format != 'gguf':
+    raise ConfigError(
+      f'--dtype=float16 is for --format=gguf, not {selection.format}: take bfloat16.'
+    )
   rank, r_max = selection.rank, run.config.federated.r_max
   if rank is not None and not 1 <= rank <= r_max:
     raise ConfigError(f'--rank={rank} must be in 1..federated.r_max={r_max}.')
@@ -118,7 +141,7 @@ def _select(x: Points, state: ServerState, selection: Selection) -> Server:
     )
   if of_client is not None:
     who = _number(x.experiment, of_client)
-    view, _ = client.sent_to(rules, state, hyper, who)
+    view = client.sent_to(rules, state, hyper, who)
   else:
     view = _sent_to_rank(rules, state, hyper, rank)
   return jax.device_get(Server(view.adapters, view.scale))
@@ -135,7 +158,7 @@ def _sent_to_rank(
     personal={t: {} for t in state.adapters},
   )
   rules = dataclasses.replace(rules, distribute=distribution.prefix, personal=())
-  view, _ = client.sent_to(rules, state, hyper, 0, memory)
+  view, _ = client.share_of(rules, state, hyper, 0, memory)
   return view
 
 
@@ -151,33 +174,52 @@ def _number(x: Experiment, client_id: str | None) -> int:
   )
 
 
-# --- PEFT ------------------------------------------------------------------
+# --- An adapter ------------------------------------------------------------
 
 
-def _write_peft(
-  folder: pathlib.Path, x: Experiment, residual: Deltas, server: Server
+def _write_adapter(
+  folder: pathlib.Path,
+  x: Experiment,
+  residual: Deltas,
+  server: Server,
+  selection: Selection,
 ) -> dict[str, Any]:
-  config = x.config
   if not server.adapters:
     raise ConfigError(
-      f'--format=peft: config.method={config.method!r} changes the whole base, which '
-      'no adapter can hold: give --format=merged.'
+      f'--format={selection.format}: config.method={x.config.method!r} changes the '
+      'whole base, which no adapter can hold: give --format=merged.'
     )
   about, scale = {}, float(server.scale)
   layers = {t: _live(adapter) for t, adapter in server.adapters.items()}
   if any(change.any() for change in residual.values()):
     layers, about['truncation_error'] = _factored(residual, server)
     scale = 1.0
-  source = config.model.source
-  base = HUB.get(source) or (
-    source if base_model.is_random(source) else str(pathlib.Path(source).resolve())
-  )
-  peft.write(folder, layers, scale, base, x.model.decoder)
+  if selection.format == 'gguf':
+    from hetlora_jax.formats import gguf_adapter
+
+    path = folder / gguf_adapter.NAME
+    try:
+      gguf_adapter.write(path, layers, scale, x.model.decoder, selection.dtype)
+    except ValueError as error:
+      raise ConfigError(
+        f'--dtype={selection.dtype}: {error}: take bfloat16.'
+      ) from error
+    about['dtype'] = selection.dtype
+  else:
+    base = _base_of(x.config.model.source)
+    peft.write(folder, layers, scale, base, x.model.decoder)
   rank = [x.a.shape[-1] for factors in layers.values() for x in factors]
   return about | {
-    'format': 'peft', 'matrices': len(rank), 'rank_min': min(rank),
+    'format': selection.format, 'matrices': len(rank), 'rank_min': min(rank),
     'rank_max': max(rank), 'scale': scale,
   }  # fmt: skip
+
+
+def _base_of(source: str) -> str:
+  """Returns what transformers would load as the base model."""
+  if base_model.is_random(source):
+    return source
+  return HUB.get(source) or str(pathlib.Path(source).resolve())
 
 
 def _live(adapter: Lora) -> list[Lora]:
