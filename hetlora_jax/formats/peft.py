@@ -46,7 +46,13 @@ def module(target: str, layer: int) -> str:
   return f'model.layers.{layer}.{hf_folder.MATRICES[target]}'
 
 
-def write(folder: pathlib.Path, layers: Layers, scale: float, base: str) -> None:
+def write(
+  folder: pathlib.Path,
+  layers: Layers,
+  scale: float,
+  base: str,
+  revision: str | None = None,
+) -> None:
   """Writes an adapter of any ranks whose product counts `scale` times.
 
   The factors are written as they are: alpha is scale * r of each matrix, which
@@ -59,7 +65,8 @@ def write(folder: pathlib.Path, layers: Layers, scale: float, base: str) -> None
       rank[name] = x.a.shape[-1]
       tensors[f'{PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(x.a.T)
       tensors[f'{PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(x.b.T)
-  files.write_json(folder / CONFIG, _config(rank, list(layers), scale, base))
+  about = _config(rank, list(layers), scale, base)
+  files.write_json(folder / CONFIG, about | {'revision': revision})
   hf_folder.write_tensors(folder / WEIGHTS, tensors)
 
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
 import numpy as np
 
-from hetlora_jax import base_model, client, files
-from hetlora_jax.config import Config, ConfigError
+from hetlora_jax import base_model, client, files, hub
+from hetlora_jax.config import ConfigError
 from hetlora_jax.experiment import Experiment
-from hetlora_jax.formats import hf_folder, peft
+from hetlora_jax.formats import hf_folder, peft, sources
 from hetlora_jax.methods import distribution
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run
@@ -74,7 +74,7 @@ def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
   server = _select(x, state, selection)
   with _whole(out) as folder:
     if selection.format == 'peft':
-      about = _write_peft(folder, x.config, state.residual, server)
+      about = _write_peft(folder, x.experiment, state.residual, server)
     else:
       about = _write_model(folder, x.experiment, state.residual, server, selection)
   return {'out': str(out), 'round': done} | about
@@ -155,11 +155,11 @@ def _number(x: Experiment, client_id: str | None) -> int:
 
 
 def _write_peft(
-  folder: pathlib.Path, config: Config, residual: Deltas, server: Server
+  folder: pathlib.Path, x: Experiment, residual: Deltas, server: Server
 ) -> dict[str, Any]:
   if not server.adapters:
     raise ConfigError(
-      f'--format=peft: config.method={config.method!r} changes the whole base, which '
+      f'--format=peft: config.method={x.config.method!r} changes the whole base, which '
       'no adapter can hold: give --format=merged.'
     )
   about, scale = {}, float(server.scale)
@@ -167,11 +167,12 @@ def _write_peft(
   if any(change.any() for change in residual.values()):
     layers, about['truncation_error'] = _factored(residual, server)
     scale = 1.0
-  source = config.model.source
-  base = HUB.get(source) or (
-    source if base_model.is_random(source) else str(pathlib.Path(source).resolve())
-  )
-  peft.write(folder, layers, scale, base)
+  source, revision = x.config.model.source, x.model.revision
+  on_hub, drawn = hub.model(source), base_model.is_random(source)
+  base = HUB.get(source) or (source if drawn else str(pathlib.Path(source).resolve()))
+  if revision and on_hub:
+    base = on_hub.repo
+  peft.write(folder, layers, scale, base, revision)
   rank = [x.a.shape[-1] for factors in layers.values() for x in factors]
   return about | {
     'format': 'peft', 'matrices': len(rank), 'rank_min': min(rank),
@@ -230,6 +231,9 @@ def _write_model(
     residual, server = {}, server._replace(adapters={})
   params = _merged(model.params, residual, server, np.dtype(selection.dtype))
   source = pathlib.Path(x.config.model.source)
+  if model.revision:
+    pinned = f'{hub.unpinned(str(source))}@{model.revision}'
+    source = sources.resolve(pinned).path
   hf_folder.write(
     folder, model.decoder, params, model.tokenizer,
     source if source.is_dir() else None,
