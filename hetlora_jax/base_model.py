@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from hetlora_jax import files, prng, sharding
-from hetlora_jax.config import Config, ConfigError, Model, RandomModel
+from hetlora_jax.config import Config, ConfigError, Data, Model, RandomModel
 from hetlora_jax.data import builders, people
 from hetlora_jax.models import Pretrained, decoder, readout, shapes
 from hetlora_jax.models.decoder import DecoderConfig
@@ -34,6 +34,7 @@ class BaseModel:
   identity: dict[str, Any]  # what a checkpoint belongs to, for JSON
   # What generating and writing a whole model need; a model of yours has none.
   decoder: DecoderConfig | None = None
+  revision: str | None = None  # of a repository of the Hub, the commit
 
 
 def of_config(config: Config, mesh: Mesh) -> BaseModel:
@@ -55,6 +56,7 @@ def of_config(config: Config, mesh: Mesh) -> BaseModel:
       **written,
     },
     decoder=model.config,
+    revision=model.revision,
   )
 
 
@@ -62,7 +64,7 @@ def tokenizer_of(config: Config) -> Tokenizer:
   """Returns the tokenizer of the model that a configuration names, without weights."""
   c, data = config.model, config.data
   if is_random(c.source):
-    return _tokenizer(data.name, data.path, c.random.vocab_size)
+    return _tokenizer(data, c.random.vocab_size)
   from hetlora_jax import formats
 
   return formats.load_tokenizer(c.source)
@@ -173,7 +175,7 @@ def load(config: Config, mesh: Mesh) -> Pretrained:
   """
   c, dtype = config.model, compute_dtype(config)
   if is_random(c.source):
-    model = _draw(c, config.data.name, config.data.path, dtype, mesh)
+    model = _draw(c, config.data, dtype, mesh)
   else:
     model = _load(c.source, dtype, mesh)
   check_split(config, model.config)
@@ -213,9 +215,9 @@ def _load(source: str, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
 
 
 @functools.lru_cache(1)
-def _draw(c: Model, data: str, path: str, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
+def _draw(c: Model, data: Data, dtype: jnp.dtype, mesh: Mesh) -> Pretrained:
   """Draws parameters, each where it lives; trains a tokenizer on the data."""
-  tokenizer = _tokenizer(data, path, c.random.vocab_size)
+  tokenizer = _tokenizer(data, c.random.vocab_size)
   shape = shape_of_random(c, tokenizer.vocab_size)
   draw = functools.partial(decoder.init_params, shape, dtype=dtype)
   key = prng.stream(c.random.seed, 'base')
@@ -225,9 +227,9 @@ def _draw(c: Model, data: str, path: str, dtype: jnp.dtype, mesh: Mesh) -> Pretr
   return Pretrained(shape, params, name, tokenizer)
 
 
-def _tokenizer(data: str, path: str, vocab_size: int) -> Tokenizer:
+def _tokenizer(data: Data, vocab_size: int) -> Tokenizer:
   """Trains a tokenizer on the data and keeps it in their folder, where it can."""
-  dataset = builders.open_dataset(data, path=path)
+  dataset = builders.of(data)
   kept = dataset.folder / f'tokenizer_{vocab_size}.model'
   if not kept.exists():
     try:

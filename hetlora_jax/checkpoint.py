@@ -191,11 +191,15 @@ class Checkpoints:
   def _check(self, about, path: pathlib.Path, like: ServerState) -> None:
     """Raises if a checkpoint is whole, but not for this run."""
     for name, value in self._base.items():
+      if name.startswith('revisions.'):
+        continue
       found = about['base'].get(name, value)  # earlier releases do not say all
       if found != value:
-        what, remedy = 'another base model', 'that model (config.model)'
+        what, remedy, of = 'another base model', 'that model (config.model)', 'model'
         if name == 'data':
-          what, remedy = 'other data', 'the files at config.data.path as they were'
+          what, remedy, of = 'other data', 'the data as they were (config.data)', 'data'
+        if commit := about['base'].get(f'revisions.{of}'):
+          remedy += f', which was its revision @{commit}'
         raise ConfigError(
           f"{path} belongs to {what}: its {name} is {found!r}, this one's {value!r}. "
           f'Give {remedy}, or use another --workdir.'

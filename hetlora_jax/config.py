@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from hetlora_jax import fields, files, lora, optimizers, ranks, wire
+from hetlora_jax import fields, files, hub, lora, optimizers, ranks, wire
 from hetlora_jax.data import partition
 from hetlora_jax.fields import ConfigError, field, flat, section
 from hetlora_jax.methods import registry, tail
@@ -226,8 +226,10 @@ class Model:
   """The base model."""
 
   source: str = field('gemma3_270m',
-    "'gemma3_270m', 'smollm2_135m', a .gguf, a Hugging Face folder, 'random', or "
-    "'random:gemma3_1b': random weights in a published shape (models/shapes.py).")
+    "'gemma3_270m', 'smollm2_135m', a .gguf, a Hugging Face folder, 'random', "
+    "'random:gemma3_1b': random weights in a published shape (models/shapes.py), or "
+    "'ORG/NAME' of the Hugging Face Hub, which a folder of that path precedes; "
+    "'ORG/NAME@REVISION', 'ORG/NAME:FILE.gguf'.")
   dtype: str = field('auto', choices=('auto', 'float32', 'bfloat16'), changeable=True,
     help="'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.")
   remat: bool = field(False,
@@ -241,10 +243,22 @@ class Data:
 
   name: str = field('chitchat',
     "Data set: 'chitchat', 'chitchat_conversations', 'mail_subject', "
-    "'multi_session_chat', 'reddit_tldr', 'synthetic', or 'text_folder': your own data "
-    "(docs/data.md).")
+    "'multi_session_chat', 'reddit_tldr', 'synthetic', 'text_folder': your own data "
+    "(docs/data.md), or 'hf:ORG/NAME', 'hf:ORG/NAME:CONFIG@REVISION' of the Hugging Face "
+    "Hub.")
   path: str | None = field(None, changeable=True,  # the content may not change
     help='File or folder of your data, or of a data set that you downloaded.')
+  client: str | None = field(None,
+    help='Column (or key of JSON) of your data, or of the Hub, that says who wrote the '
+         "target. None: 'client'. Clients made by a partition need none.")
+  prompt: str | None = field(None,
+    help="Column of what the target answers: a text, or several. None: 'context'.")
+  target: str | None = field(None,
+    help="Column of what the client wrote. None: 'target'.")
+  label: str | None = field(None,
+    help="Column of what it is about. None: 'label' if there is one, else the client.")
+  split: str | None = field(None,
+    help="Split of a data set of the Hub, as 'train[:1000]'. None: 'train'.")
   partition: str = field(partition.NATURAL,
     choices=(partition.NATURAL, *partition.PARTITIONERS),
     help="Who the clients are: 'natural' (who wrote it), or made by a rule from all "
@@ -650,6 +664,15 @@ def _both(a: int | None, b: int | None, holds: Callable[[int, int], bool]) -> bo
 
 def _of_data(c: Config) -> Iterator[_Condition]:
   d = c.data
+  on_hub = bool(hub.dataset(d.name))
+  yield 'data.path', not (d.path and on_hub), f'data.name={d.name!r} has no files here'
+  for name in ('client', 'prompt', 'target', 'label'):
+    yield (
+      f'data.{name}',
+      getattr(d, name) is None or on_hub or d.name == 'text_folder',
+      f"data.name={d.name!r} has columns of its own; yours are 'text_folder'",
+    )
+  yield 'data.split', d.split is None or on_hub, f'data.name={d.name!r} has no splits'
   yield (
     'data.partition_alpha',
     d.partition != 'pathological' or d.partition_alpha.is_integer(),

@@ -33,6 +33,11 @@ class Experiment:
   rules: Rules
   mesh: jax.sharding.Mesh
 
+  @property
+  def revisions(self) -> dict[str, str | None]:
+    """The commits of what is from the Hugging Face Hub."""
+    return {'model': self.model.revision, 'data': self.population.revision}
+
   @functools.cached_property
   def coverage(self) -> coverage.Coverage:
     """What is trained on of the data."""
@@ -52,7 +57,7 @@ def _load_people(
 ) -> tuple[Config, people.Population]:
   """Returns the clients, and the configuration with the limits that they have."""
   try:
-    dataset = builders.open_dataset(config.data.name, path=config.data.path)
+    dataset = builders.of(config.data)
     d = limits.filled(config.data, dataset, tokenizer)
     population = people.load(d, tokenizer, dataset)
   except ConfigError:
@@ -167,6 +172,7 @@ def describe(x: Experiment) -> dict[str, Any]:
   identity, r_max = x.model.identity, np.array([[x.config.federated.r_max]])
   return {
     'model': x.config.model.source,
+    **{f'{of}_revision': commit for of, commit in x.revisions.items() if commit},
     'model_fingerprint': identity['sha256'],
     'dtype': identity['dtype'],
     'training_people': len(x.population.client_ids),

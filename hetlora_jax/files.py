@@ -5,6 +5,7 @@ Nothing here, nor what uses it, executes what it reads.
 
 import codecs
 import contextlib
+import csv
 import hashlib
 import itertools
 import json
@@ -118,12 +119,17 @@ def read_bytes(path: pathlib.Path, remedy: str) -> bytes:
 
 def parse_json(content: bytes | str, path: pathlib.Path, remedy: str) -> dict:
   """Parses the JSON object that a file holds; `path` names it in errors."""
+  return _object(_json(content, path, remedy), path, remedy)
+
+
+def _json(content: bytes | str, path: pathlib.Path, remedy: str) -> Any:
   try:
-    if isinstance(content, bytes):
-      content = content.decode()
-    value = json.loads(content)
+    return json.loads(content.decode() if isinstance(content, bytes) else content)
   except (RecursionError, ValueError) as error:  # its JSON, depth or UTF-8
     raise Damaged(f'{path} is not valid JSON ({short(error)}): {remedy}.') from error
+
+
+def _object(value: Any, path: pathlib.Path, remedy: str) -> dict:
   if not isinstance(value, dict) or _nested(value) > MOST_NESTED:
     kind = type(value).__name__
     raise damaged(path, f'{kind}, want an object, not nested deeply', remedy)
@@ -140,6 +146,50 @@ def json_lines(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, 
 
   Blank lines are skipped. Raises OSError or ValueError, which name the line.
   """
+  for place, line in _lines(path, remedy):
+    if line.strip():
+      yield place, parse_json(line, place, remedy)
+
+
+def json_rows(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, dict]]:
+  """Yields ('FILE, row NUMBER', object) of a JSON list of objects; or as `json_lines`."""
+  lines = (line for _, line in _lines(path, remedy))
+  if not next((line for line in lines if line.strip()), b'').lstrip().startswith(b'['):
+    yield from json_lines(path, remedy)
+    return
+  content = _unmarked(read_bytes(path, f'{remedy}, or save it as JSON Lines'), path)
+  for number, value in enumerate(_json(content, path, remedy), 1):
+    place = pathlib.Path(f'{path}, row {number}')
+    yield place, _object(value, place, remedy)
+
+
+def csv_rows(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, dict]]:
+  """Yields ('FILE:LINE', {column: text}) of a CSV file; its first line names columns.
+
+  An empty cell is None, and blank lines are skipped. Raises OSError or ValueError, which name the line.
+  """
+  csv.field_size_limit(MOST_LINE)
+  lines, line = _lines(path, remedy), 1
+  rows = csv.reader((line.decode() for _, line in lines), strict=True)
+  header: list[str] = []
+  try:
+    for row in rows:
+      place, line = pathlib.Path(f'{path}:{line}'), rows.line_num + 1
+      if header and row and len(row) != len(header):
+        why = f'{len(row)} cells, where line 1 names {len(header)} columns'
+        raise damaged(place, why, 'put texts that have commas or line ends in quotes')
+      if header and row:
+        yield place, {name: x or None for name, x in zip(header, row, strict=True)}
+      header = header or row
+      if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+        raise damaged(place, f'two columns {twice[0]!r}', 'rename one of them')
+  except (csv.Error, UnicodeDecodeError) as error:
+    why = f'not CSV in UTF-8: {error}'
+    raise damaged(pathlib.Path(f'{path}:{line}'), why, remedy) from error
+
+
+def _lines(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, bytes]]:
+  """Yields ('FILE:LINE', line) of a text file."""
   if not path.is_file():
     raise FileNotFoundError(f'{path} is not a file: {remedy}.')
   try:
@@ -150,10 +200,7 @@ def json_lines(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, 
           return
         if len(line) > MOST_LINE:
           raise damaged(place, f'more than {MOST_LINE} bytes', remedy)
-        if number == 1:
-          line = _unmarked(line, path)
-        if line.strip():
-          yield place, parse_json(line, place, remedy)
+        yield place, _unmarked(line, path) if number == 1 else line
   except OSError as error:
     raise unreadable(path, error, remedy) from error
 

@@ -55,9 +55,13 @@ class Points:
 
   @property
   def identity(self) -> dict[str, Any]:
-    """What a checkpoint belongs to: the base model, and files of one's own."""
-    digest = self.experiment.population.digest
-    return self.experiment.model.identity | ({'data': digest} if digest else {})
+    """What a checkpoint belongs to: the base model, and data of one's own."""
+    x, found = self.experiment, self.experiment.model.identity
+    if x.population.digest:
+      found = found | {'data': x.population.digest}
+    if any(x.revisions.values()):  # told, not compared: others may hold the same
+      found = found | {'revisions': x.revisions}
+    return found
 
   @property
   def base(self) -> PyTree:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hetlora_jax import checkpoint, config, curves, fields, files, points, rows
+from hetlora_jax import checkpoint, config, curves, fields, files, hub, points, rows
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.points import Points
@@ -265,10 +265,12 @@ def _differences(old: Config, new: Config) -> list[tuple]:
     old.client_optimizer.schedule != 'constant' and old.decay_rounds != new.decay_rounds
   ):
     fixed.add('federated.num_rounds')
+  both = {p: (fields.lookup(old, p), fields.lookup(new, p)) for p in fixed}
+  for path in ('model.source', 'data.name'):  # checkpoints know what was in them
+    if hub.unpinned(both[path][0]) == hub.unpinned(both[path][1]):
+      del both[path]
   return [
-    (path, fields.lookup(old, path), fields.lookup(new, path))
-    for path in config.FIELDS
-    if path in fixed and fields.lookup(old, path) != fields.lookup(new, path)
+    (p, *both[p]) for p in config.FIELDS if p in both and both[p][0] != both[p][1]
   ]
 
 

@@ -216,11 +216,14 @@ def _introduction(x: Points, count: int) -> str:
   they = f'of rank {rank_N.min()} to {rank_N.max()} (mean {rank_N.mean():.1f})'
   if not rank_N.any():
     they = f'that train all {d["base_parameters"]:,} parameters'
+  revisions = x.experiment.revisions.items()
+  at = {of: f' at {commit}' if commit else '' for of, commit in revisions}
   together = f'{count} points together: ' if count > 1 else ''
   return (
-    f'{together}{x.config.method} on {x.config.data.name}: '
+    f'{together}{x.config.method} on {x.config.data.name}{at["data"]}: '
     f'{d["training_people"]} clients {they}, '
-    f'{d["unseen_people"]} people never trained on; {d["model"]} in {d["dtype"]} '
+    f'{d["unseen_people"]} people never trained on; {d["model"]}{at["model"]} '
+    f'in {d["dtype"]} '
     f'on {x.experiment.mesh.size} {jax.default_backend()} device(s). Compiling.'
   )
 

@@ -4,6 +4,7 @@
   python -m launch.data --dataset=mail_subject --stats --out=DIR
   python -m launch.data --dataset=text_folder --path=my_data --stats
   python -m launch.data --dataset=text_folder --path=my_data --show=3 --format=plain
+  python -m launch.data --dataset=hf:ORG/NAME --client=user --prompt=post --target=reply
 
 With --stats, a table of clients, examples a client, tokens and labels; with
 --out, also DIR/DATASET.png, histograms of these. With --show, so many examples as
@@ -24,11 +25,16 @@ from hetlora_jax.models.tokenizer import Tokenizer
 from launch import errors, program
 
 DATASET = flags.DEFINE_string(
-  'dataset', None, f'One of {", ".join(builders.BUILDERS)}.'
+  'dataset', None, f'One of {", ".join(builders.BUILDERS)}; or hf:ORG/NAME.'
 )
 PATH = flags.DEFINE_string(
   'path', '', 'File or folder of your data, or of one that you downloaded.'
 )
+CLIENT = flags.DEFINE_string('client', None, 'Column that says who wrote the target.')
+PROMPT = flags.DEFINE_string('prompt', None, 'Column of what the target answers.')
+TARGET = flags.DEFINE_string('target', None, 'Column of what the client wrote.')
+LABEL = flags.DEFINE_string('label', None, 'Column of what it is about.')
+SPLIT = flags.DEFINE_string('split', None, "Split of a data set of the Hub: 'train'.")
 STATS = flags.DEFINE_bool('stats', False, 'Print what the data is like.')
 OUT = flags.DEFINE_string('out', None, 'Folder for histograms (--stats).')
 TOKENIZER = flags.DEFINE_string(
@@ -60,6 +66,7 @@ FLAGS_OF = {  # fields that errors name
   'data.format': '--format',
   'data.partition': '--partition',
   'model.source': '--tokenizer',
+  **{f'data.{name}': f'--{name}' for name in builders.Reading._fields},
 }
 
 
@@ -67,7 +74,12 @@ def _config() -> config.Config:
   """Returns the sections of a run that the flags are about, checked."""
   data = config.Data(
     name=DATASET.value,
-    path=PATH.value,
+    path=PATH.value or None,
+    client=CLIENT.value,
+    prompt=PROMPT.value,
+    target=TARGET.value,
+    label=LABEL.value,
+    split=SPLIT.value,
     format=FORMAT.value,
     partition=PARTITION.value,
     partition_clients=CLIENTS.value,
@@ -100,7 +112,7 @@ def _shown(c: config.Config, tokenizer: Tokenizer) -> str:
 
 def _prepared() -> str:
   """Prepares the data and says where they are."""
-  dataset = builders.open_dataset(DATASET.value, path=PATH.value)
+  dataset = builders.of(_config().data)
   return (
     f'{DATASET.value} is in {dataset.folder}: {len(dataset.examples):,} '
     f'examples of {len(dataset.people):,} clients.'

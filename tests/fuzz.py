@@ -504,6 +504,20 @@ def make_lines(folder: pathlib.Path) -> pathlib.Path:
   return path
 
 
+def make_rows(file: str):
+  """Returns a maker of a file with the rows of `make_lines`."""
+
+  def make(folder: pathlib.Path) -> pathlib.Path:
+    import text_folder_test
+
+    row = {'client': 'ann', 'context': 'Hi.', 'target': 'Yes.', 'label': 'x'}
+    path = folder / file
+    text_folder_test.WRITERS[path.suffix](path, [row | {'time': i} for i in range(9)])
+    return path
+
+  return make
+
+
 def make_mails(folder: pathlib.Path) -> pathlib.Path:
   import mail_subject_test
 
@@ -551,6 +565,16 @@ DATA = {
   'JSONL of text_folder': Format(
     make_lines, read_own('text_folder', 'mine.jsonl'), jsonl_file
   ),
+  **{
+    f'{kind} of text_folder': Format(
+      make_rows(file), read_own('text_folder', file), damage
+    )
+    for kind, file, damage in (
+      ('CSV', 'mine.csv', text_file),
+      ('JSON', 'mine.json', text_file),
+      ('Parquet', 'mine.parquet', binary_file),
+    )
+  },
   'tarball of mail_subject': Format(
     make_mails, read_own('mail_subject', 'mails.tgz'), binary_file
   ),

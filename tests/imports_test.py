@@ -13,7 +13,7 @@ ORDER = [
   ['fields', 'ranks', 'models', 'methods'],
   ['client', 'server', 'diagnostics', 'robust'],
   ['rounds', 'sharding', 'heldout'],
-  ['formats', 'data.partition', 'console'],
+  ['formats', 'hub', 'data.partition', 'console'],
   ['config'],
   ['data', 'checkpoint'],
   ['build', 'base_model'],

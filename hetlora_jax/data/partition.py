@@ -84,6 +84,9 @@ PARTITIONERS: dict[str, Partitioner] = {
 }
 
 
+BY_LABEL = ('dirichlet', 'pathological')  # the others look at no label
+
+
 def draw(by: Partition, labels: np.ndarray) -> list[np.ndarray]:
   """Returns the rows of each client, shuffled; every row is one client's."""
   if by.name not in PARTITIONERS:

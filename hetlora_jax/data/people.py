@@ -99,7 +99,8 @@ class Population:
   groups: dict[Kind, Group]
   read: Callable[[int], Example]  # the example of a row
   left_out: LeftOut | None = None  # None: nobody knows of a population of one's own
-  digest: str = ''  # of the user's files that it was made of
+  digest: str = ''  # of the user's data that it was made of
+  revision: str | None = None  # of a repository of the Hub, the commit
 
   @property
   def client_ids(self) -> tuple[str, ...]:
@@ -139,7 +140,7 @@ def load(
 
   Raises ValueError, which names the field, if nobody is left to train on.
   """
-  dataset = dataset or builders.open_dataset(data.name, path=data.path)
+  dataset = dataset or builders.of(data)
   by = partition_of(data)
   everyone, order_E = all_clients(dataset, by)
   clients = _with_enough(everyone, data.min_examples)
@@ -158,7 +159,13 @@ def load(
   )
   groups['train'] = groups['train'].repeat(data.copies)
   read = reader(dataset, tokenizer, data, order_E)
-  return Population(groups=groups, read=read, left_out=left_out, digest=dataset.digest)
+  return Population(
+    groups=groups,
+    read=read,
+    left_out=left_out,
+    digest=dataset.digest,
+    revision=dataset.revision,
+  )
 
 
 def partition_of(data: config.Data) -> partition.Partition:
@@ -182,10 +189,20 @@ def all_clients(
   ids = tuple(person['client'].decode() for person in people)
   count = np.array([person['count'] for person in people])
   if by.name == partition.NATURAL:
+    if '' in ids:
+      raise config.ConfigError(
+        f'config.data.partition={by.name!r}: the data have no clients: name their '
+        'column by config.data.client, or make clients, as by partition=iid.'
+      )
     return Group(ids=ids, first=np.cumsum(count) - count, count=count), None
   labels = np.repeat(ids, count)
   if dataset.builder.labelled:
     labels = np.concatenate([person['labels'] for person in people])
+  if by.name in partition.BY_LABEL and not any(labels):
+    raise config.ConfigError(
+      f'config.data.partition={by.name!r} goes by labels: name their column by '
+      'config.data.label, or take partition=iid or by_size.'
+    )
   rows = partition.draw(by, labels)
   count = np.array([len(r) for r in rows])
   ids = tuple(f'{by.name}-{i:06d}' for i in range(len(rows)))

@@ -41,7 +41,7 @@ class Statistics:
 
 def collect(data: config.Data, tokenizer: people.Tokenizer) -> Statistics:
   """Counts a data set, preparing it first if it never was."""
-  dataset = builders.open_dataset(data.name, path=data.path)
+  dataset = builders.of(data)
   clients, _ = people.all_clients(dataset, people.partition_of(data))
   read = people.reader(dataset, tokenizer, data)
   rows = people.evenly_spaced(len(dataset.examples), MOST_READ)
@@ -113,7 +113,7 @@ def shown(
     count: how many.
     marks: what stands around tokens that bear the loss.
   """
-  dataset = builders.open_dataset(data.name, path=data.path)
+  dataset = builders.of(data)
   clients, order_E = people.all_clients(dataset, people.partition_of(data))
   data = limits.filled(data, dataset, tokenizer)
   read = people.reader(dataset, tokenizer, data, order_E)

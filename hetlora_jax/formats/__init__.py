@@ -17,8 +17,9 @@ def load(
   """Loads a base model.
 
   Args:
-    source: 'gemma3_270m', 'smollm2_135m', a .gguf file, or a Hugging Face
-      folder with config.json, *.safetensors and a tokenizer.
+    source: 'gemma3_270m', 'smollm2_135m', a .gguf file, a Hugging Face folder with
+      config.json, *.safetensors and a tokenizer, or ORG/NAME[:FILE.gguf][@REVISION] of
+      the Hugging Face Hub.
     dtype: of the params.
     cached: go through the bfloat16 cache, filled on first use; False reads
       the source itself and rounds only to `dtype`.
@@ -28,16 +29,16 @@ def load(
     ValueError: the source is damaged or of a kind that is not supported.
   """
   found = sources.resolve(source)
-  fingerprint = found.fingerprint
+  fingerprint, revision = found.fingerprint, found.revision
   if not cached:
     checkpoint = _open(found.path)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     params = layout.assemble(checkpoint, np.dtype(dtype))
-    return Pretrained(config, params, fingerprint, tokenizer)
+    return Pretrained(config, params, fingerprint, tokenizer, revision)
   if not cache.contains(fingerprint):
     cache.write(fingerprint, _open(found.path))
   config, params, tokenizer = cache.read(fingerprint, np.dtype(dtype))
-  return Pretrained(config, params, fingerprint, tokenizer)
+  return Pretrained(config, params, fingerprint, tokenizer, revision)
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:

@@ -191,6 +191,7 @@ TOKENIZER_FILES = (
   'special_tokens_map.json',
   'chat_template.jinja',
 )
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 AGAIN = 'copy it again'
 
 
@@ -222,7 +223,7 @@ def open_checkpoint(folder: pathlib.Path) -> layout.Checkpoint:
   with files.parsing(path, AGAIN):
     config = read_config(path, raw)
     layout.check_config(path, config, AGAIN)
-  tensors = _tensor_files(folder)
+  tensors = tensor_files(folder)
   names = tensor_names(config.family, tensors)
 
   def read(name: str) -> np.ndarray:
@@ -403,15 +404,11 @@ def _windows(
   return layout.windows(fields['sliding_window'], windowed, every)
 
 
-def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """Maps every tensor to its file, by the index if the weights have one."""
-  index = folder / 'model.safetensors.index.json'
-  if index.exists():
-    shards = files.read_json(index, AGAIN).get('weight_map')
-    if not isinstance(shards, dict) or not all(map(_is_name, shards.values())):
-      raise files.damaged(index, 'its weight_map names no files', AGAIN)
+  if shards := indexed(folder):
     return {name: folder / shard for name, shard in shards.items()}
-  whole = folder / 'model.safetensors'  # alone, as transformers takes it
+  whole = folder / WEIGHTS  # alone, as transformers takes it
   paths = [whole] if whole.exists() else sorted(folder.glob('*.safetensors'))
   if not paths:
     raise FileNotFoundError(
@@ -426,6 +423,21 @@ def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
         raise files.damaged(path, why, 'move one of the files out of the folder')
       found[name] = path
   return found
+
+
+def indexed(folder: pathlib.Path) -> dict[str, str]:
+  """Returns the name of every tensor's file by the index; {} if there is none."""
+  index = folder / INDEX
+  if not index.exists():
+    return {}
+  shards = files.read_json(index, AGAIN).get('weight_map')
+  if (
+    not shards
+    or not isinstance(shards, dict)
+    or not all(map(_is_name, shards.values()))
+  ):
+    raise files.damaged(index, 'its weight_map names no files', AGAIN)
+  return shards
 
 
 def _is_name(shard: Any) -> bool:
@@ -496,7 +508,7 @@ def write(
       if (source / name).exists():
         shutil.copyfile(source / name, folder / name)
   files.write_json(folder / 'config.json', fields)
-  write_tensors(folder / 'model.safetensors', _tensors(config, params))
+  write_tensors(folder / WEIGHTS, _tensors(config, params))
   if not (folder / 'tokenizer.json').exists():
     for name, content in _tokenizer_files(tokenizer).items():
       if not (folder / name).exists():

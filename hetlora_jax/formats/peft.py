@@ -50,7 +50,12 @@ def module(target: str, layer: int, fused: Mapping[str, str]) -> str:
 
 
 def write(
-  folder: pathlib.Path, layers: Layers, scale: float, base: str, c: DecoderConfig
+  folder: pathlib.Path,
+  layers: Layers,
+  scale: float,
+  base: str,
+  c: DecoderConfig,
+  revision: str | None = None,
 ) -> None:
   """Writes an adapter of any ranks whose product counts `scale` times.
 
@@ -63,7 +68,8 @@ def write(
     rank[name] = x.a.shape[-1]
     tensors[f'{PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(x.a.T)
     tensors[f'{PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(x.b.T)
-  files.write_json(folder / CONFIG, _config(rank, scale, base))
+  about = _config(rank, scale, base)
+  files.write_json(folder / CONFIG, about | {'revision': revision})
   hf_folder.write_tensors(folder / WEIGHTS, tensors)
 
 

@@ -8,7 +8,8 @@ import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
-from hetlora_jax import files
+from hetlora_jax import files, hub
+from hetlora_jax.formats import hf_folder
 from hetlora_jax.models import shapes
 
 GEMMA_FILE = 'gemma-3-270m-q4_k_m.gguf'
@@ -33,6 +34,7 @@ class Source(NamedTuple):
 
   path: pathlib.Path
   fingerprint: str  # SHA-256, hex
+  revision: str | None = None  # of the Hub, a commit
 
 
 class Download(NamedTuple):
@@ -45,22 +47,48 @@ class Download(NamedTuple):
 
 def resolve(source: str | os.PathLike) -> Source:
   """Finds, or fetches once, the checkpoint that `source` names."""
+  revision, path = None, pathlib.Path(source)
   if source in DOWNLOADS:
     path = _fetch(DOWNLOADS[source])
-  else:
-    path = pathlib.Path(source)
+  elif not path.exists() and (name := hub.model(str(source))):
+    with hub.told('model.source', str(source), name, 'hub'):
+      revision = hub.commit(name, 'model')
+      path = _from_hub(name, revision)
   if path.is_dir():
     found = sorted({f for p in FOLDER_FILES for f in path.glob(p)})
-    return Source(path, files.digest_all(found))
+    if revision:  # other programs may keep more of the repository there
+      read = set(hf_folder.tensor_files(path).values())
+      found = [f for f in found if f.suffix != '.safetensors' or f in read]
+    return Source(path, files.digest_all(found), revision)
   if path.is_file() and path.suffix == '.gguf':
-    return Source(path, files.digest(path))
+    return Source(path, files.digest(path), revision)
   problem = ValueError if path.exists() else FileNotFoundError
   shape = str(source) in shapes.SHAPES
   remedy = f', or random:{source} for random weights of its shape' if shape else ''
   raise problem(
     f'base model {str(source)!r} is none of {", ".join(DOWNLOADS)}, a .gguf '
-    f'file or a Hugging Face folder: give the path of one{remedy}.'
+    'file, a Hugging Face folder or ORG/NAME of the Hugging Face Hub: give the path '
+    f'of one{remedy}.'
   )
+
+
+def _from_hub(name: hub.Name, revision: str) -> pathlib.Path:
+  """Downloads what is read of a repository: a GGUF file, or a folder's files."""
+
+  def fetch(file: str) -> pathlib.Path:
+    if path := hub.fetch(name.repo, file, revision):
+      return path
+    raise hub.lacks(name, file, revision)
+
+  if name.part:
+    return fetch(name.part)
+  folder = fetch('config.json').parent
+  for file in (hf_folder.INDEX, *hf_folder.TOKENIZER_FILES):
+    hub.fetch(name.repo, file, revision)  # some have one, some another
+  for file in sorted(set(hf_folder.indexed(folder).values())) or [hf_folder.WEIGHTS]:
+    fetch(file)
+  hub.tidy(folder)
+  return folder
 
 
 def _fetch(download: Download) -> pathlib.Path:

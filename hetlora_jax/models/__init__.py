@@ -15,3 +15,4 @@ class Pretrained:
   params: PyTree
   fingerprint: str  # SHA-256 of the source, hex
   tokenizer: Tokenizer
+  revision: str | None = None  # of a repository of the Hub, the commit

@@ -3,7 +3,7 @@
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hetlora_jax import base_model
 from hetlora_jax.config import Config
@@ -54,10 +54,17 @@ inputs = tokenizer('Hello', return_tensors='pt')
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=16)[0]))"""
 
 
+class Base(NamedTuple):
+  """What transformers loads as the base model."""
+
+  name: str  # of the Hub, of a file or folder, or random weights
+  revision: str | None = None  # of the Hub
+
+
 def write(
   path: pathlib.Path,
   config: Config,
-  base: str,
+  base: Base,
   fingerprint: str,
   about: Mapping[str, Any],
   rows: Sequence[Row],
@@ -74,9 +81,9 @@ def write(
     rows: of metrics.jsonl, up to the round of the checkpoint.
     of_whom: which adapter it is, '' for the whole global one.
   """
-  drawn = base_model.is_random(base)
-  on_hub = not drawn and not pathlib.Path(base).is_absolute()
-  front = {'base_model': base, 'base_model_relation': 'adapter'} if on_hub else {}
+  drawn = base_model.is_random(base.name)
+  on_hub = not drawn and not pathlib.Path(base.name).is_absolute()
+  front = {'base_model': base.name, 'base_model_relation': 'adapter'} if on_hub else {}
   front |= {
     'library_name': 'peft', 'pipeline_tag': 'text-generation',
     'tags': ['lora', 'federated-learning', 'hetlora_jax'],
@@ -85,7 +92,7 @@ def write(
     # JSON is YAML, whatever a path is made of.
     front='\n'.join(f'{key}: {json.dumps(value)}' for key, value in front.items()),
     title=f'{config.method} on {config.data.name}',
-    source=base,
+    source=base.name,
     of_whom=of_whom or 'the global one of all clients',
     table='\n'.join(f'| {k} | {v} |' for k, v in _facts(config, about).items()),
     evaluation=_evaluation(rows, of_whom),
@@ -95,14 +102,16 @@ def write(
   path.write_text(text)
 
 
-def _loaded_from(base: str) -> str:
+def _loaded_from(base: Base) -> str:
   """Returns the arguments of `from_pretrained` for a base model."""
-  path = pathlib.Path(base)
-  if base_model.is_random(base):
+  path = pathlib.Path(base.name)
+  if base_model.is_random(base.name):
     return repr('what --format=base wrote')
   if path.suffix == '.gguf':
     return f'{str(path.parent)!r}, gguf_file={path.name!r}'
-  return repr(base)
+  if base.revision:
+    return f'{base.name!r}, revision={base.revision!r}'
+  return repr(base.name)
 
 
 def _facts(c: Config, about: Mapping[str, Any]) -> dict[str, str]:

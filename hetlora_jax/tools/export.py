@@ -20,14 +20,15 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
 import numpy as np
 
-from hetlora_jax import base_model, client, files
+from hetlora_jax import base_model, client, files, hub
 from hetlora_jax.config import ConfigError
 from hetlora_jax.experiment import Experiment
-from hetlora_jax.formats import hf_folder, peft
+from hetlora_jax.formats import hf_folder, peft, sources
 from hetlora_jax.methods import distribution
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run
 from hetlora_jax.tools import card
+from hetlora_jax.tools.card import Base
 from hetlora_jax.types import (
   Deltas,
   Hyperparameters,
@@ -90,7 +91,7 @@ def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
       card.write(
         folder / card.NAME,
         x.config,
-        _base_of(x.config.model.source),
+        _base_of(x.experiment),
         x.identity['sha256'],
         about,
         [row for row in run.history if row['round'] <= done],
@@ -206,8 +207,8 @@ def _write_adapter(
       ) from error
     about['dtype'] = selection.dtype
   else:
-    base = _base_of(x.config.model.source)
-    peft.write(folder, layers, scale, base, x.model.decoder)
+    name, revision = _base_of(x)
+    peft.write(folder, layers, scale, name, x.model.decoder, revision)
   rank = [x.a.shape[-1] for factors in layers.values() for x in factors]
   return about | {
     'format': selection.format, 'matrices': len(rank), 'rank_min': min(rank),
@@ -215,11 +216,15 @@ def _write_adapter(
   }  # fmt: skip
 
 
-def _base_of(source: str) -> str:
+def _base_of(x: Experiment) -> Base:
   """Returns what transformers would load as the base model."""
+  source = x.config.model.source
+  on_hub = hub.model(source)
+  if on_hub and x.model.revision:
+    return Base(on_hub.repo, x.model.revision)
   if base_model.is_random(source):
-    return source
-  return HUB.get(source) or str(pathlib.Path(source).resolve())
+    return Base(source)
+  return Base(HUB.get(source) or str(pathlib.Path(source).resolve()))
 
 
 def _live(adapter: Lora) -> list[Lora]:
@@ -273,6 +278,9 @@ def _write_model(
     residual, server = {}, server._replace(adapters={})
   params = _merged(model.params, residual, server, np.dtype(selection.dtype))
   source = pathlib.Path(x.config.model.source)
+  if model.revision:
+    pinned = f'{hub.unpinned(str(source))}@{model.revision}'
+    source = sources.resolve(pinned).path
   hf_folder.write(
     folder, model.decoder, params, model.tokenizer,
     source if source.is_dir() else None,

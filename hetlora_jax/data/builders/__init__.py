@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hetlora_jax import fields, files
+from hetlora_jax import fields, files, hub
+from hetlora_jax.data import partition
 
 if TYPE_CHECKING:
+  from hetlora_jax import config
   from hetlora_jax.data.builders import records
 
 # Data set -> its builder, module:class. Imported when it is asked for, and TensorFlow
@@ -32,6 +34,39 @@ BUILDERS = {
 ANEW = 'delete the folder, it is made anew'
 
 
+class Reading(NamedTuple):
+  """How rows of a user become examples: which column is what, None the usual one."""
+
+  client: str | None = None
+  prompt: str | None = None
+  target: str | None = None
+  label: str | None = None
+  split: str | None = None  # of a data set of the Hub
+  clients_needed: bool = True  # or else they are made by a partition
+
+  @property
+  def given(self) -> tuple[str | None, ...]:
+    """What changes the examples."""
+    return self[:-1]
+
+  @property
+  def columns(self) -> dict[str, str]:
+    """The column of every field of an example; the last ones may be absent."""
+    found = {
+      'client': self.client or 'client',
+      'context': self.prompt or 'context',
+      'target': self.target or 'target',
+      'label': self.label or 'label',
+      'mine': 'mine',
+      'time': 'time',
+    }
+    whole = not (self.prompt or self.target)  # conversations
+    return found | ({'messages': 'messages'} if whole else {})
+
+
+AS_USUAL = Reading()
+
+
 class Dataset(NamedTuple):
   """Rows of the splits that `RecordBuilder` writes; strings are bytes."""
 
@@ -39,7 +74,8 @@ class Dataset(NamedTuple):
   people: Sequence[dict]
   folder: pathlib.Path  # where they were prepared
   builder: type[records.RecordBuilder]
-  digest: str = ''  # of a user's files; '' where there are none
+  digest: str = ''  # of a user's data; '' of the others
+  revision: str | None = None  # of a repository of the Hub, the commit
 
 
 class _Split(Sequence):
@@ -77,23 +113,36 @@ def _reading(folder: pathlib.Path) -> Iterator[None]:
     raise files.damaged(folder, error, ANEW) from error
 
 
+def of(data: config.Data) -> Dataset:
+  """Opens the data set that a section `data` names; see `open_dataset`."""
+  given = {name: getattr(data, name) for name in Reading._fields[:-1]}
+  reading = Reading(**given, clients_needed=data.partition == partition.NATURAL)
+  return open_dataset(data.name, path=data.path or '', reading=reading)
+
+
 def open_dataset(
-  name: str, data_dir: str | os.PathLike | None = None, path: str = ''
+  name: str,
+  data_dir: str | os.PathLike | None = None,
+  path: str = '',
+  reading: Reading = AS_USUAL,
 ) -> Dataset:
   """Opens a data set, preparing it if it never was.
 
   A name may end in one of the builder's configs, as in 'synthetic/seed1'.
-  Without `data_dir` it lives in the cache folder. Files of a user at `path` are
-  prepared anew if their content has changed.
+  Without `data_dir` it lives in the cache folder. Files of a user at `path`, and what
+  is on the Hub, are prepared anew if their content or `reading` has changed.
 
   Raises:
     ValueError: no such data set, or its folder is damaged.
     OSError: its folder cannot be read or written.
   """
   kind, _, config = name.partition('/')
+  if name.startswith(hub.DATASET):
+    kind, config = name, ''
   make = builder_of(kind)
   data_dir = pathlib.Path(data_dir or files.cache_folder() / 'tfds')
-  digest = files.digest_all(make.files(path))[:16] if path else ''
+  path, revision = make.located(name, path)
+  digest = make.digest(path, reading) if path else ''
   if path:
     data_dir = data_dir / 'files' / digest
   make_builder = functools.partial(
@@ -101,6 +150,7 @@ def open_dataset(
     data_dir=data_dir,
     config=config or None,
     path=path,
+    reading=reading,
     file_format='array_record',
   )
   folder = _place(make, config, data_dir)
@@ -109,20 +159,22 @@ def open_dataset(
   with _reading(folder):
     open_split: Any = make_builder().as_data_source
     examples, people = (_Split(open_split(s), folder) for s in ('examples', 'people'))
-  return Dataset(examples, people, folder, make, digest)
+  return Dataset(examples, people, folder, make, digest, revision)
 
 
 def builder_of(name: str) -> type[records.RecordBuilder]:
   """Returns the builder of a data set; raises ValueError if there is no such set."""
-  if name not in BUILDERS:
+  on_hub = name.startswith(hub.DATASET)
+  if name not in BUILDERS and not on_hub:
     valid = ', '.join(BUILDERS)
     near = fields.meant(name, BUILDERS)
     meant = f' Did you mean {near!r}?' if near else ''
     raise fields.ConfigError(
       f'config.data.name={name!r} is unknown: one of {valid}; files of your own are '
-      f"'text_folder'.{meant}"
+      f"'text_folder', and data sets of the Hugging Face Hub 'hf:ORG/NAME'.{meant}"
     )
-  module, _, builder = BUILDERS[name].partition(':')
+  place = 'hub_dataset:HubDataset' if on_hub else BUILDERS[name]
+  module, _, builder = place.partition(':')
   return getattr(importlib.import_module(f'{__name__}.{module}'), builder)
 
 
@@ -149,3 +201,5 @@ def _prepare(builder: records.RecordBuilder) -> None:
     # Another process may have finished first: same code, same records.
     if not builder.data_path.exists():
       raise
+  if builder.unread:
+    print(f'Not read of it: {", ".join(sorted(builder.unread))}.')

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import hashlib
 import itertools
 import operator
 import pathlib
@@ -11,7 +12,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from hetlora_jax import files
 from hetlora_jax.config import MAX_CONTEXT_TURNS, ConfigError
+from hetlora_jax.data import builders
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,10 +100,31 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   train_from: ClassVar[int] = 0
   limits: ClassVar[Limits | None] = Limits()  # None: as its examples need
 
-  def __init__(self, *, path: str = '', **options: Any):
+  def __init__(
+    self,
+    *,
+    path: str = '',
+    reading: builders.Reading = builders.AS_USUAL,
+    **options: Any,
+  ):
     """Makes a builder that reads `path`, or without one what it finds itself."""
-    self.path = path
+    self.path, self.reading = path, reading
+    self.unread: set[str] = set()  # columns, known once it has prepared
     super().__init__(**options)
+
+  @classmethod
+  def located(cls, name: str, path: str) -> tuple[str, str | None]:
+    """Returns what is read for a name and a path; of the Hub also at which commit."""
+    del name
+    return path, None
+
+  @classmethod
+  def digest(cls, path: str, reading: builders.Reading) -> str:
+    """Returns a number for the content at a path and how it is read."""
+    found = files.digest_all(cls.files(path))
+    if any(reading.given):
+      found = hashlib.sha256(repr((found, *reading.given)).encode()).hexdigest()
+    return found[:16]
 
   @classmethod
   def files(cls, path: str) -> list[pathlib.Path]:
