@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -217,7 +218,7 @@ def test_a_template_that_writes_prompts_otherwise_is_refused():
 
 
 def test_a_model_without_a_template_is_refused_before_it_is_loaded(monkeypatch):
-  raw = tiny.get_config()
+  raw: Any = tiny.get_config()
   raw.data.format = 'template'
   with pytest.raises(
     ConfigError, match=r"config\.data\.format='template' is impossible"
@@ -264,7 +265,7 @@ def test_formats_are_the_fields_choices(tokenizer, tmp_path):
   ours = dataclasses.replace(tokenizer, chat_template=MODELS['gemma3']['template'])
   dataset = builders.open_dataset('synthetic', tmp_path)
   seen = set()
-  for name in (None, *config.FIELDS['data.format'].declaration.choices):
+  for name in (None, *(config.FIELDS['data.format'].declaration.choices or ())):
     read = people.reader(dataset, ours, config.Data(format=name))
     seen.add(ours.decode(read(0).tokens))
   assert len(seen) == 4  # of five: the data set's own is with names
