@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 from configs import tiny
@@ -13,6 +14,7 @@ from hetlora_jax.config import ConfigError
 from hetlora_jax.data import builders, people, rendering
 from hetlora_jax.data.rendering import CLIENT, SYSTEM, USER, Chat, Template
 from hetlora_jax.models.tokenizer import Tokenizer
+from hetlora_jax.tools import generation
 from tests.tokenizer_test import gemma, smollm2
 
 GOLDEN = pathlib.Path(__file__).with_name('golden') / 'chat_templates.json'
@@ -269,3 +271,11 @@ def test_formats_are_the_fields_choices(tokenizer, tmp_path):
     read = people.reader(dataset, ours, config.Data(format=name))
     seen.add(ours.decode(read(0).tokens))
   assert len(seen) == 4  # of five: the data set's own is with names
+
+
+def test_a_completion_of_several_lines_goes_on_to_its_end(tokenizer):
+  ends = rendering.make('plain', tokenizer).ends
+  stop_V = generation.stop_token_mask(tokenizer, 300, ends)
+  assert np.flatnonzero(stop_V).tolist() == [tokenizer.eos_id]
+  line_V = generation.stop_token_mask(tokenizer, 300)
+  assert line_V[tokenizer.encode('\n')].all()
