@@ -43,7 +43,7 @@ setuptools.setup(
     'gguf>=0.17.1',
     'importlib_resources>=6',  # tensorflow-datasets needs it, undeclared
     'jax>=0.7',
-    'jinja2>=3.1',
+    'jinja2>=3.1.6',  # older sandboxes can be left
     'ml_dtypes>=0.5',
     'matplotlib>=3.8.4',
     'ml_collections>=1.0',

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
+import numpy as np
 import pytest
 
 from configs import tiny
@@ -12,6 +14,7 @@ from hetlora_jax.config import ConfigError
 from hetlora_jax.data import builders, people, rendering
 from hetlora_jax.data.rendering import CLIENT, SYSTEM, USER, Chat, Template
 from hetlora_jax.models.tokenizer import Tokenizer
+from hetlora_jax.tools import generation
 from tests.tokenizer_test import gemma, smollm2
 
 GOLDEN = pathlib.Path(__file__).with_name('golden') / 'chat_templates.json'
@@ -217,7 +220,7 @@ def test_a_template_that_writes_prompts_otherwise_is_refused():
 
 
 def test_a_model_without_a_template_is_refused_before_it_is_loaded(monkeypatch):
-  raw = tiny.get_config()
+  raw: Any = tiny.get_config()
   raw.data.format = 'template'
   with pytest.raises(
     ConfigError, match=r"config\.data\.format='template' is impossible"
@@ -264,7 +267,15 @@ def test_formats_are_the_fields_choices(tokenizer, tmp_path):
   ours = dataclasses.replace(tokenizer, chat_template=MODELS['gemma3']['template'])
   dataset = builders.open_dataset('synthetic', tmp_path)
   seen = set()
-  for name in (None, *config.FIELDS['data.format'].declaration.choices):
+  for name in (None, *(config.FIELDS['data.format'].declaration.choices or ())):
     read = people.reader(dataset, ours, config.Data(format=name))
     seen.add(ours.decode(read(0).tokens))
   assert len(seen) == 4  # of five: the data set's own is with names
+
+
+def test_a_completion_of_several_lines_goes_on_to_its_end(tokenizer):
+  ends = rendering.make('plain', tokenizer).ends
+  stop_V = generation.stop_token_mask(tokenizer, 300, ends)
+  assert np.flatnonzero(stop_V).tolist() == [tokenizer.eos_id]
+  line_V = generation.stop_token_mask(tokenizer, 300)
+  assert line_V[tokenizer.encode('\n')].all()

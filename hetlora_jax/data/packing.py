@@ -119,7 +119,7 @@ def _trim(example: Example, length: int, last: int, targets: int) -> Kept:
   earlier = np.asarray(example.earlier, np.int64) - gone
   spoken = earlier[earlier > 0]
   places = np.concatenate([spoken, np.arange(len(tokens) - last, len(tokens))])
-  contexts_cut = gone - (len(earlier) - len(spoken))
+  contexts_cut = gone - int((earlier < bos).sum())
   return Kept(tokens, places[max(0, len(places) - targets) :], contexts_cut)
 
 

@@ -7,7 +7,7 @@ import itertools
 import operator
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -191,5 +191,5 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
     """Returns a row of either split; TFDS has one schema for both."""
     empty = dict(time=0, context=[], mine=[], target='', first=0, count=0, labels=[])
     empty |= dict(bears_from=-1, system=False)
-    row = empty | values
-    return {name: row[name] for name in self.info.features}
+    row, columns = empty | values, cast(Any, self.info.features)
+    return {name: row[name] for name in columns}
