@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import pathlib
 import re
 import sys
@@ -13,6 +14,7 @@ from mkdocs.structure.files import File
 
 from docs import pictures
 from hetlora_jax import config as config_lib
+from hetlora_jax.formats import gguf
 from hetlora_jax.methods import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -123,6 +125,37 @@ def methods_page() -> str:
   return '\n'.join(lines)
 
 
+FAMILIES = {  # family -> models, what it needs besides Llama's parts
+  'gemma2': ('Gemma 2', 'soft caps of scores and logits; a window in every other layer; '
+             'norms after each block; scaled embeddings'),
+  'gemma3': ('Gemma 3 (text)', 'norms of q and k; a window in five of six layers, with a '
+             'RoPE base of its own; norms after each block; scaled embeddings'),
+  'llama': ('Llama 2 and 3.x, SmolLM2', 'biases, if it says so'),
+  'mistral': ('Mistral 7B, Nemo', 'a window in every layer, if it says so'),
+  'phi3': ('Phi-3 and Phi-4 mini', 'fused matrices; partly rotated heads; LongRoPE; a '
+           'window in every layer'),
+  'qwen2': ('Qwen 2 and 2.5', 'biases of q, k and v; a window from a layer on'),
+  'qwen3': ('Qwen 3', 'norms of q and k; heads of any width; a window from a layer on'),
+  'smollm3': ('SmolLM3', 'every fourth layer without positions'),
+}  # fmt: skip
+
+
+def families_table() -> str:
+  """Lists the families, with the differences that were measured."""
+  measured = json.loads((ROOT / 'tests/golden/families.json').read_text())
+  rows = []
+  for family, (models, needs) in FAMILIES.items():
+    found = {n: x for n, x in measured.items() if n.partition(' ')[0] == family}
+    told = ', '.join(
+      f'{x:.0e}' + (f' ({n.partition(" ")[2]})' if ' ' in n else '')
+      for n, x in found.items()
+    )
+    architecture = family if family in gguf.FAMILIES else 'llama'
+    rows.append((f'`{family}`', models, needs, told, f'`{architecture}`'))
+  head = ('family', 'models', "besides Llama's parts", 'difference', 'GGUF')
+  return _table(head, *rows)
+
+
 def configs_page() -> str:
   """Lists the experiments that come with the package."""
   lines = [
@@ -217,7 +250,12 @@ def _code(name: str) -> str:
 
 
 def on_page_markdown(markdown, page, config, files):
-  """Puts pictures in place of <!-- picture: NAME -->, functions of <!-- code: NAME -->."""
+  """Puts pictures in place of <!-- picture: NAME -->, functions of <!-- code: NAME -->.
+
+  <!-- families --> becomes the table of families.
+  """
+  if '<!-- families -->' in markdown:
+    markdown = markdown.replace('<!-- families -->', families_table())
   markdown = re.sub(
     r'<!-- picture: (\w+) -->',
     lambda found: f'<div class="picture">{pictures.draw(found[1])}</div>',

@@ -3,12 +3,13 @@
 Weights are drawn, not kept: golden/families.npz has what transformers makes of
 them. To make it and golden/families.json again, in the environment with torch:
 
-  PYTHONPATH=. .venv/bin/python tests/families.py
+  PYTHONPATH=. .venv/bin/python tests/families.py [NAME ...]
 """
 
 import json
 import pathlib
 import subprocess
+import sys
 import tempfile
 import zlib
 
@@ -57,6 +58,23 @@ MODELS: dict[str, dict] = {
     'final_logit_softcapping': 3.0,
     'tie_word_embeddings': True,
   },
+  'gemma3': {
+    'head_dim': 8,
+    'num_hidden_layers': 3,
+    'query_pre_attn_scalar': 11,
+    'sliding_window': 6,
+    'layer_types': ['full_attention', 'sliding_attention', 'sliding_attention'],
+    'tie_word_embeddings': True,
+  },
+  'llama llama3': {
+    'rope_scaling': {
+      'rope_type': 'llama3',
+      'factor': 8.0,
+      'low_freq_factor': 1.0,
+      'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 16,
+    }
+  },
   'llama linear': {
     'attention_bias': True,
     'mlp_bias': True,
@@ -97,7 +115,8 @@ MODELS: dict[str, dict] = {
 def config_of(name: str) -> dict:
   """Returns a model's config.json."""
   own = _SHAPE | MODELS[name] | {'pad_token_id': 0, 'eos_token_id': 1}
-  return own | {'model_type': name.split()[0]}
+  kind = name.split()[0]
+  return own | {'model_type': {'gemma3': 'gemma3_text'}.get(kind, kind)}
 
 
 def draw(name: str, shape: tuple[int, ...], plus_one: bool) -> np.ndarray:
@@ -270,9 +289,11 @@ def reference_of(name: str) -> dict[str, np.ndarray]:
     return {key: kept[f'{name}/{key}'] for key in keys}
 
 
-def main():
-  kept, differences = {}, {}
-  for name in MODELS:
+def main(*names):
+  with np.load(REFERENCE) as before:
+    kept = dict(before)
+  differences = json.loads(DIFFERENCES.read_text())
+  for name in names or MODELS:
     with tempfile.TemporaryDirectory() as folder:
       folder = write_folder(pathlib.Path(folder), name)
       want = theirs(folder, ids_of(name))
@@ -286,4 +307,4 @@ def main():
 
 
 if __name__ == '__main__':
-  main()
+  main(*sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from log_probs import make_log_probs
 
 from configs import tiny
 from hetlora_jax import config, files, formats, points
-from hetlora_jax.formats import hf_folder, peft
+from hetlora_jax.formats import hf_folder, layout, peft
 from hetlora_jax.models import decoder, kernels
 from hetlora_jax.models.decoder import KVCache
 from hetlora_jax.types import Lora
@@ -102,7 +103,7 @@ def test_what_is_written_is_read_back(folder, name, tmp_path):
 
 # llama.cpp's files do not say these: which layers have a window, or do not rotate.
 IN_GGUF = [x for x in families.MODELS if x not in (
-  'gemma2', 'llama dynamic', 'mistral', 'qwen2 yarn', 'smollm3 yarn'
+  'gemma2', 'gemma3', 'llama dynamic', 'mistral', 'qwen2 yarn', 'smollm3 yarn'
 )]  # fmt: skip
 # So without, and with what is the head's width in the 2B.
 PLAIN = {
@@ -356,3 +357,12 @@ def test_what_is_not_supported_is_named(tmp_path, name, change, message):
   files.write_json(tmp_path / 'config.json', raw)
   with pytest.raises(files.Damaged, match=message):
     formats.load(tmp_path, dtype=np.float32, cached=False)
+
+
+def test_the_table_of_families_tells_of_all(folder):
+  if not importlib.util.find_spec('mkdocs'):
+    pytest.skip('mkdocs is not installed; `make docs` installs it')
+  from docs import hooks
+
+  assert set(hooks.FAMILIES) == set(layout.FAMILIES) == set(hf_folder.CLASSES)
+  assert set(json.loads(families.DIFFERENCES.read_text())) == set(families.MODELS)
