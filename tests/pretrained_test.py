@@ -78,7 +78,9 @@ def write_folder(folder, config, weights):
   return folder
 
 
-def write_gguf(path, *, family='llama', tensor_type='F32', left_out=(), **more):
+def write_gguf(
+  path, *, family='llama', tensor_type='F32', left_out=(), experts=0, **more
+):
   names = formats.gguf.NAMES
   writer = gguf.GGUFWriter(path, family)
   writer.add_block_count(1)
@@ -87,6 +89,7 @@ def write_gguf(path, *, family='llama', tensor_type='F32', left_out=(), **more):
   writer.add_head_count_kv(KV_HEADS)
   writer.add_feed_forward_length(MLP)
   writer.add_layer_norm_rms_eps(1e-5)
+  writer.add_expert_count(experts)
   for key, value in more.items():
     writer.add_string(f'{family}.rope.scaling.{key}', value)
   tokens = ['t', '1', *(f't{i}' for i in range(VOCAB - 2))]
@@ -107,8 +110,6 @@ def write_gguf(path, *, family='llama', tensor_type='F32', left_out=(), **more):
       continue
     kind = gguf.GGMLQuantizationType[tensor_type]
     writer.add_tensor(name, tensor, raw_dtype=kind)
-  if 'blk.0.attn_q.bias' in left_out:
-    writer.add_tensor('blk.0.attn_q.bias', np.zeros(WIDTH, np.float32))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -220,9 +221,9 @@ def test_a_configuration_that_lacks_a_field_is_named(tmp_path):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'family': 'qwen2'}, "architecture 'qwen2'"),
-    ({'type': 'yarn'}, "RoPE scaling 'yarn'"),
-    ({'left_out': ['blk.0.attn_q.bias']}, r'bias \(blk\.0'),
+    ({'family': 'mamba'}, "architecture 'mamba'.*use one of gemma2, gemma3, llama,"),
+    ({'type': 'dynamic'}, "RoPE scaling 'dynamic'"),
+    ({'experts': 8}, 'is a mixture of experts'),
     ({'left_out': ['token_embd.weight']}, 'lacks the tensor token_embd'),
     ({'tensor_type': 'I32'}, 'token_embd.weight of .* has type I32'),
   ],
