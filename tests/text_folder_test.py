@@ -199,6 +199,16 @@ def test_parquet_has_types_of_its_own(tmp_path, read):
   assert found.people[0]['labels'].tolist() == [b'3']
 
 
+@pytest.mark.parametrize('kind', ['.parquet', '.json'])
+def test_conversations_are_read_of_other_files_too(tmp_path, read, kind):
+  said = [('user', 'Hi'), ('assistant', 'Oh'), ('user', 'So?'), ('assistant', 'Yes')]
+  messages = [{'role': role, 'content': text} for role, text in said]
+  WRITERS[kind](tmp_path / f'a{kind}', [{'who': 'ann', 'messages': messages}])
+  found, rows = read(tmp_path / f'a{kind}', builders.Reading(client='who'))
+  assert rows == [('ann', ['Hi', 'Oh', 'So?'], 'Yes', 1)]
+  assert found.examples[0]['bears_from'] == 0
+
+
 def test_a_reading_is_part_of_what_was_prepared(tmp_path, read, capsys):
   path = write(tmp_path / 'a.jsonl', ROWS)
   first, _ = read(path)
