@@ -23,6 +23,10 @@ from hetlora_jax.models import decoder, shapes
 
 SCALE_RULES = {'constant': 0.0, 'alpha_over_r': 1.0, 'alpha_over_sqrt_r': 0.5}
 MAX_CONTEXT_TURNS = 4  # that data sets keep
+# Which value is better of the columns of an evaluation, by their last word.
+BETTER = {
+  'loss': 'lower', 'perplexity': 'lower', 'accuracy': 'higher', 'macro_f1': 'higher',
+}  # fmt: skip
 WIRE_DTYPES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}  # bytes
 
 
@@ -298,6 +302,22 @@ class Eval:
     help='Whether rounds measure what averaging factors loses of the mean product, '
          "which is most of a pod's traffic. None: every round on one device, on "
          'several the rounds that end with an evaluation.')
+  metric: str = field('eval/seen/loss', changeable=True,
+    help='Column of metrics.jsonl by which evaluations are compared; the best '
+         'one is in summary.json.')
+  better: str | None = field(None, choices=('lower', 'higher'), changeable=True,
+    help='Which of two values of it is better. None: the lower loss or perplexity, the '
+         'higher accuracy or F1.')
+  patience: int | None = field(None, at_least=1, changeable=True,
+    help='Evaluations in a row that are no better, after which a run ends early. None: '
+         'it does all its rounds.')
+  min_delta: float = field(0.0, at_least=0, changeable=True,
+    help='By how much an evaluation must be better for patience to begin anew.')
+
+  @property
+  def better_side(self) -> str | None:
+    """Which value of the metric is better; None if nobody has said so."""
+    return self.better or BETTER.get(self.metric.rpartition('/')[2])
 
 
 @section
@@ -309,6 +329,9 @@ class Checkpoint:
   keep: int = field(2, 'Newest checkpoints kept.', at_least=1, changeable=True)
   keep_every: int | None = field(None, at_least=1, changeable=True,
     help='Checkpoints of rounds that it divides are kept for ever. None: none are.')
+  keep_best: bool = field(False, changeable=True,
+    help='Save and keep the round with the best evaluation (eval.metric) too, round 0, '
+         'before training, included.')
 
 
 @section
@@ -522,6 +545,7 @@ def _conditions(c: Config) -> Iterator[_Condition]:
   yield from _of_ranks(c)
   yield from _of_model(c)
   yield from _of_data(c)
+  yield from _of_evaluations(c)
 
 
 def _of_rounds(c: Config) -> Iterator[_Condition]:
@@ -614,6 +638,25 @@ def _of_model(c: Config) -> Iterator[_Condition]:
       c.model.random.vocab_size <= most,
       f'{shape} has a vocabulary of {most}, and the tokenizer cannot have more',
     )
+
+
+def _of_evaluations(c: Config) -> Iterator[_Condition]:
+  e = c.eval
+  yield (
+    'eval.metric',
+    e.metric.startswith('eval/'),
+    "name a column of an evaluation, e.g. 'eval/unseen/loss'",
+  )
+  yield (
+    'eval.metric',
+    e.better_side is not None,
+    f'eval.better must say which value is better; known are {", ".join(BETTER)}',
+  )
+  yield (
+    'eval.patience',
+    e.patience is None or e.every is not None,
+    'it counts evaluations, and eval.every=None has none on the way: give eval.every',
+  )
 
 
 def _both(a: int | None, b: int | None, holds: Callable[[int, int], bool]) -> bool:

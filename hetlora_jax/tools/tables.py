@@ -141,13 +141,16 @@ def _curve(folder: pathlib.Path):
 
 
 def _curves(seeds: list[dict], workdir: pathlib.Path):
-  """Returns rounds, mean megabytes until then, and the losses of each seed."""
+  """Returns rounds, mean megabytes until then, and the losses of each seed.
+
+  They end where the first seed ends.
+  """
   found = [_curve(workdir / result['name']) for result in seeds]
-  rounds = found[-1][0]
+  count = min(len(rounds) for rounds, _, _ in found)
   return (
-    rounds,
-    np.mean([megabytes for _, _, megabytes in found], 0),
-    np.array([losses for _, losses, _ in found]),
+    found[-1][0][:count],
+    np.mean([megabytes[:count] for _, _, megabytes in found], 0),
+    np.array([losses[:count] for _, losses, _ in found]),
   )
 
 
