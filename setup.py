@@ -66,8 +66,12 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'test': ['hypothesis>=6', 'pytest>=8', 'pytest-xdist>=3.6', 'tensorboard>=2.18'],
     'docs': [
+      'ipykernel>=6.29',
+      'jupytext>=1.16',
       'mkdocs-material>=9.6',
       'mkdocstrings[python]>=0.30',
+      'nbconvert>=7.16',
+      'pandas>=2.2',
     ],
     'dev': ['build>=1.2', 'ruff>=0.14', 'basedpyright>=1.30'],
     'bench': ['torch==2.13.0', 'transformers==5.23.0', 'peft==0.21.2', 'flwr[simulation]==1.41.0'],

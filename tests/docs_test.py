@@ -15,7 +15,7 @@ from hetlora_jax.methods import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md')]
-MADE = ('api.md', 'api/', 'flags.md', 'methods.md', 'tutorial.md')
+MADE = ('api.md', 'api/', 'flags.md', 'methods.md', 'notebooks/', 'tutorial.md')
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
