@@ -179,6 +179,8 @@ def notebook_files() -> dict[str, str | bytes]:
       f'This page is `docs/notebooks/{path.name}`, executed when the documentation was '
       f'built; [the notebook]({name}.ipynb), with its outputs.\n'
     )
+    page = re.sub(r'(?s)<style scoped>.*?</style>\n', '', page)
+    page = re.sub(r'\n{3,}', '\n\n', page)
     head, _, rest = page.partition('\n\n')
     files[f'notebooks/{name}.md'] = f'{head.strip()}\n\n{note}\n{rest}'
     files[f'notebooks/{name}.ipynb'] = nbformat.writes(notebook)

@@ -45,9 +45,10 @@ def judge(rows: Iterable[Row], e: Eval) -> Judged | None:
 
 def why(judged: Judged, e: Eval) -> str:
   """Says why patience ended."""
+  least = f' by eval.min_delta={e.min_delta}' if e.min_delta else ''
   return (
-    f'{e.metric} has been best after round {judged.round} ({judged.value:.4g}), and '
-    f'eval.patience={e.patience} evaluations were no better'
+    f'{e.metric} did not get better{least} in eval.patience={e.patience} evaluations '
+    f'(best: {judged.value:.4g} after round {judged.round})'
   )
 
 

@@ -282,7 +282,8 @@ def test_launchers_say_that_it_stopped_and_take_the_best(stopped, tmp_path):
   workdir = f'--workdir={tmp_path}/run'
   again = programs.run('launch.train', workdir)
   assert again.returncode == 0, again.stderr
-  assert again.stdout.count(f'{SEEN} has been best after round 5') == 2
+  assert again.stdout.count(f'{SEEN} did not get better in eval.patience=2 ') == 2
+  assert 'after round 5)' in again.stdout
   found = programs.run('launch.evaluate', workdir, '--round=best')
   found = json.loads(found.stdout.splitlines()[-1])
   assert found['round'] == 5
