@@ -36,7 +36,9 @@ def _own_flags(program: str) -> list[flags.Flag]:
   Several launchers have an --out.
   """
   module = importlib.import_module(f'launch.{program}')
-  own = flags.FLAGS.flags_by_module_dict()[module.__name__]
+  own = list(
+    flags.FLAGS.flags_by_module_dict()[module.__name__]
+  )  # forgetting shortens it
   for flag in own if program != 'flags' else ():
     delattr(flags.FLAGS, flag.name)
   return [f for f in own if not f.name.startswith('config.')]
