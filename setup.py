@@ -75,8 +75,12 @@ setuptools.setup(
       'tensorboard>=2.18',
     ],
     'docs': [
+      'ipykernel>=6.29',
+      'jupytext>=1.16',
       'mkdocs-material>=9.6',
       'mkdocstrings[python]>=0.30',
+      'nbconvert>=7.16',
+      'pandas>=2.2',
     ],
     'dev': ['build>=1.2', 'ruff>=0.14', 'basedpyright>=1.30'],
     'bench': [

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import pathlib
 import re
 import sys
@@ -37,7 +38,9 @@ def _own_flags(program: str) -> list[flags.Flag]:
   Several launchers have an --out.
   """
   module = importlib.import_module(f'launch.{program}')
-  own = flags.FLAGS.flags_by_module_dict()[module.__name__]
+  own = list(
+    flags.FLAGS.flags_by_module_dict()[module.__name__]
+  )  # forgetting shortens it
   for flag in own if program != 'flags' else ():
     delattr(flags.FLAGS, flag.name)
   return [f for f in own if not f.name.startswith('config.')]
@@ -182,6 +185,44 @@ def tutorial_page() -> str:
   return '\n'.join(out)
 
 
+def _executed(path: pathlib.Path):
+  """Runs a script of cells as a notebook; raises what a cell raises."""
+  import jupytext
+  from nbclient import NotebookClient
+
+  notebook = jupytext.read(path)
+  # As in the tests: compiling is most of it.
+  flags = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+  client = NotebookClient(notebook, resources={'metadata': {'path': str(ROOT)}})
+  client.execute(env=env)
+  return notebook
+
+
+def notebook_files() -> dict[str, str | bytes]:
+  """Returns the pages of docs/notebooks with what their cells print and draw."""
+  import nbconvert
+  import nbformat
+
+  files = {}
+  for path in sorted((ROOT / 'docs/notebooks').glob('*.py')):
+    name, notebook = path.stem, _executed(path)
+    page, found = nbconvert.MarkdownExporter().from_notebook_node(
+      notebook, {'output_files_dir': f'{name}_files', 'unique_key': name}
+    )
+    note = (
+      f'This page is `docs/notebooks/{path.name}`, executed when the documentation was '
+      f'built; [the notebook]({name}.ipynb), with its outputs.\n'
+    )
+    page = re.sub(r'(?s)<style scoped>.*?</style>\n', '', page)
+    page = re.sub(r'\n{3,}', '\n\n', page)
+    head, _, rest = page.partition('\n\n')
+    files[f'notebooks/{name}.md'] = f'{head.strip()}\n\n{note}\n{rest}'
+    files[f'notebooks/{name}.ipynb'] = nbformat.writes(notebook)
+    files |= {f'notebooks/{place}': data for place, data in found['outputs'].items()}
+  return files
+
+
 def _modules() -> Iterator[tuple[str, str]]:
   """Yields every module's name, and the first line of its docstring."""
   for path in sorted((ROOT / 'hetlora_jax').rglob('*.py')):
@@ -231,6 +272,7 @@ def on_files(files, config):
     'contributing.md': _of_repository('CONTRIBUTING.md'),
     'changelog.md': _of_repository('CHANGELOG.md'),
     **api_pages(),
+    **notebook_files(),
   }
   for name, content in made.items():
     files.append(File.generated(config, name, content=content))

@@ -12,11 +12,13 @@ from hetlora_jax.config import Config, ConfigError, default_config, resolve
 from hetlora_jax.methods.registry import METHODS, ROLES, Method, declare, rule
 from hetlora_jax.rounds import federated_round
 from hetlora_jax.run import Run
+from hetlora_jax.stopping import STOP
 from hetlora_jax.training import train
 
 __all__ = [
   'METHODS',
   'ROLES',
+  'STOP',
   'Config',
   'ConfigError',
   'Method',

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -74,6 +75,24 @@ def _digest(about: dict[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
+class _Kept:
+  """Which steps stay, as Orbax asks: the newest, every n-th, and the best."""
+
+  def __init__(self, keep: config.Checkpoint):
+    self._newest, self._every = keep.keep, keep.keep_every
+    self.best: int | None = None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    steps = [found.step for found in checkpoints]
+    return [
+      step in steps[-self._newest :]
+      or step == self.best
+      or bool(self._every and step % self._every == 0)
+      for step in steps
+    ]
+
+
 class Checkpoints:
   """The checkpoints of points that run together, each in a folder of its own.
 
@@ -93,25 +112,41 @@ class Checkpoints:
       base: what identifies the base model, and data of one's own, for JSON.
       keep: which checkpoints are kept; None only reads.
     """
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep.keep if keep else None,
-      keep_period=keep.keep_every or None if keep else None,
-      cleanup_tmp_directories=keep is not None,
-      create=keep is not None,
-      read_only=keep is None,
-      save_interval_steps=1 if keep else 0,
-    )
     self._base = json.loads(json.dumps(fields.flat(base)))  # tuples to lists
     self._writes = keep is not None
+    self._kept = [_Kept(keep or config.Checkpoint()) for _ in folders]
     self._managers = [
-      ocp.CheckpointManager(folder.resolve(), options=options) for folder in folders
+      ocp.CheckpointManager(
+        folder.resolve(),
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=kept,
+          cleanup_tmp_directories=self._writes,
+          create=self._writes,
+          read_only=not self._writes,
+          save_interval_steps=int(self._writes),
+        ),
+      )
+      for folder, kept in zip(folders, self._kept, strict=True)
     ]
 
-  def save(self, step: int, states: Iterable[ServerState]) -> None:
-    """Starts to save; the arrays are copied before this returns."""
-    for manager, state in zip(self._managers, states, strict=False):
-      if step in manager.all_steps():
+  def save(
+    self,
+    step: int,
+    states: Iterable[ServerState | None],
+    best: Iterable[int | None] = itertools.repeat(None),
+  ) -> None:
+    """Starts to save; the arrays are copied before this returns.
+
+    Args:
+      step: the rounds done.
+      states: the points'; None of one that is left as it is.
+      best: the step of each that stays while newer ones come.
+    """
+    points = zip(self._managers, self._kept, states, best, strict=False)
+    for manager, kept, state, best_step in points:
+      if state is None or step in manager.all_steps():
         continue
+      kept.best = best_step
       about = {
         'base': self._base, 'shapes': _shapes(state), 'sums': sums(state)
       }  # fmt: skip
@@ -226,11 +261,16 @@ class Checkpoints:
     for manager in self._managers if damaged else ():
       manager.reload()
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Waits for the last save."""
     for manager in self._managers:
       with _naming(manager):
         manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for the last save, and lets go of the folders."""
+    self.wait()
+    for manager in self._managers:
       manager.close()
 
 
@@ -262,22 +302,3 @@ def _read(manager, path: pathlib.Path, **args):
 
 def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def newest(
-  workdir: pathlib.Path, identity: dict[str, Any], like: ServerState
-) -> tuple[int, ServerState]:
-  """Restores the newest undamaged checkpoint of a run, and its round.
-
-  Raises:
-    ConfigError: there is none, or see `Checkpoints.restore_newest`.
-  """
-  folder, found = workdir / 'checkpoints', None
-  if steps(folder):
-    checkpoints = Checkpoints([folder], identity)
-    found = checkpoints.restore_newest(like)
-    checkpoints.close()
-  if not found:
-    raise ConfigError(f'--workdir={workdir} holds no checkpoints: train first.')
-  step, (state,) = found
-  return step, state

@@ -203,7 +203,7 @@ def summarise(
 
 
 def table(summary: dict) -> str:
-  """Returns perplexity before and after, as lines for people."""
+  """Returns perplexity before and after, and why it ended early, as lines for people."""
   first, last = summary['first'], summary['last']
   lines = [f'{"held-out perplexity":<22}{"before":>10}{"after":>10}{"":>4}']
   for who in ('seen', 'unseen'):
@@ -212,4 +212,6 @@ def table(summary: dict) -> str:
     lines.append(
       f'{who + " people":<22}{a:>10.2f}{b:>10.2f}{100 * (b - a) / a:>8.1f} %'
     )
+  if stopped := summary.get('stopped'):
+    lines.append(f'stopped after round {stopped["round"]}: {stopped["why"]}')
   return '\n'.join(lines)

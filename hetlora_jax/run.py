@@ -20,7 +20,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hetlora_jax import checkpoint, config, curves, fields, files, hub, points, rows
+from hetlora_jax import (
+  checkpoint,
+  config,
+  curves,
+  fields,
+  files,
+  hub,
+  points,
+  rows,
+  stopping,
+)
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError
 from hetlora_jax.points import Points
@@ -134,16 +144,45 @@ class Run:
 
   @property
   def finished(self) -> dict[str, Any] | None:
-    """The summary, of a run that has done all its rounds."""
+    """The summary, of a run that has done all its rounds or was stopped early."""
     found = self.summary
     if found is None:
       return None
+    with self._naming_summary():
+      done = found['last']['round'] == self.fields['federated.num_rounds']
+    return found if done or self.stopped() else None
+
+  def stopped(self, c: Config | None = None) -> str:
+    """Says after which round and why the run was stopped early; '' if it was not.
+
+    Args:
+      c: its configuration, in which patience may be another by now; None: its own.
+    """
+    with self._naming_summary():
+      found = (self.summary or {}).get('stopped')
+      if not found:
+        return ''
+      number, by, told = (
+        found['round'],
+        found['by'],
+        f'{found["round"]}: {found["why"]}',
+      )
+    history = self.history
+    if number not in self.steps() or not history or history[-1]['round'] != number:
+      return ''  # it went on since, or its state is lost
+    judged = stopping.judge(history, (c or self.unchecked).eval)
+    goes_on = by == 'eval.patience' and not (judged and judged.stop is not None)
+    return '' if goes_on else told
+
+  @contextlib.contextmanager
+  def _naming_summary(self) -> Iterator[None]:
     try:
-      last = found['last']['round']
+      yield
+    except (files.Damaged, OSError):
+      raise
     except files.UNEXPECTED as error:
       path = self.folder / 'summary.json'
       raise files.damaged(path, error, 'delete it, and the run ends anew') from error
-    return found if last == self.fields['federated.num_rounds'] else None
 
   # --- Its state ------------------------------------------------------------
 
@@ -172,23 +211,62 @@ class Run:
     c = c or self.config
     return points.prepare(on_one_device(c), model=self.model)
 
+  def saved_round(self, round: str | int, e: config.Eval | None = None) -> int | None:
+    """Returns the number of a saved round; None of the 'newest'.
+
+    Args:
+      round: 'newest', 'best' or a number.
+      e: by which metric the best is chosen; None: the run's own.
+
+    Raises:
+      ConfigError: it is none of these, or is not saved.
+    """
+    self.check_saved()
+    if round == 'newest':
+      return None
+    e = e or self.config.eval
+    judged = stopping.judge(self.history, e) if round == 'best' else None
+    if not judged and not str(round).isdecimal():
+      why = f'no evaluation has {e.metric}' if round == 'best' else (
+        'it must be newest, best, or the number of a saved round'
+      )  # fmt: skip
+      raise ConfigError(f'--round={files.short(round)}: {why}.')
+    number, steps = judged.round if judged else int(round), sorted(self.steps())
+    if number not in steps:
+      told = f' (the best by {e.metric})' if judged else ''
+      raise ConfigError(
+        f'--round={round}: {self.folder} has saved rounds {steps}, not {number}{told}; '
+        'checkpoint.keep_best and checkpoint.keep_every keep more while a run trains.'
+      )
+    return number
+
   def newest(self, x: Points, *, any_dtype: bool = False) -> tuple[int, ServerState]:
-    """Restores the newest undamaged checkpoint, and how many rounds it has done.
+    """Restores the newest undamaged checkpoint, and how many rounds it has done."""
+    return self.state(x, any_dtype=any_dtype)
+
+  def state(
+    self, x: Points, round: str | int = 'newest', *, any_dtype: bool = False
+  ) -> tuple[int, ServerState]:
+    """Restores a checkpoint, and how many rounds it has done.
 
     Args:
       x: of `prepare`.
+      round: 'newest', which is the newest undamaged one, 'best', or a number.
       any_dtype: whether the base model may have been in another type.
 
     Raises:
       ConfigError: there is none, or it belongs to another model or configuration.
+      Damaged: that round is.
     """
     identity = x.identity
     if any_dtype:
       identity = {k: v for k, v in identity.items() if k != 'dtype'}
-    self.check_saved()
+    step, like = self.saved_round(round, x.config.eval), points.shape_of_one(x)
     saved = checkpoint.Checkpoints([self.checkpoints], identity)
-    found = saved.restore_newest(points.shape_of_one(x))
-    saved.close()
+    with contextlib.closing(saved):
+      if step is not None:
+        return step, *saved.restore(step, like)
+      found = saved.restore_newest(like)
     if not found:
       self.check_saved()
       raise ConfigError(f'--workdir={self.folder} has no checkpoint that is whole.')

@@ -8,7 +8,7 @@ import pathlib
 import re
 import runpy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from hetlora_jax import (
   files,
   points,
   rows,
+  stopping,
   tracking,
 )
 from hetlora_jax.base_model import BaseModel
@@ -101,7 +102,10 @@ def train(
     config: a configuration, resolved or not, or the path of a file of one; see
       `load_config`.
     workdir: the folder of the run; see `train_points`.
-    on_round: called with every row as soon as it is written.
+    on_round: called with every row as soon as it is written, and again with those that
+      were not yet saved when a run was killed. If it returns 'stop', the run ends with
+      the round's call of the compiled program: it is saved, has ended, and goes on only
+      once its summary.json is deleted. Any other answer is ignored.
     model: a base model of your own (`base_model.own`).
     population: clients and examples of your own.
     branch: a saved state to start from.
@@ -132,7 +136,8 @@ def train_points(
       metrics.jsonl, tensorboard/, checkpoints/, summary.json and curves.png; an
       earlier run in it is continued, all of them from the newest round that all have
       saved. Of several processes the first alone writes.
-    on_round: called with every row of every point.
+    on_round: called with every row of every point; see `train`. It stops the point
+      whose row it got.
     model: see `train`.
     population: see `train`.
     branch: what to start from if nothing was saved in the workdirs.
@@ -141,11 +146,9 @@ def train_points(
     ConfigError: a point cannot run; nothing has been written.
     Interrupted: see `train`.
   """
-  runs = [Run(point.workdir, model) for point in chosen]
-  for run, point in zip(runs, chosen, strict=True):
-    run.check(point.config)
-    run.check_rows(branch.round if branch else 0)
-    run.check_free()
+  every, runs, chosen = _that_go_on(chosen, model, branch.round if branch else 0)
+  if not runs:
+    return every
   started, c = time.time(), chosen[0].config
   console.say(
     f'Loading {c.model.source} and {c.data.name}; the first time takes a while.'
@@ -155,6 +158,7 @@ def train_points(
   console.say(coverage.told(x.experiment.coverage))
   for warning in coverage.warnings(x.experiment.coverage):
     console.say(f'Warning: {warning}')
+  stopping.check(c.eval, [f'eval/{name}' for name in x.evaluators])
   branched = branch and not any(run.steps() for run in runs)
   start = _branched(x, branch) if branched else None
   with _on_disk(runs), contextlib.ExitStack() as stack:
@@ -165,12 +169,33 @@ def train_points(
     )
     stack.callback(checkpoints.close)
     state, first = _start(x, checkpoints, start)
-    record = stack.enter_context(Record(x, runs, chosen, first, on_round))
+    record = stack.enter_context(Record(x, runs, chosen, first, on_round, started))
     stack.enter_context(console.not_left_alone())
     stack.enter_context(_in_memory(c))
     _run_rounds(x, state, first, record, checkpoints)
-    record.finish((time.time() - started) / len(runs))
-  return runs
+    record.finish(record.running)
+  return every
+
+
+def _that_go_on(
+  chosen: Sequence[Point], model: BaseModel | None, start: int
+) -> tuple[list[Run], list[Run], list[Point]]:
+  """Returns all runs, and runs and points of those that were not stopped early.
+
+  Raises ConfigError where a folder cannot be used.
+  """
+  every = [Run(point.workdir, model) for point in chosen]
+  for run, point in zip(every, chosen, strict=True):
+    run.check(point.config)
+    run.check_free()
+  left = []
+  for run, point in zip(every, chosen, strict=True):
+    if told := run.stopped(point.config):
+      console.say(f'{run.folder} was stopped after round {told}.')
+    else:
+      run.check_rows(start)
+      left.append((run, point))
+  return every, [run for run, _ in left], [point for _, point in left]
 
 
 @contextlib.contextmanager
@@ -195,17 +220,18 @@ def _in_memory(c: Config) -> contextlib.AbstractContextManager[None]:
   )
 
 
-def evaluate(run: Run, c: Config | None = None) -> Row:
-  """Evaluates the newest undamaged checkpoint of a run.
+def evaluate(run: Run, c: Config | None = None, round: str | int = 'newest') -> Row:
+  """Evaluates a checkpoint of a run.
 
   Args:
     run: the run.
     c: its configuration with another section `eval`; None: its own.
+    round: 'newest', 'best' or the number of a saved one; see `Run.state`.
   """
-  run.check_saved()
   run.check(c or run.config)
+  run.saved_round(round, c and c.eval)
   x = run.prepare(c)
-  done, state = run.newest(x)
+  done, state = run.state(x, round)
   with experiment.in_memory('lower eval.examples_per_person.'):
     found = points.evaluate(x, points.join(x, [state]))
   return {'round': done, **rows.evaluation_row(found[0])}
@@ -274,6 +300,7 @@ class Record:
     chosen: Sequence[Point],
     first: int,
     on_round: Callable[[Row], Any] | None,
+    started: float,
   ):
     """Opens the folders, of which the first process alone writes.
 
@@ -283,9 +310,12 @@ class Record:
       chosen: their configurations and commands.
       first: rounds done; rows up to there were written before its checkpoint.
       on_round: called with every row.
+      started: when, in seconds, the program began with them.
     """
-    self._x, self._runs, self._chosen = x, runs, chosen
+    self._x, self._runs, self._chosen, self._started = x, runs, chosen, started
     self._on_round = on_round or (lambda row: None)
+    self.running = list(range(len(runs)))  # those that have not been stopped
+    self._told_to_stop: set[int] = set()  # by `on_round`
     self._writes = jax.process_index() == 0
     histories = [run.history for run in runs]
     again = max(h[-1]['round'] if h else 0 for h in histories)
@@ -300,8 +330,8 @@ class Record:
       for run, history in zip(runs, histories, strict=True)
     ]
     self._compiling: Row = {}  # what the next rows tell of it
-    last = x.config.federated.num_rounds
-    self._progress = console.Progress(min(first, last), last)
+    self._last = x.config.federated.num_rounds
+    self._progress = console.Progress(min(first, self._last), self._last)
 
   def __enter__(self) -> Record:
     return self
@@ -324,12 +354,12 @@ class Record:
   def evaluation(self, state: ServerState, done: int) -> list[Row]:
     """Evaluates all, writes people.json and returns the parts of their rows."""
     x, found = self._x, points.evaluate(self._x, state)
-    for writer, rank_N, of_run in zip(
-      self._writers, x.initial_rank, found, strict=False
-    ):
-      told = rows.people(x.experiment, rank_N, of_run)
-      writer.write_people({'round': done, **told})
-    return [rows.evaluation_row(of_run) for of_run in found]
+    for k in self.running:
+      told = rows.people(x.experiment, x.initial_rank[k], found[k])
+      self._writers[k].write_people({'round': done, **told})
+    out = [rows.evaluation_row(of_run) for of_run in found]
+    stopping.check(x.config.eval, list(out[0]))
+    return out
 
   def round(
     self, found: Sequence[dict], done: int, seconds: float, waited: float
@@ -345,28 +375,74 @@ class Record:
 
   def write(self, of_runs: Sequence[Row]) -> None:
     """Writes and shows the rows of a round."""
-    for row, writer in zip(of_runs, self._writers, strict=False):
-      row |= self._compiling
-      writer.write(row)
-      self._on_round(row)
+    for k in self.running:
+      of_runs[k] |= self._compiling
+      self._writers[k].write(of_runs[k])
+      answer = self._on_round(of_runs[k])
+      if isinstance(answer, str) and answer == stopping.STOP:
+        self._told_to_stop.add(k)
     self._compiling = {}
-    self._progress.update(list(of_runs[: len(self._writers)]))
+    self._progress.update([of_runs[k] for k in self.running])
+
+  @property
+  def best(self) -> list[int | None]:
+    """The best round of every run, where it is to be kept."""
+    keeps = self._x.config.checkpoint.keep_best
+    return [judged.round if keeps and judged else None for judged in self._judged()]
+
+  def _judged(self) -> list[stopping.Judged | None]:
+    return [stopping.judge(w.rows, self._x.config.eval) for w in self._writers]
+
+  def ending(self, done: int) -> dict[int, dict[str, Any]]:
+    """Returns which runs end with a round before the last, and why."""
+    e, out = self._x.config.eval, {}
+    for k, judged in enumerate(self._judged()) if done < self._last else ():
+      told = anywhere(k in self._told_to_stop)
+      if k in self.running and (told or (judged and judged.stop is not None)):
+        by, why = (
+          'on_round',
+          f'on_round returned {stopping.STOP!r}; delete summary.json',
+        )
+        if not told:
+          by, why = 'eval.patience', f'{stopping.why(judged, e)}; raise it'
+        out[k] = {'round': done, 'by': by, 'why': f'{why} to go on'}
+    return out
 
   def sync(self) -> None:
     """Makes sure that the rows outlive the machine, before a checkpoint does."""
     for writer in self._writers:
       writer.sync()
 
-  def finish(self, seconds: float) -> None:
-    """Writes summary.json and curves.png."""
-    c = self._x.config
-    for run, point, writer in zip(self._runs, self._chosen, self._writers, strict=True):
-      summary = rows.summarise(self._x.experiment, writer.rows, seconds, point.command)
-      summary['points_together'] = len(self._runs)
-      if self._writes:
-        files.write_json(run.folder / 'summary.json', summary)
-        title = f'{c.method}: {c.model.source} on {c.data.name}'
-        curves.plot(writer.rows, title).savefig(run.folder / 'curves.png', dpi=110)
+  def finish(
+    self, which: Sequence[int], stopped: Mapping[int, dict[str, Any]] | None = None
+  ) -> None:
+    """Writes summary.json and curves.png of runs that end.
+
+    Args:
+      which: their numbers.
+      stopped: of those that end early, when and why.
+    """
+    c, judged = self._x.config, self._judged()
+    seconds = (time.time() - self._started) / len(self._runs)
+    for k in which if self._writes else ():
+      run, found = self._runs[k], self._writers[k].rows
+      summary = rows.summarise(
+        self._x.experiment, found, seconds, self._chosen[k].command
+      )
+      best = judged[k]
+      summary |= {
+        'points_together': len(self._runs),
+        'best': best and {'round': best.round, c.eval.metric: best.value},
+        'stopped': stopped and stopped[k],
+      }
+      files.write_json(run.folder / 'summary.json', summary)
+      title = f'{c.method}: {c.model.source} on {c.data.name}'
+      curves.plot(found, title).savefig(run.folder / 'curves.png', dpi=110)
+    for k, told in (stopped or {}).items():
+      console.say(
+        f'{self._runs[k].folder} stops after round {told["round"]}: {told["why"]}.'
+      )
+    self.running = [k for k in self.running if k not in which]
 
 
 def _run_rounds(
@@ -390,8 +466,9 @@ def _run_rounds(
     if not record.evaluated:
       found = record.evaluation(state, first)
       record.write([{'round': first, **row} for row in found])
+    _settle(x, state, first, record, checkpoints)
     free = time.perf_counter()  # when the devices had last finished
-    while cohorts is not None:
+    while cohorts is not None and record.running:
       # The rounds of a call, while the next call's cohorts are built.
       done += each
       start = time.perf_counter()
@@ -409,11 +486,25 @@ def _run_rounds(
           free = time.perf_counter()
         record.write(of_runs)
 
-      # A checkpoint, of rows that are safe on the disk; and whether to stop.
-      stopping = anywhere(console.stopping())
-      if done == last or done % c.checkpoint.every == 0 or stopping:
-        record.sync()
-        checkpoints.save(done, points.split(x, state))
-      if stopping and done < last:
+      # A checkpoint; and whether to stop.
+      asked = anywhere(console.stopping())
+      _settle(x, state, done, record, checkpoints, asked)
+      if asked and done < last and record.running:
         raise Interrupted(f'Stopped after round {done} of {last}.')
       cohorts = next(ahead, None)
+
+
+def _settle(
+  x: Points, state: ServerState, done: int, record: Record, checkpoints, asked=False
+) -> None:
+  """Saves, if it is due, rows that are safe on the disk; ends runs that stop early."""
+  c, ending, best = x.config, record.ending(done), record.best
+  due = done == c.federated.num_rounds or (done and done % c.checkpoint.every == 0)
+  if due or asked or ending or done in [best[k] for k in record.running]:
+    record.sync()
+    states = enumerate(points.split(x, state))
+    of_running = (s if k in record.running else None for k, s in states)
+    checkpoints.save(done, of_running, best)
+  if ending:
+    checkpoints.wait()  # what has ended is not done again
+    record.finish(list(ending), ending)

@@ -1,4 +1,4 @@
-"""Evaluates a run's newest checkpoint: python -m launch.evaluate.
+"""Evaluates a run's newest checkpoint, or that of --round: python -m launch.evaluate.
 
 With --generate it also completes held-out prompts, and writes generations.jsonl
 and evaluation.json into --workdir.
@@ -18,6 +18,9 @@ from launch import flags
 _DEFAULT = completions.Settings()
 GENERATE = absl_flags.DEFINE_enum(
   'generate', None, completions.SEARCHES, 'Complete held-out prompts, and how.'
+)
+ROUND = absl_flags.DEFINE_string(
+  'round', 'newest', "Which state: 'newest', 'best' (eval.metric), or of this round."
 )
 EXAMPLES = absl_flags.DEFINE_integer(
   'examples_per_person', None, 'Examples of each; by default config.eval.', 1
@@ -61,16 +64,16 @@ def _settings() -> completions.Settings:
 
 
 def evaluate(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  """Prints the evaluation of the newest checkpoint, as JSON or a table."""
+  """Prints the evaluation of a checkpoint, as JSON or a table."""
   settings = _settings()
   if EXAMPLES.value:
     config = config.replace(**{'eval.examples_per_person': EXAMPLES.value})
   if OWN_RANK.value:
     config = config.replace(**{'eval.own_rank': True})
   if not GENERATE.value:
-    print(json.dumps(training.evaluate(Run(workdir), config)))
+    print(json.dumps(training.evaluate(Run(workdir), config, ROUND.value)))
     return
-  found = completions.complete(Run(workdir), settings, config)
+  found = completions.complete(Run(workdir), settings, config, ROUND.value)
   console.say(
     f'\n{scores.table(found)}\n\nResults are in {workdir}/evaluation.json '
     'and generations.jsonl'

@@ -30,6 +30,9 @@ DTYPE = absl_flags.DEFINE_enum(
   list(export.DTYPES),
   "Type of a whole model or a 'gguf' adapter; float16 is for 'gguf' alone.",
 )
+ROUND = absl_flags.DEFINE_string(
+  'round', 'newest', "Which state: 'newest', 'best' (eval.metric), or of this round."
+)
 RANK = absl_flags.DEFINE_integer(
   'rank', None, 'Truncate the global adapters to this rank.'
 )
@@ -44,7 +47,9 @@ def write(config: config_lib.Config, workdir: pathlib.Path) -> None:
     errors.fail('--out is missing: name a folder to make')
   run = Run(workdir)
   run.check(config)
-  selection = export.Selection(FORMAT.value, DTYPE.value, RANK.value, CLIENT.value)
+  selection = export.Selection(
+    FORMAT.value, DTYPE.value, RANK.value, CLIENT.value, ROUND.value
+  )
   about = export.write(run, pathlib.Path(OUT.value).expanduser(), selection)
   print(json.dumps(about))
 

@@ -57,7 +57,10 @@ def pytest_collection_modifyitems(items):
 
 
 # Fields that no traced program reads.
-UNREAD = ('federated.num_rounds', 'eval.every', 'checkpoint.')
+UNREAD = (
+  'federated.num_rounds', 'eval.every', 'eval.metric', 'eval.better', 'eval.patience',
+  'eval.min_delta', 'checkpoint.',
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope='session')

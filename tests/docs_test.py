@@ -5,6 +5,8 @@ import inspect
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +17,7 @@ from hetlora_jax.methods import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md')]
-MADE = ('api.md', 'api/', 'flags.md', 'methods.md', 'tutorial.md')
+MADE = ('api.md', 'api/', 'flags.md', 'methods.md', 'notebooks/', 'tutorial.md')
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -54,6 +56,19 @@ def test_fields_are_all_listed_with_their_defaults():
   lines = list(_hooks()._fields())
   for name, field in config.FIELDS.items():
     assert any(f'| `{name}` | `{field.default!r}` |' in line for line in lines)
+
+
+def test_flags_are_all_listed():
+  hooks = _hooks()
+  asked = 'from docs import hooks; print(hooks.flags_page())'
+  page = subprocess.run(
+    [sys.executable, '-W', 'ignore', '-c', asked],  # it forgets flags
+    cwd=ROOT, capture_output=True, text=True, check=True,
+  ).stdout  # fmt: skip
+  for program in hooks.PROGRAMS:
+    text = (ROOT / f'launch/{program}.py').read_text()
+    for flag in re.findall(r"DEFINE_\w+\(\s*'(\w+)'", text):
+      assert f'| `--{flag}` |' in page, (program, flag)
 
 
 def test_pictures_are_xml():

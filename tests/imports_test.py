@@ -18,7 +18,7 @@ ORDER = [
   ['data', 'checkpoint'],
   ['build', 'base_model'],
   ['experiment'],
-  ['points', 'rows'],
+  ['points', 'rows', 'stopping'],
   ['curves', 'tracking'],
   ['run'],
   ['training'],

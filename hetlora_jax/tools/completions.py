@@ -60,14 +60,18 @@ class Answer(NamedTuple):
 
 
 def complete(
-  run: Run, settings: Settings, config: Config | None = None
+  run: Run,
+  settings: Settings,
+  config: Config | None = None,
+  round: str | int = 'newest',
 ) -> dict[str, Any]:
   """Generates, scores and writes both files, each whole or not at all.
 
   Args:
-    run: whose newest checkpoint writes; its folder gets the files.
+    run: whose checkpoint writes; its folder gets the files.
     settings: how.
     config: the run's configuration with another section `eval`; None: its own.
+    round: of which round; see `Run.state`.
 
   Returns:
     What evaluation.json holds.
@@ -78,10 +82,14 @@ def complete(
   """
   config = config or run.config
   _check(run, config, settings)
+  if settings.untouched and round != 'newest':
+    raise ConfigError(f'--round={round} and --untouched: give one of them.')
+  if not settings.untouched:
+    run.saved_round(round, config.eval)
   x = run.prepare(config)
   done, state = 0, x.take(x.initial_state, 0)
   if not settings.untouched:
-    done, state = run.newest(x)
+    done, state = run.state(x, round)
 
   # Complete every prompt.
   rank_N = np.asarray(state.memory.rank).max(1)

@@ -57,6 +57,7 @@ class Selection(NamedTuple):
   dtype: str = 'float32'  # of a whole model, or for llama.cpp
   rank: int | None = None
   client: str | None = None
+  round: str | int = 'newest'  # see `Run.state`
 
   @property
   def part(self) -> str:
@@ -67,7 +68,7 @@ class Selection(NamedTuple):
 
 
 def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
-  """Writes the newest undamaged checkpoint's adapters to `out`, or nothing.
+  """Writes a checkpoint's adapters to `out`, or nothing.
 
   Returns what was written, for JSON.
 
@@ -79,7 +80,7 @@ def write(run: Run, out: pathlib.Path, selection: Selection) -> dict[str, Any]:
   x = run.prepare()
   # The type it ran in may differ, but for random models, which are drawn in it.
   drawn = base_model.is_random(x.config.model.source)
-  done, state = run.newest(x, any_dtype=not drawn)
+  done, state = run.state(x, selection.round, any_dtype=not drawn)
   server = _select(x, state, selection)
   with _whole(out) as folder:
     if selection.format in ('peft', 'gguf'):
@@ -110,7 +111,7 @@ def _check(run: Run, out: pathlib.Path, selection: Selection) -> None:
   free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
   if not free:
     raise ConfigError(f'--out={out} exists: name another or an empty folder.')
-  run.check_saved()
+  run.saved_round(selection.round)
   if selection.dtype == 'float16' and selection.format != 'gguf':
     raise ConfigError(
       f'--dtype=float16 is for --format=gguf, not {selection.format}: take bfloat16.'

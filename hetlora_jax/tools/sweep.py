@@ -157,13 +157,14 @@ def programs(jobs: Sequence[Job], together: int | None = None) -> list[list[Job]
 
 
 def summary_of(job: Job) -> dict | None:
-  """Returns the summary of a job that has done all its rounds."""
+  """Returns the summary of a job that has done all its rounds or stopped early."""
   if not job.config:
     return None
-  summary = Run(job.workdir).finished
+  run = Run(job.workdir)
+  summary = run.finished
   if summary and summary['last']['round'] == job.config.federated.num_rounds:
     return summary
-  return None
+  return summary if run.stopped(job.config) else None
 
 
 def _in_step(jobs: Sequence[Job]) -> list[list[Job]]:

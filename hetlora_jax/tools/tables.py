@@ -361,9 +361,13 @@ def _curve(folder: pathlib.Path):
 
 
 def _line(arm: Arm, workdir: pathlib.Path) -> Line:
-  """Returns the mean over an arm's seeds, and their deviation."""
+  """Returns the mean over an arm's seeds, and their deviation.
+
+  They end where the first seed ends.
+  """
   found = [_curve(workdir / name) for name in _names(arm)]
-  losses = np.array([one for _, one, _ in found])
-  megabytes = np.mean([one for _, _, one in found], 0)
+  count = min(len(rounds) for rounds, _, _ in found)
+  losses = np.array([one[:count] for _, one, _ in found])
+  megabytes = np.mean([one[:count] for _, _, one in found], 0)
   deviation = losses.std(0, ddof=len(losses) > 1)
-  return Line(arm.name, found[-1][0], megabytes, losses.mean(0), deviation)
+  return Line(arm.name, found[-1][0][:count], megabytes, losses.mean(0), deviation)
