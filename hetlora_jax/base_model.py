@@ -30,6 +30,7 @@ class BaseModel:
   params: PyTree  # frozen; nested dicts
   dims: dict[str, tuple[int, int, int]]  # target -> (layers, d_in, d_out)
   loss: Loss
+  nats: Callable  # (base, adapters, scale, batch) -> what `loss` sums, unweighted: [M]
   tokenizer: people.Tokenizer
   identity: dict[str, Any]  # what a checkpoint belongs to, for JSON
   # What generating and writing a whole model need; a model of yours has none.
@@ -48,6 +49,7 @@ def of_config(config: Config, mesh: Mesh) -> BaseModel:
     params=model.params,
     dims=decoder.adapter_dims(model.config, config.lora.targets),
     loss=readout.make_loss(model.config, dtype, config.model.remat),
+    nats=readout.make_nats(model.config, dtype),
     tokenizer=dataclasses.replace(model.tokenizer, chat_template=template),
     identity={
       'sha256': model.fingerprint,
@@ -126,6 +128,7 @@ def own(
     params=params,
     dims={target: named[target].shape for target in targets},
     loss=loss_of(apply),
+    nats=nats_of(apply),
     tokenizer=tokenizer,
     identity={
       'sha256': digest.hexdigest(),
@@ -135,15 +138,25 @@ def own(
   )
 
 
-def loss_of(apply: Callable[..., Array]) -> Loss:
-  """Makes the task of a function that returns logits; see `own`."""
+def nats_of(apply: Callable[..., Array]) -> Callable[..., Array]:
+  """Makes the losses at targets of a function that returns logits; see `own`."""
 
-  def loss(base, adapters, scale, batch):
+  def nats(base, adapters, scale, batch):
     logit = apply(base, adapters, scale, batch)
     logit_MV = logit.reshape(-1, logit.shape[-1])[batch.target_index]
-    nats_M = optax.softmax_cross_entropy_with_integer_labels(
+    return optax.softmax_cross_entropy_with_integer_labels(
       logit_MV.astype(jnp.float32), batch.target
     )
+
+  return nats
+
+
+def loss_of(apply: Callable[..., Array]) -> Loss:
+  """Makes the task of a function that returns logits; see `own`."""
+  nats = nats_of(apply)
+
+  def loss(base, adapters, scale, batch):
+    nats_M = nats(base, adapters, scale, batch)
     return (nats_M * batch.weight).sum(), batch.weight.sum()
 
   return loss

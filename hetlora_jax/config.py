@@ -537,6 +537,13 @@ class Eval:
     help='People evaluated, of those seen and of those unseen each.',
   )
   examples_per_person: int = field(4, 'Examples of each.', at_least=1, changeable=True)
+  labels: tuple[str, ...] = field(
+    (),
+    changeable=True,
+    help='Of a task whose targets are labels, all of them, as the data write them and '
+    'without commas: evaluations then tell accuracy and macro F1, the guess being the '
+    'label of highest probability, for so many times the work. (): no such task.',
+  )
   own_rank: bool = field(
     False,
     changeable=True,
@@ -967,6 +974,12 @@ def _of_evaluations(c: Config) -> Iterator[_Condition]:
     'eval.patience',
     e.patience is None or e.every is not None,
     'it counts evaluations, and eval.every=None has none on the way: give eval.every',
+  )
+  several = len(e.labels) != 1 and len(set(e.labels)) == len(e.labels)
+  yield (
+    'eval.labels',
+    several and all(map(str.strip, e.labels)),
+    'give two labels or more, each once and none of them empty, or () for no such task',
   )
 
 

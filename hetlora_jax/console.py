@@ -94,7 +94,7 @@ class Progress:
       disable=not sys.stderr.isatty() or jax.process_index() > 0,
       dynamic_ncols=True,
     )
-    self._last, self._perplexity = last, {}
+    self._last, self._perplexity, self._accuracy = last, {}, {}
 
   def update(self, rows: list[Row]) -> None:
     """Shows a round of one run, or of several that run together."""
@@ -102,23 +102,32 @@ class Progress:
     for who in ('seen', 'unseen'):
       if f'eval/{who}/perplexity' in row:
         self._perplexity[who] = _span(rows, f'eval/{who}/perplexity', 2)
+      if f'eval/{who}/accuracy' in row:
+        self._accuracy[who] = _span(rows, f'eval/{who}/accuracy', 3)
     if 'train/loss' not in row:
-      text = ', '.join(f'{k} {v}' for k, v in self._perplexity.items())
       when = f'after round {row["round"]}' if row['round'] else 'before training'
-      say(f'perplexity {when}: {text}')
+      for name, of_sets in (
+        ('perplexity', self._perplexity),
+        ('accuracy', self._accuracy),
+      ):
+        if of_sets:
+          say(f'{name} {when}: {", ".join(f"{k} {v}" for k, v in of_sets.items())}')
       return
     shown = {
       'loss': _span(rows, 'train/loss', 3),
       'rank': _span(rows, 'rank/mean', 1),
       'tok/s': f'{np.mean([r["time/tokens_per_s"] for r in rows]):.0f}',
       **{f'ppl {k}': v for k, v in self._perplexity.items()},
+      **{f'acc {k}': v for k, v in self._accuracy.items()},
     }
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()
     if self._bar.disable:
       stale = not any(k.startswith('eval/') for k in row)
       text = '  '.join(
-        f'{k} {v}' for k, v in shown.items() if not (stale and 'ppl' in k)
+        f'{k} {v}'
+        for k, v in shown.items()
+        if not (stale and k[:4] in ('ppl ', 'acc '))
       )
       seconds = sum(r['time/round_s'] for r in rows)
       say(f'round {row["round"]}/{self._last}  {text}  {seconds:.1f} s')

@@ -49,20 +49,27 @@ def _scale_perplexity(axis) -> None:
 
 
 def plot(rows: Sequence[Row], title: str) -> matplotlib.figure.Figure:
-  """Draws perplexities, loss, ranks and energy of each slot against rounds."""
+  """Draws perplexities, loss, ranks and energy of each slot against rounds.
+
+  Of a task with labels it also draws the accuracies.
+  """
   # Half a second, which a program that draws nothing need not wait for.
   import matplotlib.figure
   import matplotlib.ticker
 
-  figure = matplotlib.figure.Figure((16, 3.8))
+  labelled = any('eval/seen/accuracy' in row for row in rows)
+  panels = 4 + labelled
+  figure = matplotlib.figure.Figure((4 * panels, 3.8))
   figure.suptitle(title)
   # By hand: a layout engine draws everything twice.
   figure.subplots_adjust(0.045, 0.13, 0.985, 0.84, wspace=0.22)
-  perplexity, loss, rank, energy = figure.subplots(1, 4)
-  for who, marker in (('seen', 'o'), ('unseen', 's')):
-    name = f'eval/{who}/perplexity'
-    perplexity.plot(*series(rows, name), marker=marker, label=f'{who} people')
-  perplexity.set(title='Held-out perplexity', ylabel='perplexity per token')
+  perplexity, *more, loss, rank, energy = figure.subplots(1, panels)
+  for axis, name in zip((perplexity, *more), ('perplexity', 'accuracy'), strict=False):
+    for who, marker in (('seen', 'o'), ('unseen', 's')):
+      column = series(rows, f'eval/{who}/{name}')
+      axis.plot(*column, marker=marker, label=f'{who} people')
+    axis.set(title=f'Held-out {name}', ylabel=name)
+  perplexity.set(ylabel='perplexity per token')
   _scale_perplexity(perplexity)
   perplexity.legend()
   loss.plot(*series(rows, 'train/loss'), color='C2')
@@ -72,7 +79,7 @@ def plot(rows: Sequence[Row], title: str) -> matplotlib.figure.Figure:
   rank.set(title='Ranks of all clients', ylabel='rank')
   rank.legend()
   _draw_energy(figure, energy, rows)
-  for axis in (perplexity, loss, rank, energy):
+  for axis in (perplexity, *more, loss, rank, energy):
     axis.set_xlabel('round')
     axis.grid(alpha=0.3 if axis is not energy else 0)
     axis.xaxis.set_major_locator(

@@ -17,7 +17,15 @@ import numpy as np
 from hetlora_jax import base_model, build, files, heldout, sharding
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError
-from hetlora_jax.data import builders, cohorts, coverage, limits, packing, people
+from hetlora_jax.data import (
+  builders,
+  cohorts,
+  coverage,
+  labels,
+  limits,
+  packing,
+  people,
+)
 from hetlora_jax.methods import traffic
 from hetlora_jax.types import Cohort, Hyperparameters, Rules, ServerState
 
@@ -32,6 +40,8 @@ class Experiment:
   evaluation: dict[str, Cohort]  # name -> evaluation set, in numpy
   rules: Rules
   mesh: jax.sharding.Mesh
+  # Of a task with labels, name -> which label is right (data/labels.py); else {}.
+  answers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   @property
   def revisions(self) -> dict[str, str | None]:
@@ -85,20 +95,29 @@ def _check_population(
 
 
 def _evaluation_sets(
-  config: Config, population: people.Population
-) -> dict[str, Cohort]:
-  e, out = config.eval, {}
-  for name, kind in (('seen', 'heldout'), ('unseen', 'unseen')):
+  config: Config, population: people.Population, tokenizer: people.Tokenizer
+) -> tuple[dict[str, Cohort], dict[str, np.ndarray]]:
+  """Returns the sets by name and, of a task with labels, the right ones."""
+  e, people_of = config.eval, {}
+  kinds: dict[str, people.Kind] = {'seen': 'heldout', 'unseen': 'unseen'}
+  for name, kind in kinds.items():
     num_people = min(e.num_people, len(population.groups[kind].ids))
-    out[name] = cohorts.evaluation_set(
+    multiple_of = heldout.people_at_once(num_people, config.mesh.clients)
+    people_of[name] = kind, num_people, multiple_of
+  if e.labels:
+    return labels.evaluation_sets(population, config, tokenizer, people_of)
+  sets = {
+    name: cohorts.evaluation_set(
       population,
       kind,
       num_people=num_people,
       examples_per_person=e.examples_per_person,
       shape=packing.batch_shape(config.data, e.examples_per_person),
-      multiple_of=heldout.people_at_once(num_people, config.mesh.clients),
+      multiple_of=multiple_of,
     )
-  return out
+    for name, (kind, num_people, multiple_of) in people_of.items()
+  }
+  return sets, {}
 
 
 @contextlib.contextmanager
@@ -145,13 +164,15 @@ def prepare(
     config, population = _load_people(config, model.tokenizer)
   tokens = cast(int, config.data.row_tokens)
   base_model.check_positions(model, f'config.data.row_tokens={tokens}', tokens)
+  evaluation, answers = _evaluation_sets(config, population, model.tokenizer)
   return Experiment(
     config=config,
     model=model,
     population=population,
-    evaluation=_evaluation_sets(config, population),
+    evaluation=evaluation,
     rules=build.make_rules(config, model.loss),
     mesh=mesh,
+    answers=answers,
   )
 
 

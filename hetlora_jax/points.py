@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from hetlora_jax import build, experiment, heldout, rounds, sharding
 from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import VARIES, Config, to_dict
+from hetlora_jax.data import labels
 from hetlora_jax.data.people import Population
 from hetlora_jax.experiment import Experiment, Start
 from hetlora_jax.fields import flat
@@ -259,47 +260,72 @@ def call(x: Points, state: ServerState, cohorts: Cohort, done: int = 0):
 
 def _evaluators(x: Experiment, at_once: int | None) -> dict[str, Callable]:
   """Returns what evaluates each set; seen people with what is theirs, if any."""
-  own, whole = (make_evaluate(x.rules, x.mesh, own, at_once) for own in (True, False))
+  judge = heldout.losses(x.model.loss)
+  if x.answers:
+    judge = heldout.label_losses(x.model.nats, x.config.eval.examples_per_person)
+  own, whole = (
+    make_evaluate(judge, x.rules, x.mesh, own, at_once) for own in (True, False)
+  )
   if x.rules.personal:
     return {'seen': own, 'unseen': whole}
   also = {'seen_own': own} if x.config.eval.own_rank else {}
   return {'seen': whole, 'unseen': whole} | also
 
 
-def make_evaluate(rules: Rules, mesh, own: bool, at_once: int | None = 1):
+def make_evaluate(
+  judge: Callable, rules: Rules, mesh, own: bool, at_once: int | None = 1
+):
   """Returns (base, state, cohort, hyper) -> losses and token counts, jitted.
 
-  State and hyper-parameters are of K points, and so are the results: [K, E].
+  State and hyper-parameters are of K points, and so are the results of `judge` of every
+  person (`heldout.of_people`): [K, E, ...].
   """
 
   def evaluate(base, state, cohort, hyper):
     people = heldout.people_at_once(len(cohort.client_id), mesh.shape['clients'])
-    return heldout.losses(rules, own, people, base, state, cohort, hyper)
+    return heldout.of_people(judge, rules, own, people, base, state, cohort, hyper)
 
   every = each_point(mesh, evaluate, (None, 0, None, 0), at_once)
   return jax.jit(every, out_shardings=sharding.replicated(mesh))
 
 
 class Evaluation(NamedTuple):
-  """Everybody's summed loss and token count; padding people have no tokens."""
+  """Everybody's summed loss and token count; padding people have no tokens.
+
+  Of a task with labels also which label is right in every example, and which the model
+  finds likeliest; both are labels.NOTHING where there is no example, and so is the guess
+  of a model that has diverged.
+  """
 
   loss_E: np.ndarray
   tokens_E: np.ndarray
+  answer_EX: np.ndarray | None = None
+  guess_EX: np.ndarray | None = None
 
 
 def evaluate(x: Points, state: ServerState) -> list[dict[str, Evaluation]]:
   """Returns every point's losses of seen and unseen people, by name of the set."""
-  found = {
-    name: jax.device_get(function(*_of_evaluation(x, name, state)))
-    for name, function in x.evaluators.items()
-  }
-  return [
-    {
-      name: Evaluation(loss_KE[k], tokens_KE[k])
-      for name, (loss_KE, tokens_KE) in found.items()
-    }
-    for k in range(len(x.configs))
-  ]
+  found: list[dict[str, Evaluation]] = [{} for _ in x.configs]
+  for name, function in x.evaluators.items():
+    called = function(*_of_evaluation(x, name, state))
+    answer = x.experiment.answers.get(name.removesuffix('_own'))
+    for k, (loss, tokens) in enumerate(zip(*jax.device_get(called), strict=True)):
+      one = Evaluation(loss, tokens)
+      found[k][name] = one if answer is None else _guessed(loss, tokens, answer)
+  return found
+
+
+def _guessed(
+  loss_ELX: np.ndarray, tokens_ELX: np.ndarray, answer_EX: np.ndarray
+) -> Evaluation:
+  """Guesses the label of least loss; the losses that count are of the right ones."""
+  right_EX = np.maximum(answer_EX, 0)[:, None]  # padding has no loss at any label
+  loss_E, tokens_E = (
+    np.take_along_axis(x, right_EX, 1).sum((1, 2)) for x in (loss_ELX, tokens_ELX)
+  )
+  is_one = np.isfinite(loss_ELX).all(1) & (answer_EX != labels.NOTHING)
+  guess_EX = np.where(is_one, loss_ELX.argmin(1), labels.NOTHING)
+  return Evaluation(loss_E, tokens_E, answer_EX, guess_EX)
 
 
 def _of_evaluation(x: Points, name: str, state: ServerState) -> tuple:

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from hetlora_jax import diagnostics, experiment, files, wire
+from hetlora_jax import diagnostics, experiment, files, metrics, wire
 from hetlora_jax.config import Config
+from hetlora_jax.data.labels import NOTHING
 from hetlora_jax.data.people import evenly_spaced
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.methods import traffic
+from hetlora_jax.points import Evaluation
 from hetlora_jax.types import Row
 
 NOT_STATED = None  # what bytes are where a rule does not state what it sends
@@ -93,38 +95,49 @@ def _times(count: int | None, factor: float) -> float | None:
   return NOT_STATED if count is None else count * factor
 
 
-def evaluation_row(found: Mapping[str, Sequence[np.ndarray]]) -> Row:
-  """Returns loss and perplexity per token of every evaluation set."""
+def evaluation_row(found: Mapping[str, Evaluation]) -> Row:
+  """Returns loss and perplexity per token of every evaluation set, and its scores."""
   row = {}
-  for name, (loss_E, tokens_E) in found.items():
-    loss = float(loss_E.sum(dtype=np.float64) / tokens_E.sum())
+  for name, of_set in found.items():
+    loss = float(of_set.loss_E.sum(dtype=np.float64) / of_set.tokens_E.sum())
     row[f'eval/{name}/loss'] = loss
     row[f'eval/{name}/perplexity'] = math.exp(min(loss, 700.0))
+    row |= {f'eval/{name}/{k}': x for k, x in metrics.of_labels(of_set).items()}
   return row
 
 
 def people(
-  x: Experiment, rank_N: np.ndarray, found: Mapping[str, Sequence[np.ndarray]]
+  x: Experiment, rank_N: np.ndarray, found: Mapping[str, Evaluation]
 ) -> dict[str, list[dict]]:
   """Returns what people.json holds: everybody's summed loss and token count.
 
-  `rank` is that drawn for a person; those unseen in training have none.
+  `rank` is that drawn for a person; those unseen in training have none. Of a task with
+  labels it also has how many examples they have, and how many guesses are right.
   """
   out = {}
-  for name, (loss_E, tokens_E) in found.items():
+  for name, of_set in found.items():
     kind = 'unseen' if name == 'unseen' else 'heldout'
     # The sets are filled up with people that have no tokens.
-    who_E = zip(evaluated_people(x, kind), loss_E, tokens_E, strict=False)
     out[name] = [
       {
         'client': x.population.groups[kind].ids[i],
         'rank': None if kind == 'unseen' else int(rank_N[i]),
-        'loss_sum': float(loss),
-        'tokens': int(tokens),
+        'loss_sum': float(of_set.loss_E[e]),
+        'tokens': int(of_set.tokens_E[e]),
+        **_guesses(of_set, e),
       }
-      for i, loss, tokens in who_E
+      for e, i in enumerate(evaluated_people(x, kind))
     ]
   return out
+
+
+def _guesses(of_set: Evaluation, person: int) -> dict[str, int]:
+  """Returns how many examples a person has, and how many guesses are right."""
+  if of_set.answer_EX is None or of_set.guess_EX is None:
+    return {}
+  asked = of_set.answer_EX[person] != NOTHING
+  right = asked & (of_set.answer_EX[person] == of_set.guess_EX[person])
+  return {'examples': int(asked.sum()), 'right': int(right.sum())}
 
 
 def evaluated_people(x: Experiment, kind: str) -> np.ndarray:
@@ -203,7 +216,7 @@ def summarise(
 
 
 def table(summary: dict) -> str:
-  """Returns perplexity before and after, and why it ended early, as lines for people."""
+  """Returns perplexity, and scores, before and after, and why it ended early."""
   first, last = summary['first'], summary['last']
   lines = [f'{"held-out perplexity":<22}{"before":>10}{"after":>10}{"":>4}']
   for who in ('seen', 'unseen'):
@@ -212,6 +225,10 @@ def table(summary: dict) -> str:
     lines.append(
       f'{who + " people":<22}{a:>10.2f}{b:>10.2f}{100 * (b - a) / a:>8.1f} %'
     )
+  for name in [k for k in last if k.endswith(metrics.OF_LABELS) or '/own/' in k]:
+    _, who, column = name.split('/', 2)
+    before = f'{first[name]:.3f}' if name in first else '-'
+    lines.append(f'{column + " " + who:<22}{before:>10}{last[name]:>10.3f}')
   if stopped := summary.get('stopped'):
     lines.append(f'stopped after round {stopped["round"]}: {stopped["why"]}')
   return '\n'.join(lines)

@@ -31,6 +31,7 @@ from hetlora_jax.base_model import BaseModel
 from hetlora_jax.config import Config, ConfigError, to_dict
 from hetlora_jax.data import coverage
 from hetlora_jax.data.people import Population
+from hetlora_jax.metrics import Metric, check_own, own_columns
 from hetlora_jax.points import Points
 from hetlora_jax.run import Run, anywhere
 from hetlora_jax.types import Row, ServerState
@@ -94,6 +95,7 @@ def train(
   model: BaseModel | None = None,
   population: Population | None = None,
   branch: Branch | None = None,
+  metrics: Mapping[str, Metric] | None = None,
   command: str = '',
 ) -> Run:
   """Runs an experiment, or continues it, and returns the run.
@@ -109,6 +111,8 @@ def train(
     model: a base model of your own (`base_model.own`).
     population: clients and examples of your own.
     branch: a saved state to start from.
+    metrics: your own: name -> function of a `metrics.Snapshot`, called at every
+      evaluation; the number that it returns is the column eval/own/NAME.
     command: a line that repeats this call, for summary.json.
 
   Raises:
@@ -117,7 +121,12 @@ def train(
   """
   point = Point(load_config(config), pathlib.Path(workdir), command)
   return train_points(
-    [point], on_round, model=model, population=population, branch=branch
+    [point],
+    on_round,
+    model=model,
+    population=population,
+    branch=branch,
+    metrics=metrics,
   )[0]
 
 
@@ -128,6 +137,7 @@ def train_points(
   model: BaseModel | None = None,
   population: Population | None = None,
   branch: Branch | None = None,
+  metrics: Mapping[str, Metric] | None = None,
 ) -> list[Run]:
   """Runs or continues points in one program.
 
@@ -141,11 +151,13 @@ def train_points(
     model: see `train`.
     population: see `train`.
     branch: what to start from if nothing was saved in the workdirs.
+    metrics: see `train`.
 
   Raises:
     ConfigError: a point cannot run; nothing has been written.
     Interrupted: see `train`.
   """
+  check_own(own := metrics or {})
   every, runs, chosen = _that_go_on(chosen, model, branch.round if branch else 0)
   if not runs:
     return every
@@ -158,7 +170,9 @@ def train_points(
   console.say(coverage.told(x.experiment.coverage))
   for warning in coverage.warnings(x.experiment.coverage):
     console.say(f'Warning: {warning}')
-  stopping.check(c.eval, [f'eval/{name}' for name in x.evaluators])
+  stopping.check(
+    c.eval, [f'eval/{name}' for name in (*x.evaluators, *[f'own/{m}' for m in own])]
+  )
   branched = branch and not any(run.steps() for run in runs)
   start = _branched(x, branch) if branched else None
   with _on_disk(runs), contextlib.ExitStack() as stack:
@@ -169,7 +183,7 @@ def train_points(
     )
     stack.callback(checkpoints.close)
     state, first = _start(x, checkpoints, start)
-    record = stack.enter_context(Record(x, runs, chosen, first, on_round, started))
+    record = stack.enter_context(Record(x, runs, chosen, first, on_round, started, own))
     stack.enter_context(console.not_left_alone())
     stack.enter_context(_in_memory(c))
     _run_rounds(x, state, first, record, checkpoints)
@@ -301,6 +315,7 @@ class Record:
     first: int,
     on_round: Callable[[Row], Any] | None,
     started: float,
+    metrics: Mapping[str, Metric],
   ):
     """Opens the folders, of which the first process alone writes.
 
@@ -311,8 +326,10 @@ class Record:
       first: rounds done; rows up to there were written before its checkpoint.
       on_round: called with every row.
       started: when, in seconds, the program began with them.
+      metrics: of one's own.
     """
     self._x, self._runs, self._chosen, self._started = x, runs, chosen, started
+    self._metrics = metrics
     self._on_round = on_round or (lambda row: None)
     self.running = list(range(len(runs)))  # those that have not been stopped
     self._told_to_stop: set[int] = set()  # by `on_round`
@@ -354,11 +371,12 @@ class Record:
   def evaluation(self, state: ServerState, done: int) -> list[Row]:
     """Evaluates all, writes people.json and returns the parts of their rows."""
     x, found = self._x, points.evaluate(self._x, state)
+    out = [rows.evaluation_row(of_run) for of_run in found]
     for k in self.running:
       told = rows.people(x.experiment, x.initial_rank[k], found[k])
       self._writers[k].write_people({'round': done, **told})
-    out = [rows.evaluation_row(of_run) for of_run in found]
-    stopping.check(x.config.eval, list(out[0]))
+      out[k] |= own_columns(self._metrics, x, state, done, found[k], k)
+      stopping.check(x.config.eval, list(out[k]))
     return out
 
   def round(

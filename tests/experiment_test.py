@@ -403,7 +403,7 @@ def test_people_evaluated_at_once_keep_their_order(monkeypatch):
 
   one, several = evaluated(1), evaluated(5)
   assert one.keys() == several.keys()
-  for name, (loss_E, tokens_E) in one.items():
+  for name, (loss_E, tokens_E, *_) in one.items():
     people = len(loss_E)  # the others fill up
     assert len(np.unique(loss_E)) > 2  # else any order would do
     np.testing.assert_array_equal(several[name].tokens_E[:people], tokens_E)

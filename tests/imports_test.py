@@ -18,7 +18,7 @@ ORDER = [
   ['data', 'checkpoint'],
   ['build', 'base_model'],
   ['experiment'],
-  ['points', 'rows', 'stopping'],
+  ['points', 'rows', 'stopping', 'metrics'],
   ['curves', 'tracking'],
   ['run'],
   ['training'],

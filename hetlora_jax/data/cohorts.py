@@ -102,13 +102,11 @@ def make_cohort(
       return _pool([share(int(client)) for client in sampled_C], rng)
     return share(int(client_C[place]))
 
-  return _pack(
-    client_C[only],
-    [share_at(place) for place in range(draw.pad_to)[only]],
-    batches=draw.num_batches,
-    batch=draw.federated.local_batch,
-    shape=draw.shape,
-  )
+  shares = [share_at(place) for place in range(draw.pad_to)[only]]
+  batch = draw.federated.local_batch
+  starts = range(0, draw.num_batches * batch, batch)
+  batches = [[share.examples[i : i + batch] for i in starts] for share in shares]
+  return pack(client_C[only], [s.num_examples for s in shares], batches, draw.shape)
 
 
 def sample_clients(
@@ -176,23 +174,19 @@ def _pool(shares: Sequence[_Share], rng: np.random.Generator) -> _Share:
   return _Share(total, [examples[i] for i in order])
 
 
-def _pack(
+def pack(
   client_id: np.ndarray,
-  shares: Sequence[_Share],
-  batches: int,
-  batch: int,
+  num_examples: Sequence[int],
+  batches: Sequence[Sequence[Sequence[Example]]],
   shape: packing.BatchShape,
 ) -> Cohort:
-  """Packs the examples of each client, `batch` of them in one of so many batches."""
-  starts = range(0, batches * batch, batch)
-
-  def pack(examples: list[Example]) -> Batch:
-    return _stack([packing.pack(examples[i : i + batch], shape) for i in starts])
-
+  """Packs the examples of each client and batch: batches[client][step]."""
   return Cohort(
     client_id=client_id.astype(np.int32),
-    num_examples=np.array([s.num_examples for s in shares], np.float32),
-    batches=_stack([pack(share.examples) for share in shares]),
+    num_examples=np.array(num_examples, np.float32),
+    batches=_stack(
+      [_stack([packing.pack(batch, shape) for batch in own]) for own in batches]
+    ),
   )
 
 
@@ -215,6 +209,26 @@ def evaluation_set(
   N for the unseen, who have no place among the clients. People without any
   target fill up to a multiple of `multiple_of`.
   """
+  client_E, chosen = evaluated(
+    population, kind, num_people, examples_per_person, multiple_of
+  )
+  batches = [[[population.example(kind, *at) for at in own]] for own in chosen]
+  return pack(client_E, [len(own) for own in chosen], batches, shape)
+
+
+def evaluated(
+  population: Population,
+  kind: Kind,
+  num_people: int,
+  examples_per_person: int,
+  multiple_of: int = 1,
+) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
+  """Returns who is evaluated on what: see `evaluation_set`.
+
+  Returns:
+    The ids of the clients [E], and for each of them (person, example) of all that
+    they are evaluated on; those who fill up have none.
+  """
   group = population.groups[kind]
   if not 0 < num_people <= len(group.ids):
     raise ValueError(
@@ -222,20 +236,15 @@ def evaluation_set(
       'change it, unseen_fraction or min_examples.'
     )
   person_E = evenly_spaced(len(group.ids), num_people)
-
-  def share(person: int) -> _Share:
-    chosen = evenly_spaced(int(group.count[person]), examples_per_person)
-    examples = [population.example(kind, person, int(i)) for i in chosen]
-    return _Share(len(examples), examples)
-
   padding = -num_people % multiple_of
   client_E = np.full(num_people + padding, len(population.client_ids))
   if kind != 'unseen':
     client_E[:num_people] = person_E
-  return _pack(
-    client_E,
-    [*[share(int(person)) for person in person_E], *[_NOTHING] * padding],
-    batches=1,
-    batch=examples_per_person,
-    shape=shape,
-  )
+  chosen = [
+    [
+      (person, int(i))
+      for i in evenly_spaced(int(group.count[person]), examples_per_person)
+    ]
+    for person in map(int, person_E)
+  ]
+  return client_E, [*chosen, *[[] for _ in range(padding)]]

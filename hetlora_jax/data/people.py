@@ -97,7 +97,8 @@ class Population:
   """
 
   groups: dict[Kind, Group]
-  read: Callable[[int], Example]  # the example of a row
+  # row -> its example, and for tasks with labels (row, target) -> it with that target
+  read: Callable[..., Example]
   left_out: LeftOut | None = None  # None: nobody knows of a population of one's own
   digest: str = ''  # of the user's data that it was made of
   revision: str | None = None  # of a repository of the Hub, the commit
@@ -111,14 +112,17 @@ class Population:
     """Counts each client's training examples, [N]."""
     return self.groups['train'].count
 
-  def example(self, kind: Kind, client: int, i: int) -> Example:
-    """Returns example `i` of the client at index `client` of that kind."""
+  def example(self, kind: Kind, client: int, i: int, *target: str) -> Example:
+    """Returns example `i` of the client at index `client` of that kind.
+
+    Given a target, it has that one in place of its own.
+    """
     group = self.groups[kind]
     if not 0 <= i < group.count[client]:
       raise IndexError(
         f'{kind} example {i} of {group.ids[client]}, who has {group.count[client]}.'
       )
-    return self.read(int(group.first[client]) + i)
+    return self.read(int(group.first[client]) + i, *target)
 
 
 def load(
@@ -287,15 +291,21 @@ def reader(
   data: config.Data,
   order_E: np.ndarray | None = None,
 ) -> Callable[[int], Example]:
-  """Returns row -> its example; rows are those of `order_E`, if given."""
+  """Returns (row, target) -> its example; rows are those of `order_E`, if given.
+
+  Without a target the example has its own.
+  """
   from hetlora_jax.data import rendering  # only who reads data needs Jinja
 
   render = rendering.make(data.format, tokenizer).render
+  record_of = functools.lru_cache(1)(dataset.examples.__getitem__)  # label after label
 
   @functools.lru_cache(_CACHED_EXAMPLES)
-  def read(row: int) -> Example:
-    row = row if order_E is None else int(order_E[row])
-    chat = _chat(dataset.builder, dataset.examples[row], data.context_turns)
+  def read(row: int, target: str | None = None) -> Example:
+    record = record_of(row if order_E is None else int(order_E[row]))
+    if target is not None:
+      record = record | {'target': target.encode()}
+    chat = _chat(dataset.builder, record, data.context_turns)
     return encode(tokenizer, render(chat), data.tokens_per_example)
 
   return read

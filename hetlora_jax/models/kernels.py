@@ -164,8 +164,29 @@ def linear_cross_entropy(
   return _forward(h, embed, target, weight, chunk_size, softcap)[0]
 
 
+def cross_entropies(
+  h: Array,
+  embed: Array,
+  target: Array,
+  chunk_size: int | None = None,
+  softcap: float = 0.0,
+) -> Array:
+  """Returns the cross-entropies that `linear_cross_entropy` sums: [M] float32."""
+  return _in_one_pass(h, embed, target, chunk_size, softcap)[0]
+
+
 def _forward(h, embed, target, weight, chunk_size, softcap):
   """Returns the loss, and what the backward pass needs, `d_h` included."""
+  nats, log_sum, d_h = _in_one_pass(h, embed, target, chunk_size, softcap)
+  loss = (nats * weight).sum()
+  return loss, (d_h * weight[:, None], log_sum, h, embed, target, weight)
+
+
+def _in_one_pass(h, embed, target, chunk_size, softcap):
+  """Returns each position's loss [M], log_sum_exp [M, 1] and gradient [M, D].
+
+  XLA drops the work of what is not used.
+  """
   chunks = _split_vocab(embed, chunk_size)
 
   def step(carry, i):
@@ -193,9 +214,7 @@ def _forward(h, embed, target, weight, chunk_size, softcap):
   if softcap:  # rounded as above, so that of a sure target the difference is exact
     slope = _slope(target_logit, softcap).astype(h.dtype).astype(jnp.float32)
     target_embed = target_embed * slope[:, None]
-  loss = ((log_sum[:, 0] - target_logit) * weight).sum()
-  d_h = mixed / total - target_embed
-  return loss, (d_h * weight[:, None], log_sum, h, embed, target, weight)
+  return log_sum[:, 0] - target_logit, log_sum, mixed / total - target_embed
 
 
 def _backward(chunk_size, softcap, residuals, cotangent):

@@ -35,6 +35,19 @@ def make_loss(
   return loss
 
 
+def make_nats(config: decoder.DecoderConfig, dtype, chunk_size: int | None = None):
+  """Returns (base, adapters, scale, batch) -> the loss of each target, [M]."""
+  at_targets = _make_at_targets(config, dtype, remat=False)
+
+  def nats(base, adapters, scale, batch: Batch):
+    h_MD, embed = at_targets(base, adapters, scale, batch)
+    return kernels.cross_entropies(
+      h_MD, embed, batch.target, chunk_size, config.logit_softcap
+    )
+
+  return nats
+
+
 def make_argmax_and_log_prob(config: decoder.DecoderConfig, dtype):
   """Returns (base, adapters, scale, batch) -> top tokens [M] and log p [M].
 

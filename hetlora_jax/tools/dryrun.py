@@ -87,6 +87,7 @@ def _model(config: Config) -> BaseModel:
     ),
     dims=decoder.adapter_dims(shape, config.lora.targets),
     loss=readout.make_loss(shape, dtype, config.model.remat, chunk),
+    nats=readout.make_nats(shape, dtype, chunk),
     tokenizer=cast(people.Tokenizer, None),  # there is no text to encode
     identity={'dtype': dtype.name},
     decoder=shape,
@@ -115,6 +116,8 @@ def _start(x: Experiment, config: Config) -> Start:
 
 def _prepare(configs: Sequence[Config], devices: Sequence) -> Points:
   """Prepares points as `points.prepare` does, of shapes."""
+  # Nothing is evaluated, and the examples that stand for the real ones have no labels.
+  configs = [c.replace(**{'eval.labels': ()}) for c in configs]
   config = configs[0]
   x = experiment.prepare(
     config, model=_model(config), population=_population(config), devices=devices

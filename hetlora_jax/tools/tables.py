@@ -186,21 +186,27 @@ def spread(values: Sequence[float], digits: int) -> str:
   return text
 
 
+_ACCURACIES = ('eval/seen/accuracy', 'eval/unseen/accuracy')  # of tasks with labels
+
+
 def _losses(results: Sequence[dict], kind: str) -> list[float]:
   return [result['last'][f'eval/{kind}/loss'] for result in results]
 
 
-def _cells(name: str, seeds: list[dict]) -> Iterator[str]:
+def _cells(name: str, seeds: list[dict], labelled: bool) -> Iterator[str]:
   """Yields the cells of a row: of the seeds that did not fail."""
   good = [result for result in seeds if 'error' not in result]
   missing = len(seeds) - len(good)
   yield name
   if not good:
-    yield from ('failed', *[''] * 7)
+    yield from ('failed', *[''] * (7 + 2 * labelled))
     return
   for kind in KINDS:
     text = spread(_losses(good, kind), 3)
     yield f'{text} ({missing} failed)' if missing else text
+  for column in _ACCURACIES if labelled else ():
+    known = [result['last'][column] for result in good if column in result['last']]
+    yield spread(known, 3) if len(known) == len(good) else '-'
   for field in ('comm/up_bytes', 'comm/down_bytes', 'train/parameters'):
     yield size(_mean(good, field))
   error = _mean(good, 'aggregation/error')
@@ -212,13 +218,17 @@ def _cells(name: str, seeds: list[dict]) -> Iterator[str]:
 def table(found: Sequence[dict]) -> str:
   """Returns a Markdown table: losses, bytes, parameters and time of each arm.
 
-  Several seeds are told as their mean and deviation.
+  Several seeds are told as their mean and deviation. Accuracies are there if any arm has
+  them.
   """
+  labelled = any(_ACCURACIES[0] in result.get('last', {}) for result in found)
   heads = (
-    '', 'loss seen', 'loss unseen', 'bytes up', 'bytes down', 'trained',
+    '', 'loss seen', 'loss unseen',
+    *(('accuracy seen', 'accuracy unseen') if labelled else ()), 'bytes up', 'bytes down', 'trained',
     'aggregation error', 'seconds in rounds', 'compiling',
   )  # fmt: skip
-  return _markdown(heads, [(*_cells(*group),) for group in over_seeds(found).items()])
+  groups = over_seeds(found).items()
+  return _markdown(heads, [(*_cells(*group, labelled),) for group in groups])
 
 
 GAP_HEADS = (

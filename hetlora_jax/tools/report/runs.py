@@ -20,6 +20,7 @@ from hetlora_jax.types import Row
 # Columns of metrics.jsonl that the page draws, and sums over the rounds so far.
 _DRAWN = (
   'train/loss', 'eval/seen/loss', 'eval/unseen/loss', 'energy/slots',
+  'eval/seen/accuracy', 'eval/unseen/accuracy',
   'rank/mean', 'rank/min', 'rank/max', 'rank/histogram',
 )  # fmt: skip
 _SUMS = {

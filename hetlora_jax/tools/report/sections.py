@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +28,7 @@ AGAINST = {
   'bytes': ('bytes so far', 1e6, 'megabytes up and down'),
   'tokens': ('tokens so far', 1e3, 'thousand target tokens trained on'),
 }
+NATS = 'nats per target token'
 size, seconds = tables.size, tables.seconds
 
 
@@ -40,6 +41,21 @@ def counted(group: Group) -> list[Entry]:
   """Returns the finished runs of a group or, without any, all that were evaluated."""
   evaluated = [entry for entry in group.entries if 'last' in entry.summary]
   return [entry for entry in evaluated if entry.finished] or evaluated
+
+
+def told(entries: Sequence[Entry], name: str) -> bool:
+  """Tells whether the evaluations of all runs have a number, before and after."""
+  return all(name in x.summary[when] for x in entries for when in ('first', 'last'))
+
+
+def learning_curves(entries: Sequence[Entry]) -> Iterator[tuple[str, str, str]]:
+  """Yields the columns that are drawn as curves, with their titles and units."""
+  for kind in KINDS:
+    yield f'eval/{kind}/loss', f'Held-out loss, {kind} people', NATS
+  for kind in KINDS:
+    if any(entry.columns[f'eval/{kind}/accuracy'] for entry in entries):
+      yield f'eval/{kind}/accuracy', f'Held-out accuracy, {kind} people', 'accuracy'
+  yield 'train/loss', 'Training loss of the cohorts', NATS
 
 
 def progress(entries: Sequence[Entry], name: str, digits: int) -> str:
@@ -123,7 +139,7 @@ def _curve(group: Group, name: str, against: str) -> Line:
 
 
 def curves(
-  groups: Sequence[Group], name: str, title: str, against: str
+  groups: Sequence[Group], name: str, title: str, unit: str, against: str
 ) -> tuple[str, Chart]:
   """Returns a caption and the chart of a column against rounds, bytes or tokens."""
   drawn = [_curve(group, name, against) for group in groups]
@@ -132,7 +148,7 @@ def curves(
   log = against != 'rounds' and max(ends, default=0) > 4 * min(ends, default=0)
   chart = charts.lines(
     f'{title} against {against}', drawn, AGAINST[against][2] + ' (log scale)' * log,
-    'nats per target token', tip='{y:.4g} at {x:.4g}', log=log,
+    unit, tip='{y:.4g} at {x:.4g}', log=log,
     whole=against == 'rounds',
   )  # fmt: skip
   return f'Against {against}' + ', without the points at 0' * log, chart
