@@ -1,7 +1,7 @@
 """Tasks with labels: which of some texts a model finds likeliest as the target.
 
 So text classification runs on any decoder. A label's score is log p of all of its tokens,
-the end of the line included, given the prompt: the probability of that answer. It is not
+what ends it included, given the prompt: the probability of that answer. It is not
 divided by the number of tokens, which would favour long labels, whose last tokens are
 almost certain once the first ones are known.
 """
