@@ -70,6 +70,7 @@ setuptools.setup(
       'datasets>=4.8',
       'huggingface_hub>=1.31',
       'hypothesis>=6',
+      'pandas>=2.2',
       'pytest>=8',
       'pytest-xdist>=3.6',
       'tensorboard>=2.18',

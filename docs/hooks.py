@@ -214,7 +214,9 @@ def notebook_files() -> dict[str, str | bytes]:
       f'This page is `docs/notebooks/{path.name}`, executed when the documentation was '
       f'built; [the notebook]({name}.ipynb), with its outputs.\n'
     )
+    # Tables as all others of the site.
     page = re.sub(r'(?s)<style scoped>.*?</style>\n', '', page)
+    page = page.replace('<table border="1" class="dataframe">', '<table>')
     page = re.sub(r'\n{3,}', '\n\n', page)
     head, _, rest = page.partition('\n\n')
     files[f'notebooks/{name}.md'] = f'{head.strip()}\n\n{note}\n{rest}'
