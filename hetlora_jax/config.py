@@ -24,9 +24,8 @@ from hetlora_jax.models import decoder, shapes
 SCALE_RULES = {'constant': 0.0, 'alpha_over_r': 1.0, 'alpha_over_sqrt_r': 0.5}
 MAX_CONTEXT_TURNS = 4  # that data sets keep
 # Which value is better of the columns of an evaluation, by their last word.
-BETTER = {
-  'loss': 'lower', 'perplexity': 'lower', 'accuracy': 'higher', 'macro_f1': 'higher',
-}  # fmt: skip
+_LOWER, _HIGHER = ('loss', 'perplexity'), ('accuracy', 'macro_f1')
+BETTER = dict.fromkeys(_LOWER, 'lower') | dict.fromkeys(_HIGHER, 'higher')
 
 
 # A field is a line, and what it means the next ones.
@@ -37,100 +36,46 @@ BETTER = {
 class Federated:
   """A round: who takes part, and what each does."""
 
-  num_rounds: int = field(
-    20, at_least=1, changeable=True, help='Rounds of federated training.'
-  )
-  clients_per_round: int = field(
-    10, at_least=1, help='Clients sampled for a round, without replacement.'
-  )
-  sampling: str = field(
-    'uniform',
-    choices=('uniform', 'by_size'),
-    help="How clients are sampled: 'uniform', or 'by_size' of their data.",
-  )
-  local_steps: int = field(
-    5,
-    at_least=1,
+  num_rounds: int = field(20, at_least=1, changeable=True,
+    help='Rounds of federated training.')
+  clients_per_round: int = field(10, at_least=1,
+    help='Clients sampled for a round, without replacement.')
+  sampling: str = field('uniform', choices=('uniform', 'by_size'),
+    help="How clients are sampled: 'uniform', or 'by_size' of their data.")
+  local_steps: int = field(5, at_least=1,
     help='Optimizer steps that a client takes in a round. It sees each example once at '
-    'most, so one of few examples takes fewer, the last on what is left.',
-  )
-  local_epochs: float | None = field(
-    None,
-    above=0,
+         'most, so one of few examples takes fewer, the last on what is left.')
+  local_epochs: float | None = field(None, above=0,
     help='Passes of a client over its examples in a round, each in another order, in '
-    'local_steps at most. None: local_steps alone decide, and no example is seen '
-    'twice.',
-  )
-  local_batch: int = field(
-    8,
-    at_least=1,
-    help='Examples of a batch, which is a step unless accumulate says otherwise.',
-  )
-  accumulate: int = field(
-    1,
-    at_least=1,
+         'local_steps at most. None: local_steps alone decide, and no example is seen '
+         'twice.')
+  local_batch: int = field(8, at_least=1,
+    help='Examples of a batch, which is a step unless accumulate says otherwise.')
+  accumulate: int = field(1, at_least=1,
     help='Batches whose gradients a step adds up, as if they were one: so many times the '
-    'examples in the memory of one batch.',
-  )
-  min_local_steps: int | None = field(
-    None,
-    at_least=1,
+         'examples in the memory of one batch.')
+  min_local_steps: int | None = field(None, at_least=1,
     help='Fewest steps: each client takes a random number from here to local_steps. '
-    'None: all take local_steps.',
-  )
-  dropout: float = field(
-    0.0,
-    at_least=0,
-    below=1,
-    traced='dropout',
-    help='Chance that a client trains and never reports.',
-  )
-  r_min: int = field(
-    5, at_least=1, traced='r_min', help='Smallest rank; no client prunes below it.'
-  )
-  r_max: int = field(
-    50,
-    at_least=1,
-    at_most=16_384,
-    help='Largest rank, and the number of rank slots of every adapter.',
-  )
-  gamma: float = field(
-    0.99,
-    above=0,
-    at_most=1,
-    traced='gamma',
-    help='Decay factor in (0, 1]: the tail is slots [gamma r, r). 1 never prunes.',
-  )
-  tail_penalty: float = field(
-    0.1,
-    at_least=0,
-    traced='tail_penalty',
-    help="Lambda, the weight of ||B_tail|| ||A_tail|| in a client's loss.",
-  )
-  proximal: float = field(
-    0.01,
-    at_least=0,
-    traced='proximal',
-    help="Mu, the weight of ||theta - theta_received||^2 / 2 ('proximal').",
-  )
-  norm_bound: float | None = field(
-    None,
-    above=0,
-    help='Longest change that a client may send, in L2 over all it trained. None: any.',
-  )
-  clients_at_once: int | None = field(
-    None,
-    at_least=1,
-    changeable=True,
-    help='Clients that a device trains at once, the memory dial. None: all of its own.',
-  )
-  rounds_per_call: int = field(
-    1,
-    at_least=1,
-    changeable=True,
+         'None: all take local_steps.')
+  dropout: float = field(0.0, at_least=0, below=1, traced='dropout',
+    help='Chance that a client trains and never reports.')
+  r_min: int = field(5, at_least=1, traced='r_min',
+    help='Smallest rank; no client prunes below it.')
+  r_max: int = field(50, at_least=1, at_most=16_384,
+    help='Largest rank, and the number of rank slots of every adapter.')
+  gamma: float = field(0.99, above=0, at_most=1, traced='gamma',
+    help='Decay factor in (0, 1]: the tail is slots [gamma r, r). 1 never prunes.')
+  tail_penalty: float = field(0.1, at_least=0, traced='tail_penalty',
+    help="Lambda, the weight of ||B_tail|| ||A_tail|| in a client's loss.")
+  proximal: float = field(0.01, at_least=0, traced='proximal',
+    help="Mu, the weight of ||theta - theta_received||^2 / 2 ('proximal').")
+  norm_bound: float | None = field(None, above=0,
+    help='Longest change that a client may send, in L2 over all it trained. None: any.')
+  clients_at_once: int | None = field(None, at_least=1, changeable=True,
+    help='Clients that a device trains at once, the memory dial. None: all of its own.')
+  rounds_per_call: int = field(1, at_least=1, changeable=True,
     help='Rounds in one call of the compiled program; evaluations, checkpoints and '
-    'Ctrl-C wait for its end.',
-  )
+         'Ctrl-C wait for its end.')
 
   @property
   def step_examples(self) -> int:
@@ -146,41 +91,19 @@ class Federated:
 class Ranks:
   """Which client has which rank."""
 
-  distribution: str = field(
-    'power_law',
-    choices=ranks.DISTRIBUTIONS,
-    varies=True,
-    help="Who gets which rank: 'uniform', 'power_law', 'normal', 'explicit', 'tiers'.",
-  )
-  exponent: float = field(
-    1.0,
-    at_least=0,
-    varies=True,
-    help='Exponent of the power law p(r) ~ r**-exponent on [r_min, r_max].',
-  )
-  explicit: tuple[int, ...] = field(
-    (5, 50),
-    at_least=1,
-    varies=True,
-    help="Ranks of client 0, 1, ..., repeated ('explicit').",
-  )
-  tiers: tuple[int, ...] = field(
-    (5, 20, 50), at_least=1, varies=True, help="Ranks of the device tiers ('tiers')."
-  )
-  tier_fractions: tuple[float, ...] = field(
-    (0.6, 0.3, 0.1),
-    at_least=0,
-    at_most=1,
-    varies=True,
-    help='Share of the clients in each tier; sums to 1.',
-  )
-  data_correlation: float = field(
-    0.0,
-    at_least=-1,
-    at_most=1,
-    varies=True,
-    help='Correlation of rank with the number of examples, in [-1, 1].',
-  )
+  distribution: str = field('power_law', choices=ranks.DISTRIBUTIONS, varies=True,
+    help="Who gets which rank: 'uniform', 'power_law', 'normal', 'explicit', 'tiers'.")
+  exponent: float = field(1.0, at_least=0, varies=True,
+    help='Exponent of the power law p(r) ~ r**-exponent on [r_min, r_max].')
+  explicit: tuple[int, ...] = field((5, 50), at_least=1, varies=True,
+    help="Ranks of client 0, 1, ..., repeated ('explicit').")
+  tiers: tuple[int, ...] = field((5, 20, 50), at_least=1, varies=True,
+    help="Ranks of the device tiers ('tiers').")
+  tier_fractions: tuple[float, ...] = field((0.6, 0.3, 0.1),
+    at_least=0, at_most=1, varies=True,
+    help='Share of the clients in each tier; sums to 1.')
+  data_correlation: float = field(0.0, at_least=-1, at_most=1, varies=True,
+    help='Correlation of rank with the number of examples, in [-1, 1].')
 
 
 def _role(role: str, help: str) -> Any:
@@ -193,157 +116,86 @@ class Methods:
 
   distribution: str | None = _role('distribution', 'What a client is sent.')
   objective: str | None = _role('objective', 'What a client minimises.')
-  trainable: str | None = _role(
-    'trainable', 'Which factors a client trains, or the base instead.'
-  )
-  personal: str | None = _role('personal', 'Which factors stay with the client.')
+  trainable: str | None = _role('trainable',
+    'Which factors a client trains, or the base instead.')
+  personal: str | None = _role('personal',
+    'Which factors stay with the client.')
   pruning: str | None = _role('pruning', 'Which rank a client keeps after training.')
   weighting: str | None = _role('weighting', 'How much each client counts.')
-  aggregation: str | None = _role(
-    'aggregation', "How the clients' adapters become one."
-  )
-  redistribution: str | None = _role(
-    'redistribution', "From the aggregate to the server's adapters."
-  )
-  cohort: str | None = _role(
-    'cohort', 'Whether clients train apart, or one on the data of all.'
-  )
-  energy: float | None = field(
-    None,
-    above=0,
-    at_most=1,
-    traced='energy',
+  aggregation: str | None = _role('aggregation',
+    "How the clients' adapters become one.")
+  redistribution: str | None = _role('redistribution',
+    "From the aggregate to the server's adapters.")
+  cohort: str | None = _role('cohort',
+    'Whether clients train apart, or one on the data of all.')
+  energy: float | None = field(None, above=0, at_most=1, traced='energy',
     help='Share of squared singular values (or slots) that rules of that name keep. '
-    "None: the method's.",
-  )
-  count_examples: str = field(
-    'dataset',
-    choices=('dataset', 'round'),
-    help="Examples that weigh a client: of its 'dataset', or trained on in a 'round'.",
-  )
-  prune_scope: str = field(
-    'client',
-    choices=('client', 'matrix'),
-    help="One rank for a 'client', or one for each 'matrix'.",
-  )
-  prune_against: str = field(
-    'received',
-    choices=('received', 'last_trained'),
-    help="A tail must become smaller than the one 'received' or 'last_trained'.",
-  )
+         "None: the method's.")
+  count_examples: str = field('dataset', choices=('dataset', 'round'),
+    help="Examples that weigh a client: of its 'dataset', or trained on in a 'round'.")
+  prune_scope: str = field('client', choices=('client', 'matrix'),
+    help="One rank for a 'client', or one for each 'matrix'.")
+  prune_against: str = field('received', choices=('received', 'last_trained'),
+    help="A tail must become smaller than the one 'received' or 'last_trained'.")
   keep_pruned_rank: bool = field(True, 'Whether a pruned rank holds in later rounds.')
-  weight_scope: str = field(
-    'model',
-    choices=('model', 'layer', 'matrix'),
-    help="Norm weights over the whole 'model', a 'layer', or a 'matrix'.",
-  )
-  trim: float = field(
-    0.1,
-    at_least=0,
-    below=0.5,
-    help="Share of a slot's owners that 'trimmed_mean' cuts off at each end.",
-  )
+  weight_scope: str = field('model', choices=('model', 'layer', 'matrix'),
+    help="Norm weights over the whole 'model', a 'layer', or a 'matrix'.")
+  trim: float = field(0.1, at_least=0, below=0.5,
+    help="Share of a slot's owners that 'trimmed_mean' cuts off at each end.")
 
 
 @section
 class Faults:
   """Clients that do not do as they should."""
 
-  malicious: float = field(
-    0.0,
-    at_least=0,
-    at_most=1,
-    help='Share of the clients that multiply the change they send.',
-  )
-  malicious_scale: float = field(
-    100.0, finite=False, help='By what; inf makes it not finite, and they are left out.'
-  )
+  malicious: float = field(0.0, at_least=0, at_most=1,
+    help='Share of the clients that multiply the change they send.')
+  malicious_scale: float = field(100.0, finite=False,
+    help='By what; inf makes it not finite, and they are left out.')
 
 
 @section
 class LoraConfig:
   """The adapters."""
 
-  targets: tuple[str, ...] = field(
-    ('q', 'v'), 'Adapted matrices: any of q, k, v, o, gate, up, down.'
-  )
-  scale: float = field(
-    2.0,
-    at_least=0,
-    traced='lora_scale',
-    help='LoRA scale (or alpha, under the other rules): delta W = scale A B.',
-  )
-  scale_rule: str = field(
-    'constant',
-    choices=SCALE_RULES,
-    help="'constant', 'alpha_over_r' or 'alpha_over_sqrt_r'.",
-  )
-  fold_scale: bool = field(
-    False, "Whether averaged factors take up sqrt(scale) of each client's scale."
-  )
-  init: str = field(
-    'gaussian',
-    choices=lora.INITS,
-    help="How A is drawn: 'gaussian' or 'kaiming_uniform'; B starts at zero.",
-  )
-  from_peft: str | None = field(
-    None, 'PEFT folder with the adapters to start from, of any rank up to r_max.'
-  )
+  targets: tuple[str, ...] = field(('q', 'v'),
+    'Adapted matrices: any of q, k, v, o, gate, up, down.')
+  scale: float = field(2.0, at_least=0, traced='lora_scale',
+    help='LoRA scale (or alpha, under the other rules): delta W = scale A B.')
+  scale_rule: str = field('constant', choices=SCALE_RULES,
+    help="'constant', 'alpha_over_r' or 'alpha_over_sqrt_r'.")
+  fold_scale: bool = field(False,
+    "Whether averaged factors take up sqrt(scale) of each client's scale.")
+  init: str = field('gaussian', choices=lora.INITS,
+    help="How A is drawn: 'gaussian' or 'kaiming_uniform'; B starts at zero.")
+  from_peft: str | None = field(None,
+    'PEFT folder with the adapters to start from, of any rank up to r_max.')
 
 
 @section
 class ClientOptimizer:
   """What a client steps with."""
 
-  name: str = field(
-    'adam',
-    choices=optimizers.CLIENT,
-    help="'adam', 'adamw' or 'sgd'; moments start afresh every round.",
-  )
-  learning_rate: float = field(
-    1e-3,
-    at_least=0,
-    traced='client_learning_rate',
-    help='Learning rate of the clients.',
-  )
-  full_learning_rate: float = field(
-    1e-5,
-    at_least=0,
-    traced='full_learning_rate',
-    help='Learning rate of clients that train the base (full fine-tuning).',
-  )
-  schedule: str = field(
-    'constant',
-    choices=optimizers.SCHEDULES,
+  name: str = field('adam', choices=optimizers.CLIENT,
+    help="'adam', 'adamw' or 'sgd'; moments start afresh every round.")
+  learning_rate: float = field(1e-3, at_least=0, traced='client_learning_rate',
+    help='Learning rate of the clients.')
+  full_learning_rate: float = field(1e-5, at_least=0, traced='full_learning_rate',
+    help='Learning rate of clients that train the base (full fine-tuning).')
+  schedule: str = field('constant', choices=optimizers.SCHEDULES,
     help="How the rate falls over rounds, to 0 at decay_rounds: 'constant' (not at all), "
-    "'linear' or 'cosine'.",
-  )
-  decay_rounds: int | None = field(
-    None,
-    at_least=1,
+         "'linear' or 'cosine'.")
+  decay_rounds: int | None = field(None, at_least=1,
     help='Rounds over which it falls. None: federated.num_rounds, with which the run '
-    'must then be continued too.',
-  )
-  warmup_rounds: int = field(
-    0,
-    at_least=0,
-    help='Rounds over which the rate rises first, from 1 / (warmup_rounds + 1) of it.',
-  )
-  local_schedule: str = field(
-    'constant',
-    choices=optimizers.SCHEDULES,
-    help='The same over the local_steps of a round, anew in each.',
-  )
-  b_rate_ratio: float = field(
-    1.0,
-    above=0,
-    help='By how much B steps further than A (LoRA+ has 16; arXiv 2402.12354).',
-  )
-  clip_norm: float | None = field(
-    None,
-    above=0,
-    help="Longest gradient of a client's step, in L2 over all it trains. None: any.",
-  )
+         'must then be continued too.')
+  warmup_rounds: int = field(0, at_least=0,
+    help='Rounds over which the rate rises first, from 1 / (warmup_rounds + 1) of it.')
+  local_schedule: str = field('constant', choices=optimizers.SCHEDULES,
+    help='The same over the local_steps of a round, anew in each.')
+  b_rate_ratio: float = field(1.0, above=0,
+    help='By how much B steps further than A (LoRA+ has 16; arXiv 2402.12354).')
+  clip_norm: float | None = field(None, above=0,
+    help="Longest gradient of a client's step, in L2 over all it trains. None: any.")
   weight_decay: float = field(0.0, "Decoupled weight decay ('adamw' only).", at_least=0)
 
 
@@ -351,17 +203,10 @@ class ClientOptimizer:
 class ServerOptimizer:
   """What the server steps with."""
 
-  name: str = field(
-    'sgd',
-    choices=optimizers.SERVER,
-    help="'sgd', 'momentum', 'adam' or 'yogi' on the pseudo-gradient.",
-  )
-  learning_rate: float = field(
-    1.0,
-    at_least=0,
-    traced='server_learning_rate',
-    help='Learning rate of the server; sgd at 1.0 takes the aggregate as it is.',
-  )
+  name: str = field('sgd', choices=optimizers.SERVER,
+    help="'sgd', 'momentum', 'adam' or 'yogi' on the pseudo-gradient.")
+  learning_rate: float = field(1.0, at_least=0, traced='server_learning_rate',
+    help='Learning rate of the server; sgd at 1.0 takes the aggregate as it is.')
 
 
 @section
@@ -371,39 +216,27 @@ class RandomModel:
   seed: int = field(0, 'Seed of its parameters.', at_least=0)
   width: int = field(64, 'Width of the residual stream.', at_least=1, at_most=65_536)
   num_layers: int = field(2, 'Number of layers.', at_least=1, at_most=1_024)
-  num_heads: int = field(
-    4, at_least=1, at_most=1_024, help='Query heads; half as many key-value heads.'
-  )
+  num_heads: int = field(4, at_least=1, at_most=1_024,
+    help='Query heads; half as many key-value heads.')
   head_dim: int = field(16, 'Width of a head.', at_least=1, at_most=4_096)
   mlp_width: int = field(128, 'Hidden width of the MLP.', at_least=1, at_most=1_048_576)
-  vocab_size: int = field(
-    384,
-    at_least=1,
-    at_most=1_048_576,
-    help='Vocabulary of the tokenizer that is trained on the data.',
-  )
+  vocab_size: int = field(384, at_least=1, at_most=1_048_576,
+    help='Vocabulary of the tokenizer that is trained on the data.')
 
 
 @section
 class Model:
   """The base model."""
 
-  source: str = field(
-    'gemma3_270m',
+  source: str = field('gemma3_270m',
     "'gemma3_270m', 'smollm2_135m', a .gguf, a Hugging Face folder, 'random', "
     "'random:gemma3_1b': random weights in a published shape (models/shapes.py), or "
     "'ORG/NAME' of the Hugging Face Hub, which a folder of that path precedes; "
-    "'ORG/NAME@REVISION', 'ORG/NAME:FILE.gguf'.",
-  )
-  dtype: str = field(
-    'auto',
-    choices=('auto', 'float32', 'bfloat16'),
-    changeable=True,
-    help="'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.",
-  )
-  remat: bool = field(
-    False, 'Recompute all of a layer in the backward pass, products too: least memory.'
-  )
+    "'ORG/NAME@REVISION', 'ORG/NAME:FILE.gguf'.")
+  dtype: str = field('auto', choices=('auto', 'float32', 'bfloat16'), changeable=True,
+    help="'float32', 'bfloat16', or 'auto': what this machine multiplies fastest.")
+  remat: bool = field(False,
+    'Recompute all of a layer in the backward pass, products too: least memory.')
   random: RandomModel = RandomModel()
 
 
@@ -411,177 +244,97 @@ class Model:
 class Data:
   """Whose examples, and how many tokens of them."""
 
-  name: str = field(
-    'chitchat',
+  name: str = field('chitchat',
     "Data set: 'chitchat', 'chitchat_conversations', 'mail_subject', "
     "'multi_session_chat', 'reddit_tldr', 'synthetic', 'text_folder': your own data "
     "(docs/data.md), or 'hf:ORG/NAME', 'hf:ORG/NAME:CONFIG@REVISION' of the Hugging Face "
-    'Hub.',
-  )
-  path: str | None = field(
-    None,
-    changeable=True,  # the content may not change
-    help='File or folder of your data, or of a data set that you downloaded.',
-  )
-  client: str | None = field(
-    None,
+    "Hub.")
+  path: str | None = field(None, changeable=True,  # the content may not change
+    help='File or folder of your data, or of a data set that you downloaded.')
+  client: str | None = field(None,
     help='Column (or key of JSON) of your data, or of the Hub, that says who wrote the '
-    "target. None: 'client'. Clients made by a partition need none.",
-  )
-  prompt: str | None = field(
-    None, help="Column of what the target answers: a text, or several. None: 'context'."
-  )
-  target: str | None = field(
-    None, help="Column of what the client wrote. None: 'target'."
-  )
-  label: str | None = field(
-    None,
-    help="Column of what it is about. None: 'label' if there is one, else the client.",
-  )
-  split: str | None = field(
-    None, help="Split of a data set of the Hub, as 'train[:1000]'. None: 'train'."
-  )
-  partition: str = field(
-    partition.NATURAL,
+         "target. None: 'client'. Clients made by a partition need none.")
+  prompt: str | None = field(None,
+    help="Column of what the target answers: a text, or several. None: 'context'.")
+  target: str | None = field(None,
+    help="Column of what the client wrote. None: 'target'.")
+  label: str | None = field(None,
+    help="Column of what it is about. None: 'label' if there is one, else the client.")
+  split: str | None = field(None,
+    help="Split of a data set of the Hub, as 'train[:1000]'. None: 'train'.")
+  partition: str = field(partition.NATURAL,
     choices=(partition.NATURAL, *partition.PARTITIONERS),
     help="Who the clients are: 'natural' (who wrote it), or made by a rule from all "
-    "examples: 'iid', 'dirichlet', 'by_size', 'pathological'.",
-  )
+         "examples: 'iid', 'dirichlet', 'by_size', 'pathological'.")
   partition_clients: int = field(100, 'Clients that such a rule makes.', at_least=1)
-  partition_alpha: float = field(
-    1.0,
-    above=0,
+  partition_alpha: float = field(1.0, above=0,
     help="Its number: of 'dirichlet' the concentration, of 'by_size' the exponent of "
-    "the power law, of 'pathological' the shards of one label that a client "
-    'gets.',
-  )
-  partition_seed: int = field(
-    0, at_least=0, help='Its seed, so that clients are the same for every `seed`.'
-  )
-  format: str | None = field(
-    None,
-    choices=('plain', 'chat', 'alpaca', 'template'),
+         "the power law, of 'pathological' the shards of one label that a client "
+         'gets.')
+  partition_seed: int = field(0, at_least=0,
+    help='Its seed, so that clients are the same for every `seed`.')
+  format: str | None = field(None, choices=('plain', 'chat', 'alpaca', 'template'),
     help="How examples are written: 'plain' (turns on lines of their own), 'chat' (with "
-    "names), 'alpaca' (instruction and input), or by the 'template' that comes with "
-    "the model. None: chats with names, what is summed up by the data set's cue.",
-  )
-  min_examples: int | None = field(
-    None,
-    at_least=2,
+         "names), 'alpaca' (instruction and input), or by the 'template' that comes with "
+         "the model. None: chats with names, what is summed up by the data set's cue.")
+  min_examples: int | None = field(None, at_least=2,
     help="Clients with fewer examples are left out. None: the data set's own, 20 of "
-    'most; of your own data, 2: one example to train on and one to hold out.',
-  )
-  num_people: int | None = field(
-    None,
-    at_least=1,
-    help='Clients that may be trained, the same for every seed. None: all.',
-  )
-  copies: int = field(
-    1,
-    at_least=1,
-    at_most=1_000_000,
+         'most; of your own data, 2: one example to train on and one to hold out.')
+  num_people: int | None = field(None, at_least=1,
+    help='Clients that may be trained, the same for every seed. None: all.')
+  copies: int = field(1, at_least=1, at_most=1_000_000,
     help='Clients that each of them stands for, with the same examples, but ranks and '
-    'draws of their own: a population larger than the data set.',
-  )
-  unseen_fraction: float = field(
-    0.2, above=0, below=1, help='Share of the people that is never trained on.'
-  )
-  heldout_fraction: float = field(
-    0.2,
-    above=0,
-    below=1,
-    help="Share of a client's examples, the latest, kept for evaluation.",
-  )
-  context_turns: int = field(
-    4,
-    at_least=1,
-    at_most=MAX_CONTEXT_TURNS,
-    help='Turns of context before the target; of a whole conversation all.',
-  )
-  row_tokens: int | None = field(
-    None,
-    at_least=1,
+         'draws of their own: a population larger than the data set.')
+  unseen_fraction: float = field(0.2, above=0, below=1,
+    help='Share of the people that is never trained on.')
+  heldout_fraction: float = field(0.2, above=0, below=1,
+    help="Share of a client's examples, the latest, kept for evaluation.")
+  context_turns: int = field(4, at_least=1, at_most=MAX_CONTEXT_TURNS,
+    help='Turns of context before the target; of a whole conversation all.')
+  row_tokens: int | None = field(None, at_least=1,
     help="Tokens of a packed row. None: the data set's own, 256 of most; of your own "
-    'data as many as an example may have, 256 at least.',
-  )
-  tokens_per_example: int | None = field(
-    None,
-    at_least=1,
+         'data as many as an example may have, 256 at least.')
+  tokens_per_example: int | None = field(None, at_least=1,
     help='Room for tokens, times local_batch; longer contexts lose their start, texts '
-    "that are summed up their end. None: the data set's own, 96 of most; of your "
-    'own data what 99 of 100 examples need, 1,024 at most.',
-  )
-  targets_per_example: int | None = field(
-    None,
-    at_least=1,
+         "that are summed up their end. None: the data set's own, 96 of most; of your "
+         'own data what 99 of 100 examples need, 1,024 at most.')
+  targets_per_example: int | None = field(None, at_least=1,
     help='Room for target tokens, times local_batch; longer targets lose their end. '
-    "None: the data set's own, 32 of most; of your own data what 99 of 100 "
-    'examples need.',
-  )
+         "None: the data set's own, 32 of most; of your own data what 99 of 100 "
+         'examples need.')
 
 
 @section
 class Eval:
   """When and on whom a run is evaluated."""
 
-  every: int | None = field(
-    10,
-    at_least=1,
-    changeable=True,
-    help='Rounds between evaluations. None: at the start and the end only.',
-  )
-  num_people: int = field(
-    32,
-    at_least=1,
-    changeable=True,
-    help='People evaluated, of those seen and of those unseen each.',
-  )
+  every: int | None = field(10, at_least=1, changeable=True,
+    help='Rounds between evaluations. None: at the start and the end only.')
+  num_people: int = field(32, at_least=1, changeable=True,
+    help='People evaluated, of those seen and of those unseen each.')
   examples_per_person: int = field(4, 'Examples of each.', at_least=1, changeable=True)
-  labels: tuple[str, ...] = field(
-    (),
-    changeable=True,
+  labels: tuple[str, ...] = field((), changeable=True,
     help='Of a task whose targets are labels, all of them, as the data write them and '
-    'without commas: evaluations then tell accuracy and macro F1, the guess being the '
-    'label of highest probability, for so many times the work. (): no such task.',
-  )
-  own_rank: bool = field(
-    False,
-    changeable=True,
-    help='Also give seen people the adapter truncated to their own rank.',
-  )
-  aggregation_error: bool | None = field(
-    None,
-    changeable=True,
+         'without commas: evaluations then tell accuracy and macro F1, the guess being '
+         'the label of highest probability, for so many times the work. (): no such '
+         'task.')
+  own_rank: bool = field(False, changeable=True,
+    help='Also give seen people the adapter truncated to their own rank.')
+  aggregation_error: bool | None = field(None, changeable=True,
     help='Whether rounds measure what averaging factors loses of the mean product, '
-    "which is most of a pod's traffic. None: every round on one device, on "
-    'several the rounds that end with an evaluation.',
-  )
-  metric: str = field(
-    'eval/seen/loss',
-    changeable=True,
+         "which is most of a pod's traffic. None: every round on one device, on "
+         'several the rounds that end with an evaluation.')
+  metric: str = field('eval/seen/loss', changeable=True,
     help='Column of metrics.jsonl by which evaluations are compared; the best '
-    'one is in summary.json.',
-  )
-  better: str | None = field(
-    None,
-    choices=('lower', 'higher'),
-    changeable=True,
+         'one is in summary.json.')
+  better: str | None = field(None, choices=('lower', 'higher'), changeable=True,
     help='Which of two values of it is better. None: the lower loss or perplexity, the '
-    'higher accuracy or F1.',
-  )
-  patience: int | None = field(
-    None,
-    at_least=1,
-    changeable=True,
+         'higher accuracy or F1.')
+  patience: int | None = field(None, at_least=1, changeable=True,
     help='Evaluations in a row that are no better, after which a run ends early. None: '
-    'it does all its rounds.',
-  )
-  min_delta: float = field(
-    0.0,
-    at_least=0,
-    changeable=True,
-    help='By how much an evaluation must be better for patience to begin anew.',
-  )
+         'it does all its rounds.')
+  min_delta: float = field(0.0, at_least=0, changeable=True,
+    help='By how much an evaluation must be better for patience to begin anew.')
 
   @property
   def better_side(self) -> str | None:
@@ -593,69 +346,43 @@ class Eval:
 class Checkpoint:
   """When a run is saved, and what is kept."""
 
-  every: int = field(
-    10,
-    at_least=1,
-    changeable=True,
-    help='Rounds between checkpoints; the last round is always saved.',
-  )
+  every: int = field(10, at_least=1, changeable=True,
+    help='Rounds between checkpoints; the last round is always saved.')
   keep: int = field(2, 'Newest checkpoints kept.', at_least=1, changeable=True)
-  keep_every: int | None = field(
-    None,
-    at_least=1,
-    changeable=True,
-    help='Checkpoints of rounds that it divides are kept for ever. None: none are.',
-  )
-  keep_best: bool = field(
-    False,
-    changeable=True,
+  keep_every: int | None = field(None, at_least=1, changeable=True,
+    help='Checkpoints of rounds that it divides are kept for ever. None: none are.')
+  keep_best: bool = field(False, changeable=True,
     help='Save and keep the round with the best evaluation (eval.metric) too, round 0, '
-    'before training, included.',
-  )
+         'before training, included.')
 
 
 @section
 class Communication:
   """What is sent."""
 
-  wire_dtype: str = field(
-    'float32',
-    choices=wire.TYPES,
+  wire_dtype: str = field('float32', choices=wire.TYPES,
     help="Type that what is sent is rounded to, and its bytes counted in: 'float32', "
-    "'bfloat16', 'float16' or 'int8' (times a float32 scale for every rank slot). "
-    'The server sends parameters, clients the change that they made.',
-  )
-  error_feedback: bool = field(
-    False,
+         "'bfloat16', 'float16' or 'int8' (times a float32 scale for every rank slot). "
+         'The server sends parameters, clients the change that they made.')
+  error_feedback: bool = field(False,
     help='Whether clients add what rounding took of their changes to the next one that '
-    'they send, which each must remember.',
-  )
+         'they send, which each must remember.')
 
 
 @section
 class Mesh:
   """The devices."""
 
-  points_at_once: int | None = field(
-    1,
-    at_least=1,
-    changeable=True,
+  points_at_once: int | None = field(1, at_least=1, changeable=True,
     help='Points of a sweep that a device trains at once, the others wait. 1 needs '
-    'the memory of one run and gives each point its very numbers. None: all of '
-    'its own.',
-  )
-  sweep: int = field(
-    1,
-    at_least=1,
-    changeable=True,
-    help='Devices along which the points of a sweep are spread.',
-  )
-  clients: int = field(
-    1, at_least=1, changeable=True, help='Devices along which clients are spread.'
-  )
-  model: int = field(
-    1, at_least=1, changeable=True, help='Devices along which the base model is split.'
-  )
+         'the memory of one run and gives each point its very numbers. None: all of '
+         'its own.')
+  sweep: int = field(1, at_least=1, changeable=True,
+    help='Devices along which the points of a sweep are spread.')
+  clients: int = field(1, at_least=1, changeable=True,
+    help='Devices along which clients are spread.')
+  model: int = field(1, at_least=1, changeable=True,
+    help='Devices along which the base model is split.')
 
   @property
   def devices(self) -> int:

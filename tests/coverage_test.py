@@ -8,7 +8,7 @@ from experiment_test import small_config
 
 from hetlora_jax import config, experiment, files, training
 from hetlora_jax.data import coverage, limits, packing
-from hetlora_jax.data.builders.records import Limits
+from hetlora_jax.data.builders import Limits
 from hetlora_jax.data.people import Example, Group, LeftOut, Population
 
 LETTERS = 171  # of a long target

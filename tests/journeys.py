@@ -127,7 +127,9 @@ def journey(folder: pathlib.Path, programs: pathlib.Path) -> None:
   peft = ROOT / '.venv-bench/bin/python'
   told = run(peft, '-c', IN_PEFT, 'base', 'peft', 'texts.json', cwd=folder)
   found = json.loads(told.splitlines()[-1])
-  print(f'In peft: {found["before"]:.3f} nats a token before, {found["after"]:.3f} after.')
+  print(
+    f'In peft: {found["before"]:.3f} nats a token before, {found["after"]:.3f} after.'
+  )
   assert found['after'] < 0.8 * found['before'], found
 
 

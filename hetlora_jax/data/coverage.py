@@ -9,7 +9,7 @@ import numpy as np
 
 from hetlora_jax.config import Config, Federated
 from hetlora_jax.data import cohorts, packing
-from hetlora_jax.data.builders.records import Limits
+from hetlora_jax.data.builders import Limits
 from hetlora_jax.data.people import LeftOut, Population, evenly_spaced
 
 MOST_CLIENTS = 128  # of whom a batch is counted, spread evenly over all

@@ -6,7 +6,7 @@ import numpy as np
 
 from hetlora_jax.config import Data
 from hetlora_jax.data import builders, people
-from hetlora_jax.data.builders.records import Limits
+from hetlora_jax.data.builders import Limits
 
 SHARE = 99  # per cent of one's own examples that have all the room they need
 MOST_TOKENS = 1024  # of an example, whatever it needs

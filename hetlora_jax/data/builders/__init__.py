@@ -67,6 +67,15 @@ class Reading(NamedTuple):
 AS_USUAL = Reading()
 
 
+class Limits(NamedTuple):
+  """What a run takes of a data set unless it says otherwise: fields of `data`."""
+
+  min_examples: int = 20
+  tokens_per_example: int = 96
+  targets_per_example: int = 32
+  row_tokens: int = 256
+
+
 class Dataset(NamedTuple):
   """Rows of the splits that `RecordBuilder` writes; strings are bytes."""
 

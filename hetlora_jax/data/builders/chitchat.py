@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from hetlora_jax import files
+from hetlora_jax.data import builders
 from hetlora_jax.data.builders import records
 
 AGAIN = 'pip install --force-reinstall chitchat-dataset'
@@ -66,4 +67,4 @@ class ChitchatConversations(Chitchat):
 
   records_of = staticmethod(records.conversations)
   has_whole: ClassVar[bool] = True
-  limits: ClassVar[records.Limits] = records.Limits(5, 640, 288, 1280)
+  limits: ClassVar[builders.Limits] = builders.Limits(5, 640, 288, 1280)

@@ -7,7 +7,7 @@ import itertools
 import operator
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -75,15 +75,6 @@ def conversations(turns: Sequence[tuple[str, int, str]]) -> Iterator[Record]:
         )
 
 
-class Limits(NamedTuple):
-  """What a run takes of a data set unless it says otherwise: fields of `data`."""
-
-  min_examples: int = 20
-  tokens_per_example: int = 96
-  targets_per_example: int = 32
-  row_tokens: int = 256
-
-
 class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   """Writes records by client, then time, and where each client's records start.
 
@@ -98,7 +89,9 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   cue: ClassVar[str] = ''  # a line such as 'Subject:', where texts are summed up
   # People with fewer examples are the unseen ones; 0: a hash of the name tells.
   train_from: ClassVar[int] = 0
-  limits: ClassVar[Limits | None] = Limits()  # None: as its examples need
+  limits: ClassVar[builders.Limits | None] = (
+    builders.Limits()
+  )  # None: as its examples need
 
   def __init__(
     self,

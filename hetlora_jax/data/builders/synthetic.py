@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from hetlora_jax import prng
+from hetlora_jax.data import builders
 from hetlora_jax.data.builders import records
 
 NUM_PEOPLE = 64
@@ -80,7 +81,7 @@ class Config(tfds.core.BuilderConfig):
 class Synthetic(records.RecordBuilder):
   """Lets 64 people answer strangers; person i speaks grammar i modulo 4."""
 
-  limits: ClassVar[records.Limits] = records.Limits(20, 32, 12, 128)
+  limits: ClassVar[builders.Limits] = builders.Limits(20, 32, 12, 128)
   BUILDER_CONFIGS: ClassVar = [
     Config(name=f'seed{seed}', seed=seed) for seed in range(3)
   ]
