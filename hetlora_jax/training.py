@@ -391,7 +391,7 @@ class Record:
       rows.cumulate(row, writer.rows)
     return out
 
-  def write(self, of_runs: Sequence[Row]) -> None:
+  def write(self, of_runs: list[Row]) -> None:
     """Writes and shows the rows of a round."""
     for k in self.running:
       of_runs[k] |= self._compiling

@@ -132,7 +132,7 @@ def test_every_label_has_the_probability_of_its_tokens(prepared):
     for e in range(0, len(answer_EX), 2):
       adapters, scale = client.global_adapters(rules, one, hyper)
       if name == 'seen_own':
-        view, _ = client.sent_to(rules, one, hyper, cohort.client_id[e])
+        view = client.sent_to(rules, one, hyper, cohort.client_id[e])
         adapters, scale = view.adapters, view.scale
       nats = [
         [
