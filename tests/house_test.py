@@ -19,7 +19,7 @@ FILES = sorted(
 )
 LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / 'hetlora_jax')]
 # Lines: what there is now, and a little room. Growing past one is a decision.
-MOST_LINES, MOST_IMPORTED, MOST_OF_A_FUNCTION = 15_800, 9_100, 60
+MOST_LINES, MOST_IMPORTED, MOST_OF_A_FUNCTION = 19_600, 10_900, 60
 
 
 def _lines(path: pathlib.Path) -> int:

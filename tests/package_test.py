@@ -106,7 +106,9 @@ def test_every_import_is_required():
   imported = set()
   for folder in ('hetlora_jax', 'launch', 'configs'):
     for path in (ROOT / folder).rglob('*.py'):
-      for node in ast.parse(path.read_text()).body:  # what is optional is imported later
+      for node in ast.parse(
+        path.read_text()
+      ).body:  # what is optional is imported later
         if isinstance(node, ast.ImportFrom | ast.Import):
           name = getattr(node, 'module', None) or node.names[0].name
           imported.add(name.partition('.')[0])
