@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from hetlora_jax import files, prng, sharding
+from hetlora_jax import arithmetic, files, prng, sharding
 from hetlora_jax.config import Config, ConfigError, Data, Model, RandomModel
 from hetlora_jax.data import builders, people
 from hetlora_jax.models import Pretrained, decoder, readout, shapes
@@ -168,17 +167,17 @@ def place(model: BaseModel, mesh: Mesh) -> BaseModel:
 
 
 def compute_dtype(config: Config) -> jnp.dtype:
-  """Returns the type to compute in; 'auto' is what multiplies fastest here.
-
-  A CPU without AMX computes bfloat16 products by way of float32.
-  """
+  """Returns the type to compute in; 'auto' is what multiplies fastest here."""
   if config.model.dtype != 'auto':
     return jnp.dtype(config.model.dtype)
-  if jax.default_backend() != 'cpu':
-    return jnp.dtype('bfloat16')
-  info = pathlib.Path('/proc/cpuinfo')
-  has_amx = info.exists() and 'amx_bf16' in info.read_text()
-  return jnp.dtype('bfloat16' if has_amx else 'float32')
+  on_cpu = jax.default_backend() == 'cpu'
+  return jnp.dtype(arithmetic.rates().fastest if on_cpu else 'bfloat16')
+
+
+def why_dtype(config: Config) -> str:
+  """Says by what 'auto' chose the type, if it had to measure."""
+  measured = config.model.dtype == 'auto' and jax.default_backend() == 'cpu'
+  return f' ({arithmetic.rates()})' if measured else ''
 
 
 def load(config: Config, mesh: Mesh) -> Pretrained:

@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from hetlora_jax import (
+  base_model,
   build,
   checkpoint,
   config,
@@ -259,11 +260,12 @@ def _introduction(x: Points, count: int) -> str:
   revisions = x.experiment.revisions.items()
   at = {of: f' at {commit}' if commit else '' for of, commit in revisions}
   together = f'{count} points together: ' if count > 1 else ''
+  why = base_model.why_dtype(x.config) if x.experiment.model.decoder else ''
   return (
     f'{together}{x.config.method} on {x.config.data.name}{at["data"]}: '
     f'{d["training_people"]} clients {they}, '
     f'{d["unseen_people"]} people never trained on; {d["model"]}{at["model"]} '
-    f'in {d["dtype"]} '
+    f'in {d["dtype"]}{why} '
     f'on {x.experiment.mesh.size} {jax.default_backend()} device(s). Compiling.'
   )
 

@@ -13,7 +13,7 @@ ORDER = [
   ['fields', 'ranks', 'models', 'methods'],
   ['client', 'server', 'diagnostics', 'robust'],
   ['rounds', 'sharding', 'heldout'],
-  ['formats', 'hub', 'data.partition', 'console'],
+  ['formats', 'hub', 'data.partition', 'console', 'arithmetic'],
   ['config'],
   ['data', 'checkpoint'],
   ['build', 'base_model'],
