@@ -19,7 +19,7 @@ FAST = {
   'federated__num_rounds': 9,
   'eval__every': 1,
   'eval__patience': 2,
-  'checkpoint__every': 3,
+  'checkpoint__every': 4,
   'checkpoint__keep': 1,
   'checkpoint__keep_best': True,
   'client_optimizer__learning_rate': 0.1,
@@ -167,13 +167,14 @@ def test_points_that_stop_are_as_they_were_and_the_others_go_on(stopped, tmp_pat
 
   def kill(row):
     rounds.append(row['round'])
-    if row['round'] == 8:
+    if row['round'] == 9:
       raise Killed
 
   with pytest.raises(Killed):
     training.train_points(together, kill)
   first, second = (run.Run(p.workdir) for p in together)
   assert rounds.count(7) == 2 and rounds.count(8) == 1
+  assert first.steps() == {5, 7} and 8 in second.steps()
   assert first.finished and not second.finished
   assert first.summary['stopped']['round'] == stopped.summary['stopped']['round'] == 7
   before = (first.folder / 'metrics.jsonl').read_bytes()
@@ -184,7 +185,7 @@ def test_points_that_stop_are_as_they_were_and_the_others_go_on(stopped, tmp_pat
   whole = training.train_points(patient)
   want, wanted = (timeless(x.folder) for x in whole)
   assert timeless(first.folder) == want[:8] and len(want) == 10
-  assert timeless(second.folder)[:8] == wanted[:8]
+  assert timeless(second.folder)[:9] == wanted[:9]
   found = [row[SEEN] for row in second.history]
   np.testing.assert_allclose(found, [row[SEEN] for row in wanted], 1e-3)
   assert second.summary['stopped'] is None

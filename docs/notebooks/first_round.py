@@ -81,7 +81,7 @@ print('clients', cohort.client_id, 'of ranks', rank_C)
 # clients have arrays of one shape, so one program serves every rank.
 
 # %%
-send = jax.jit(jax.vmap(lambda i: client.sent_to(rules, state, hyper, i)[0]))
+send = jax.jit(jax.vmap(lambda i: client.sent_to(rules, state, hyper, i)))
 view_C = send(cohort.client_id)
 
 
