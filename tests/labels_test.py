@@ -13,7 +13,7 @@ from text_folder_test import write
 import hetlora_jax as hl
 from hetlora_jax import base_model, client, metrics, points, rows, training
 from hetlora_jax.data import labels, packing
-from hetlora_jax.data.people import evenly_spaced
+from hetlora_jax.data.people import Example, evenly_spaced
 from hetlora_jax.metrics import OF_LABELS
 from hetlora_jax.points import Evaluation
 from hetlora_jax.run import Run
@@ -248,6 +248,19 @@ def test_labels_that_have_no_room_or_look_alike_are_named(config_of):
   own = base_model.own(_params(), _apply, TARGETS, Words())
   with pytest.raises(hl.ConfigError, match='the same to the tokenizer as the target'):
     points.prepare(config_of(eval__labels=(*LABELS, 'so')), model=own)
+
+
+@pytest.mark.parametrize('bos', [0, 1])
+def test_prompts_are_cut_alike_and_keep_their_bos(bos):
+  prompt = np.arange(100, 120)
+  versions = [
+    Example(np.concatenate([prompt, np.arange(n)]), n, num_bos=bos) for n in (1, 3)
+  ]
+  shape = packing.BatchShape(rows=1, row_tokens=12, num_targets=8)
+  (cut,) = labels._cut_alike([versions], shape)
+  kept = [*prompt[:bos], *prompt[-(10 - bos) :]]  # 12 positions have 13 tokens
+  for x, n in zip(cut, (1, 3), strict=True):
+    np.testing.assert_array_equal(x.tokens, [*kept, *range(n)])
 
 
 def test_people_of_ones_own_must_read_other_targets(config_of, prepared):

@@ -54,7 +54,8 @@ def ask(
     )
   prompt = min((x.tokens[: -x.num_target] for x in versions), key=len)
   targets = [x.tokens[-x.num_target :] for x in versions]
-  joined = [Example(np.concatenate([prompt, x]), len(x)) for x in targets]
+  bos = example.num_bos
+  joined = [Example(np.concatenate([prompt, x]), len(x), num_bos=bos) for x in targets]
   return joined, right[0]
 
 
@@ -71,8 +72,9 @@ def _cut_alike(
         'off: raise config.data.targets_per_example, and tokens_per_example with it.'
       )
     cut = len(one.tokens) - len(text.tokens)
+    bos = one.num_bos
     yield [
-      x._replace(tokens=np.concatenate([x.tokens[:1], x.tokens[1 + cut :]]))
+      x._replace(tokens=np.concatenate([x.tokens[:bos], x.tokens[bos + cut :]]))
       for x in versions
     ]
 
