@@ -65,15 +65,14 @@ def losses(embed, targets: int) -> dict:
   }  # fmt: skip
 
 
-def _rotate_apart(rotate, x, angle):
+def _sines_apart(sines, *args):
   """Keeps sines and cosines from being computed again in every use."""
-  sin, cos = jax.lax.optimization_barrier((jnp.sin(angle), jnp.cos(angle)))
-  with mock.patch.multiple(jnp, sin=lambda _: sin, cos=lambda _: cos):
-    return rotate(x, angle)
+  return jax.lax.optimization_barrier(sines(*args))
 
 
-def _heads_first(q, k, v, mask):
-  """Attends with heads moved before positions."""
+def _heads_first(q, k, v, mask, softcap):
+  """Attends with heads moved before positions; without the caps of Gemma 2."""
+  assert not softcap
   rows, length, heads, depth = q.shape
   groups = k.shape[2]
   q = q.swapaxes(1, 2).reshape(rows, groups, -1, depth)
@@ -120,7 +119,7 @@ def levers() -> dict:
     'layers unrolled, 2 at a time': _unrolled(2),
     'all layers unrolled': _unrolled(100),
     'sines apart': mock.patch.object(
-      decoder, '_rotate', functools.partial(_rotate_apart, decoder._rotate)
+      decoder, '_sines', functools.partial(_sines_apart, decoder._sines)
     ),
     'heads before positions': mock.patch.object(kernels, 'attention', _heads_first),
   }

@@ -8,7 +8,6 @@ the next round, and what restoring took; --trace keeps the trace in Chrome's for
 (for ui.perfetto.dev). Programs are warmed up by the first rounds, as by a cache.
 """
 
-import dataclasses
 import json
 import pathlib
 import tempfile
@@ -67,16 +66,11 @@ def _watch(folder: pathlib.Path, trace: Trace, begin: float) -> None:
 def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
   """Runs until so many rounds are done, tracing rounds, saves and restores."""
   raw.federated.num_rounds, raw.checkpoint.every = rounds, 1
-  prepare, save = points.prepare, checkpoint.Checkpoints.save
+  save = checkpoint.Checkpoints.save
 
-  def traced(*configs, **more):
-    x = prepare(*configs, **more)
-    rounds = trace.timed('round', 'devices', x.run_rounds)
-    return dataclasses.replace(x, run_rounds=rounds)
-
-  def watched(self, step, states):
+  def watched(self, step, *what):
     begin = time.perf_counter()
-    save(self, step, states)
+    save(self, step, *what)
     trace.add('save', 'main loop', begin, time.perf_counter())
     folder = workdir / 'checkpoints' / str(step)
     threading.Thread(target=_watch, args=(folder, trace, begin)).start()
@@ -84,7 +78,7 @@ def _run(raw, workdir: pathlib.Path, rounds: int, trace: Trace) -> None:
   restore = trace.timed('restore', 'main loop', checkpoint.Checkpoints.restore_newest)
   patch = mock.patch.object
   with (
-    patch(points, 'prepare', traced),
+    patch(points, 'call', trace.timed('round', 'devices', points.call)),
     patch(checkpoint.Checkpoints, 'save', watched),
     patch(checkpoint.Checkpoints, 'restore_newest', restore),
   ):

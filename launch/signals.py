@@ -34,7 +34,8 @@ def stop_after_the_round() -> Iterator[None]:
     if console.stopping():
       os._exit(128 + number)
     console.request_stop(number)
-    print('\nStopping after this round; once more to stop now.', flush=True)
+    # Not print: the signal may have come while the same stream is being written.
+    os.write(1, b'\nStopping after this round; once more to stop now.\n')
 
   try:
     with handled_by(note):

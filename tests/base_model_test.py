@@ -7,7 +7,7 @@ import pytest
 from log_probs import make_log_probs
 
 from hetlora_jax import base_model, files, lora
-from hetlora_jax.config import ConfigError, RandomModel
+from hetlora_jax.config import ConfigError, Data, RandomModel
 from hetlora_jax.data import people
 from hetlora_jax.models import decoder, readout
 from hetlora_jax.types import Batch
@@ -94,14 +94,15 @@ def test_a_tokenizer_that_was_trained_is_kept_beside_its_data(tmp_path, monkeypa
   ]
   files.write_json_lines(texts, lines)
   monkeypatch.setenv('HETLORA_CACHE', str(tmp_path / 'cache'))
-  trained = base_model._tokenizer('text_folder', str(texts), 280)
+  data = Data(name='text_folder', path=str(texts))
+  trained = base_model._tokenizer(data, 280)
   (kept,) = (tmp_path / 'cache').rglob('tokenizer_280.model')
   monkeypatch.setattr(people, 'corpus', None)  # would be called to train again
-  again = base_model._tokenizer('text_folder', str(texts), 280)
+  again = base_model._tokenizer(data, 280)
   assert again.serialize() == trained.serialize()
   kept.write_bytes(b'damaged')
   with pytest.raises(files.Damaged, match='tokenizer_280.model.*delete it'):
-    base_model._tokenizer('text_folder', str(texts), 280)
+    base_model._tokenizer(data, 280)
 
 
 def test_a_tokenizer_is_trained_where_it_cannot_be_kept(monkeypatch):
@@ -109,4 +110,4 @@ def test_a_tokenizer_is_trained_where_it_cannot_be_kept(monkeypatch):
     raise OSError('read-only')
 
   monkeypatch.setattr(files, 'write_whole', full)
-  assert base_model._tokenizer('synthetic', None, 290).vocab_size == 290
+  assert base_model._tokenizer(Data(name='synthetic'), 290).vocab_size == 290

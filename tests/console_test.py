@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -15,7 +16,7 @@ def _one_long_step():
   hashlib.pbkdf2_hmac('sha256', b'password', b'salt', 6_000_000)
 
 
-def test_a_signal_is_noticed_during_a_long_step(capsys):
+def test_a_signal_is_noticed_during_a_long_step(capfd):
   noticed = []
 
   def watch():
@@ -33,9 +34,17 @@ def test_a_signal_is_noticed_during_a_long_step(capsys):
     end = time.monotonic()
     watcher.join()
     assert console.stopping()
-  assert 'Stopping after this round' in capsys.readouterr().out
+  assert 'Stopping after this round' in capfd.readouterr().out
   assert end - start > 1  # else the step is too short to tell
   assert noticed[0] - start < (end - start) / 2
+
+
+def test_a_signal_may_come_while_output_is_written(monkeypatch, capfd):
+  monkeypatch.setattr(sys, 'stdout', None)  # as busy as one that is being written
+  with signals.stop_after_the_round():
+    os.kill(os.getpid(), signal.SIGINT)
+    assert console.stopping()
+  assert 'Stopping after this round' in capfd.readouterr().out
 
 
 def test_handlers_are_put_back_and_requests_forgotten():

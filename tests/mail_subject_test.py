@@ -164,7 +164,8 @@ def test_spam_is_not_read(tmp_path, mails):
 def test_people_load_a_users_tarball_or_its_folder(tmp_path, mails):
   folder = tmp_path / 'unpacked'
   with tarfile.open(mails) as archive:
-    archive.extractall(folder, filter='data')
+    archive.extraction_filter = getattr(tarfile, 'data_filter', None)  # from 3.11.4
+    archive.extractall(folder)
   for path in (mails, mails.parent, folder):
     found = builders.open_dataset('mail_subject', tmp_path / 'd', str(path))
     assert len(found.examples) == 12
