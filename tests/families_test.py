@@ -17,7 +17,7 @@ import tokenizer_test
 from log_probs import make_log_probs
 
 from configs import tiny
-from hetlora_jax import config, files, formats, points
+from hetlora_jax import base_model, config, files, formats, points
 from hetlora_jax.formats import hf_folder, layout, peft
 from hetlora_jax.models import decoder, kernels
 from hetlora_jax.models.decoder import KVCache
@@ -366,3 +366,12 @@ def test_the_table_of_families_tells_of_all(folder):
 
   assert set(hooks.FAMILIES) == set(layout.FAMILIES) == set(hf_folder.CLASSES)
   assert set(json.loads(families.DIFFERENCES.read_text())) == set(families.MODELS)
+
+
+@pytest.mark.parametrize('family', ['gemma2', 'gemma3'])
+def test_gemmas_without_windows_say_zero(family):
+  # transformers makes their masks of it in any case, and refuses null.
+  shape = dataclasses.replace(
+    base_model.random_shape(config.RandomModel(), 300), family=family
+  )
+  assert hf_folder._fields(shape)['sliding_window'] == 0

@@ -1,6 +1,6 @@
 """What the author of a paper does with own data, from a clean clone to PEFT.
 
-Command: python -m tests.journeys [--keep DIR], about N minutes on 2 cores. It clones
+Command: python -m tests.journeys [--keep DIR], 4 minutes on 2 cores. It clones
 this checkout's last commit, installs it into an environment of its own and there goes
 from own JSON Lines of 30 clients to statistics, three methods of two seeds, the table
 of paired differences in LaTeX, the report, and an adapter that the real peft loads, in
@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -109,7 +110,9 @@ def journey(folder: pathlib.Path, programs: pathlib.Path) -> None:
   for method in METHODS:
     assert method in told, told
   latex = (folder / 'grid/sweep.tex').read_text()
-  assert latex.count(r'\begin{tabular}') == latex.count(r'\end{tabular}') > 0
+  assert latex.count(r'\begin{tabular}') == latex.count(r'\end{tabular}') == 1
+  gaps = re.findall(r'\$[-+]\d\.\d{3} \[.*?\]\$', latex)
+  assert len(gaps) == 2 * (len(METHODS) - 1), latex  # seen and unseen, but of the first
 
   # The report is one page, beside the grid.
   told = run(programs / 'hetlora-report', 'grid', cwd=folder)
@@ -122,7 +125,7 @@ def journey(folder: pathlib.Path, programs: pathlib.Path) -> None:
   for kind in ('base', 'peft'):
     run(programs / 'hetlora-export', f'--workdir={run_of}', f'--format={kind}',
         f'--out={kind}', cwd=folder)  # fmt: skip
-  texts = [f'{line["context"]} {line["target"]}' for line in lines[::40]]
+  texts = [f'B: {line["context"]}\nA: {line["target"]}\n' for line in lines[::40]]
   (folder / 'texts.json').write_text(json.dumps(texts))
   peft = ROOT / '.venv-bench/bin/python'
   told = run(peft, '-c', IN_PEFT, 'base', 'peft', 'texts.json', cwd=folder)
@@ -130,7 +133,7 @@ def journey(folder: pathlib.Path, programs: pathlib.Path) -> None:
   print(
     f'In peft: {found["before"]:.3f} nats a token before, {found["after"]:.3f} after.'
   )
-  assert found['after'] < 0.8 * found['before'], found
+  assert found['after'] < found['before'] - 0.5, found
 
 
 def main() -> None:

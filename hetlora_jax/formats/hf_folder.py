@@ -527,7 +527,7 @@ def _fields(c: DecoderConfig) -> dict[str, Any]:
   """Returns config.json as transformers 4 and 5 read it."""
   model_type, architecture = CLASSES[c.family]
   activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[c.activation]
-  global_layers = decoder.global_layers(c)
+  global_layers, gemma = decoder.global_layers(c), c.family.startswith('gemma')
   fields = {
     'model_type': model_type,
     'architectures': [architecture],
@@ -535,7 +535,8 @@ def _fields(c: DecoderConfig) -> dict[str, Any]:
     'rope_theta': c.rope_base,
     **_rope_fields(c),
     'attention_bias': 'o' in c.biases,
-    'sliding_window': c.sliding_window or None,
+    # Gemma's masks are made of it even where no layer has a window.
+    'sliding_window': c.sliding_window or (0 if gemma else None),
     'use_sliding_window': c.sliding_window > 0,
     'layer_types': [LAYER_TYPES[int(g)] for g in global_layers],
     'max_window_layers': int(global_layers.argmin()) if c.sliding_window else 0,
