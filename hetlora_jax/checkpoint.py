@@ -232,7 +232,11 @@ class Checkpoints:
       if found != value:
         what, remedy, of = 'another base model', 'that model (config.model)', 'model'
         if name == 'data':
-          what, remedy, of = 'other data', 'the data as they were (config.data)', 'data'
+          what, of = 'other data', 'data'
+          remedy = (
+            'the data as they were, whose content has this digest (config.data.path, or '
+            'config.data.name of the Hub)'
+          )
         if commit := about['base'].get(f'revisions.{of}'):
           remedy += f', which was its revision @{commit}'
         raise ConfigError(

@@ -166,7 +166,8 @@ def json_rows(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, d
 def csv_rows(path: pathlib.Path, remedy: str) -> Iterator[tuple[pathlib.Path, dict]]:
   """Yields ('FILE:LINE', {column: text}) of a CSV file; its first line names columns.
 
-  An empty cell is None, and blank lines are skipped. Raises OSError or ValueError, which name the line.
+  An empty cell is None, and blank lines are skipped. Raises OSError or ValueError,
+  which name the line.
   """
   csv.field_size_limit(MOST_LINE)
   lines, line = _lines(path, remedy), 1

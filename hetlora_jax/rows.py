@@ -18,7 +18,7 @@ from hetlora_jax.data.labels import NOTHING
 from hetlora_jax.data.people import evenly_spaced
 from hetlora_jax.experiment import Experiment
 from hetlora_jax.methods import traffic
-from hetlora_jax.points import Evaluation
+from hetlora_jax.points import Evaluation, Points
 from hetlora_jax.types import Row
 
 NOT_STATED = None  # what bytes are where a rule does not state what it sends
@@ -93,6 +93,12 @@ def round_row(
 
 def _times(count: int | None, factor: float) -> float | None:
   return NOT_STATED if count is None else count * factor
+
+
+def evaluation_columns(x: Points) -> list[str]:
+  """Returns what `evaluation_row` tells of a run."""
+  scores = ('loss', 'perplexity', *(metrics.OF_LABELS if x.experiment.answers else ()))
+  return [f'eval/{name}/{score}' for name in x.evaluators for score in scores]
 
 
 def evaluation_row(found: Mapping[str, Evaluation]) -> Row:

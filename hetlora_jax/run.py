@@ -240,10 +240,6 @@ class Run:
       )
     return number
 
-  def newest(self, x: Points, *, any_dtype: bool = False) -> tuple[int, ServerState]:
-    """Restores the newest undamaged checkpoint, and how many rounds it has done."""
-    return self.state(x, any_dtype=any_dtype)
-
   def state(
     self, x: Points, round: str | int = 'newest', *, any_dtype: bool = False
   ) -> tuple[int, ServerState]:

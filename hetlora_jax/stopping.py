@@ -53,8 +53,8 @@ def why(judged: Judged, e: Eval) -> str:
 
 
 def check(e: Eval, columns: Collection[str]) -> None:
-  """Raises ConfigError unless the metric, or its set, is among some."""
-  if not any(e.metric == name or e.metric.startswith(f'{name}/') for name in columns):
+  """Raises ConfigError unless the metric is among the columns of an evaluation."""
+  if e.metric not in columns:
     raise ConfigError(
       f'config.eval.metric={e.metric!r} is nothing that this run evaluates: '
       f'{", ".join(columns)}.'

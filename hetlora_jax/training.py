@@ -171,9 +171,8 @@ def train_points(
   console.say(coverage.told(x.experiment.coverage))
   for warning in coverage.warnings(x.experiment.coverage):
     console.say(f'Warning: {warning}')
-  stopping.check(
-    c.eval, [f'eval/{name}' for name in (*x.evaluators, *[f'own/{m}' for m in own])]
-  )
+  own_names = [f'eval/own/{name}' for name in own]
+  stopping.check(c.eval, [*rows.evaluation_columns(x), *own_names])
   branched = branch and not any(run.steps() for run in runs)
   start = _branched(x, branch) if branched else None
   with _on_disk(runs), contextlib.ExitStack() as stack:
@@ -378,7 +377,6 @@ class Record:
       told = rows.people(x.experiment, x.initial_rank[k], found[k])
       self._writers[k].write_people({'round': done, **told})
       out[k] |= own_columns(self._metrics, x, state, done, found[k], k)
-      stopping.check(x.config.eval, list(out[k]))
     return out
 
   def round(

@@ -93,7 +93,7 @@ def test_rouge_equals_the_package_called_by_hand(evaluated):
 def test_losses_are_those_of_the_evaluation_in_training(evaluated, workdir):
   c, _, found = evaluated
   x = Run(workdir).prepare(c)
-  _, state = Run(workdir).newest(x)
+  _, state = Run(workdir).state(x)
   (want,) = points.evaluate(x, points.join(x, [state]))
   for name, set_name in (('seen', 'seen_own'), ('unseen', 'unseen')):
     people = found[name]['people']

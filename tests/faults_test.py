@@ -220,7 +220,7 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, monkeypatch):
   (tmp_path / 'mine.jsonl').rename(tmp_path / 'moved' / 'mine.jsonl')
   training.train(own('moved/mine.jsonl', 2), 'run')
   write(tmp_path / 'moved/mine.jsonl', 'two')
-  with pytest.raises(config.ConfigError, match='belongs to other data.*config.data'):
+  with pytest.raises(config.ConfigError, match='belongs to other data.*data.path'):
     training.train(own('moved/mine.jsonl', 3), 'run')
   with pytest.raises(config.ConfigError, match='belongs to other data'):
     training.evaluate(Run('run'))

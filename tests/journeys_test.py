@@ -7,7 +7,8 @@ from tests import journeys
 
 @pytest.mark.slow  # installs, trains six runs and loads torch
 def test_own_texts_become_a_table_and_an_adapter(tmp_path):
-  journeys.journey(tmp_path, journeys.install(tmp_path))
+  found = journeys.journey(tmp_path, journeys.install(tmp_path))
+  assert found['after'] < found['before'] - journeys.LEAST
 
 
 def test_the_texts_are_of_thirty_unlike_clients(tmp_path):

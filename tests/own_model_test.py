@@ -30,7 +30,7 @@ def test_its_newest_checkpoint_is_evaluated(run):
 
 def test_its_adapters_are_at_hand(run):
   x = run.prepare()
-  done, state = run.newest(x)
+  done, state = run.state(x)
   assert done == 2 and set(state.adapters) == set(TARGETS)
   assert all(adapter.b.any() for adapter in state.adapters.values())
 

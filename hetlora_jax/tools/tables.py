@@ -328,11 +328,12 @@ def to_latex(arms: Sequence[Arm], base: str | None) -> str:
     r'\toprule',
     rf'{" & ".join(heads)} & \multicolumn{{2}}{{c}}{{bytes}} & \\',
     r'\cmidrule(lr){2-3} \cmidrule(lr){4-5} \cmidrule(lr){6-7}',
-    *[rf'{" & ".join(row)} \\' for row in (below, *rows)],
+    rf'{" & ".join(below)} \\',
+    r'\midrule',
+    *[rf'{" & ".join(row)} \\' for row in rows],
     r'\bottomrule',
     r'\end{tabular}',
   ]
-  lines.insert(7, r'\midrule')
   for arm in arms:
     reasons = {g for g in arm.gaps.values() if isinstance(g, str)}
     lines += [f'% {arm.name} is not paired: {reason}.' for reason in sorted(reasons)]

@@ -89,9 +89,8 @@ class RecordBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC):
   cue: ClassVar[str] = ''  # a line such as 'Subject:', where texts are summed up
   # People with fewer examples are the unseen ones; 0: a hash of the name tells.
   train_from: ClassVar[int] = 0
-  limits: ClassVar[builders.Limits | None] = (
-    builders.Limits()
-  )  # None: as its examples need
+  # None: as its examples need.
+  limits: ClassVar[builders.Limits | None] = builders.Limits()
 
   def __init__(
     self,
