@@ -22,7 +22,7 @@ import tokenizer_test
 from log_probs import make_log_probs
 
 from hetlora_jax import files, formats
-from hetlora_jax.formats import hf_folder, layout
+from hetlora_jax.formats import hf_config, hf_folder, layout
 from hetlora_jax.models import decoder
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -147,7 +147,7 @@ def write_folder(folder: pathlib.Path, name: str, **change) -> pathlib.Path:
   """Writes a model as transformers would, with a byte-level tokenizer."""
   raw = config_of(name) | change
   files.write_json(folder / 'config.json', raw)
-  config = hf_folder.read_config(folder, dict(raw))
+  config = hf_config.read_config(folder, dict(raw))
   one = layout.FAMILIES[config.family].get('plus_one', False)
   tensors = {n: draw(n, s, one) for n, s in stored_shapes(config).items()}
   path = folder / 'model.safetensors'
@@ -165,7 +165,7 @@ def write_gguf(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
   Names of tensors are the gguf package's.
   """
   raw = json.loads((folder / 'config.json').read_text())
-  config = hf_folder.read_config(folder, dict(raw))
+  config = hf_config.read_config(folder, dict(raw))
   architecture = {'mistral': 'llama'}.get(config.family, config.family)
   writer = gguf.GGUFWriter(path, architecture)
   writer.add_context_length(raw['max_position_embeddings'])

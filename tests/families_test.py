@@ -18,7 +18,7 @@ from log_probs import make_log_probs
 
 from configs import tiny
 from hetlora_jax import base_model, config, files, formats, points
-from hetlora_jax.formats import hf_folder, layout, peft
+from hetlora_jax.formats import hf_config, hf_folder, layout, peft
 from hetlora_jax.models import decoder, kernels
 from hetlora_jax.models.decoder import KVCache
 from hetlora_jax.types import Lora
@@ -313,7 +313,7 @@ FIELDS = [
 def test_every_field_changes_what_is_computed(folder, name, field, tmp_path):
   model = formats.load(folder(name), dtype=np.float32, cached=False)
   raw = {k: x for k, x in families.config_of(name).items() if k != field}
-  other = hf_folder.read_config(tmp_path, raw)
+  other = hf_config.read_config(tmp_path, raw)
   got = _of_whole(dataclasses.replace(model, config=other), families.ids_of(name))
   want = families.reference_of(name)
   picked = np.take_along_axis(got, want['where'].astype(int), 1)
@@ -364,7 +364,7 @@ def test_the_table_of_families_tells_of_all(folder):
     pytest.skip('mkdocs is not installed; `make docs` installs it')
   from docs import hooks
 
-  assert set(hooks.FAMILIES) == set(layout.FAMILIES) == set(hf_folder.CLASSES)
+  assert set(hooks.FAMILIES) == set(layout.FAMILIES) == set(hf_config.CLASSES)
   assert set(json.loads(families.DIFFERENCES.read_text())) == set(families.MODELS)
 
 
@@ -374,4 +374,4 @@ def test_gemmas_without_windows_say_zero(family):
   shape = dataclasses.replace(
     base_model.random_shape(config.RandomModel(), 300), family=family
   )
-  assert hf_folder._fields(shape)['sliding_window'] == 0
+  assert hf_config.fields_of(shape)['sliding_window'] == 0

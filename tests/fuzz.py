@@ -308,7 +308,7 @@ def make_gguf(family: str):
     writer.add_bos_token_id(words['bos_token_id'])
     writer.add_eos_token_id(words['eos_token_id'])
     raw = {'model_type': model_type, **SIZES}
-    config = formats.hf_folder.read_config(folder, raw)
+    config = formats.hf_config.read_config(folder, raw)
     for name, tensor in _named(config, formats.gguf.NAMES).items():
       kind = gguf.GGMLQuantizationType.F32
       if tensor.ndim == 2:  # the embedding in half precision, matrices in blocks

@@ -21,6 +21,7 @@ ORDER = [
   ['points', 'rows', 'stopping', 'metrics'],
   ['curves', 'tracking'],
   ['run'],
+  ['record'],
   ['training'],
   ['tools'],
 ]  # fmt: skip

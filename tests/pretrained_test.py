@@ -376,7 +376,7 @@ def test_layers_beyond_the_last_are_refused(tmp_path):
 def test_tokens_that_were_added_to_a_tokenizer_are_read(tmp_path):
   folder = write_folder(tmp_path, LLAMA, {})
   plain = Tokenizer.from_folder(folder)
-  content = formats.hf_folder._tokenizer_files(plain)
+  content = formats.hf_tokenizer.files_of(plain)
   model = tokenizers.Tokenizer.from_str(content['tokenizer.json'].decode())
   model.add_special_tokens(['<im_start>', '<im_end>'])
   model.save(str(folder / 'tokenizer.json'))

@@ -44,7 +44,7 @@ class DecoderConfig:
   rope_base: float
   # Of layers with a sliding window, which then have no scaling; 0: as the others.
   rope_base_local: float
-  # Sorted items of one kind: `formats.hf_folder.ROPE_SCALINGS` names them.
+  # Sorted items of one kind: `formats.hf_config.ROPE_SCALINGS` names them.
   rope_scaling: tuple[tuple[str, Any], ...]
   sliding_window: int  # tokens; 0 for none
   global_every: int  # 6: layers 5, 11, 17, ... have no window; 1: none has one
