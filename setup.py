@@ -40,7 +40,7 @@ setuptools.setup(
     'absl-py>=2.1',
     'array_record>=0.8.1',
     'flax>=0.10.6',
-    'gguf>=0.17.1',
+    'gguf>=0.18.0',
     'importlib_resources>=6',  # tensorflow-datasets needs it, undeclared
     'jax>=0.7',
     'jinja2>=3.1.6',  # older sandboxes can be left
